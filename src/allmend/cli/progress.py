@@ -1,0 +1,165 @@
+"""The terminal's view of a run: a reader of its events, with the time left."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from allmend.events import (
+    ArmStarted,
+    Event,
+    PhaseDone,
+    RoundDone,
+    RunFinished,
+    RunStarted,
+    StepDone,
+    Stopped,
+    Warned,
+    WorkDone,
+)
+
+
+class WorkLeft:
+    """How much of a run's work is done, and how long the rest will take.
+
+    The plan's phases are weighted by their announced cost; what a phase really took corrects the rate.
+
+    Args:
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._work: dict[str, float] = {}
+        self._done: set[str] = set()
+        self._phase = ""
+        self._share = 0.0
+        self._began = clock()
+
+    def see(self, event: Event) -> None:
+        """Take note of an event."""
+        match event:
+            case RunStarted():
+                self._work, self._done, self._began = dict(event.work), set(), self._clock()
+            case WorkDone():
+                self._phase, self._share = event.phase, event.share
+            case PhaseDone():
+                self._done.add(event.phase)
+                self._phase, self._share = "", 0.0
+
+    @property
+    def total(self) -> float:
+        return sum(self._work.values())
+
+    @property
+    def done(self) -> float:
+        """Work done, in the same unit as `total`."""
+        finished = sum(cost for phase, cost in self._work.items() if phase in self._done)
+        return finished + self._share * self._work.get(self._phase, 0.0)
+
+    def seconds_left(self) -> float | None:
+        """Seconds to the end at the rate so far; None until 2 % are done."""
+        if not self.total or self.done < 0.02 * self.total:
+            return None
+        return (self.total - self.done) * (self._clock() - self._began) / self.done
+
+
+class _TimeLeft(ProgressColumn):
+    def __init__(self, work: WorkLeft) -> None:
+        super().__init__()
+        self._work = work
+
+    def render(self, task: Task) -> Text:
+        left = self._work.seconds_left()
+        return Text("" if left is None or task.finished else f"about {duration(left)} left", style="cyan")
+
+
+@contextmanager
+def shown(console: Console, run: Path) -> Iterator[Callable[[Event], None]]:
+    """A listener that shows the run in a folder on the terminal: a bar where there is a terminal, lines everywhere."""
+    work = WorkLeft()
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        _TimeLeft(work),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    task = bar.add_task("loading", total=None)
+
+    def listen(event: Event) -> None:
+        work.see(event)
+        if line := _line(event):
+            console.print(line, highlight=False)
+        match event:
+            case Stopped():
+                bar.stop()
+                console.print(
+                    f"[bold]Stopped.[/bold] What was complete is kept; go on with: allmend tune --resume {run}"
+                )
+            case RunStarted():
+                bar.update(task, total=work.total, description="starting")
+            case StepDone():
+                bar.update(task, description=f"{event.arm}: round {event.round}, {event.client}, loss {event.loss:.2f}")
+            case WorkDone() if not event.phase.startswith("train "):
+                bar.update(task, description=event.phase)
+        bar.update(task, completed=work.done)
+
+    with bar:
+        yield listen
+
+
+def _line(event: Event) -> str:
+    """What stays on the screen of an event; empty for most."""
+    match event:
+        case RunStarted():
+            records, held_out = sum(event.clients.values()), sum(event.held_out.values())
+            verb = "Resuming" if event.resumed else "Starting"
+            return (
+                f"{verb} [bold]{event.run}[/bold]: {event.model}, {len(event.clients)} clients, "
+                f"{records:,} training and {held_out:,} held-out records"
+            )
+        case ArmStarted():
+            rounds = f"rounds {event.round} to {event.rounds}" if event.round > 1 else f"{event.rounds} rounds"
+            if event.round > event.rounds:
+                rounds = "trained already"
+            return f"[bold]{event.arm}[/bold] ({event.strategy}): {rounds}, {event.trainable:,} parameters learn"
+        case RoundDone():
+            loss = f"training loss {event.loss:.3f}, " if event.loss is not None else ""
+            up = max(event.received.values(), default=0)
+            return (
+                f"  round {event.round}: {loss}{event.tokens:,} tokens in {duration(event.seconds)}, "
+                f"{size(up)} from each client"
+            )
+        case PhaseDone() if not event.phase.startswith("train "):
+            return f"  {event.phase}: {duration(event.seconds)}"
+        case Warned():
+            return f"[yellow]Warning[/yellow] {event.message}"
+        case RunFinished():
+            return f"Finished in {duration(event.seconds)}."
+    return ""
+
+
+def duration(seconds: float) -> str:
+    """`4 s`, `3 min 20 s`, `2 h 5 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def size(count: int) -> str:
+    """Bytes as `1.8 MB`."""
+    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count} bytes"

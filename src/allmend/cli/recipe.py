@@ -1,0 +1,52 @@
+"""`allmend recipe`: write a commented recipe, check one, export the schema."""
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from allmend.errors import UserError
+
+app = typer.Typer(help="Recipes: the TOML files that say everything about a run.", no_args_is_help=True)
+
+
+def packaged(name: str) -> str:
+    """The text of a recipe that comes with the package."""
+    return (files("allmend.cli") / "recipes" / name).read_text(encoding="utf-8")
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("recipe.toml"),
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+) -> None:
+    """Write a commented recipe to start from."""
+    from allmend.run import write_atomic
+
+    if path.exists() and not force:
+        raise UserError("there is a file already", where=path, hint="Choose another name, or replace it with --force.")
+    write_atomic(path, packaged("template.toml").encode())
+    Console().print(f"Recipe  {path}\nEdit it, then: allmend tune {path} --dry-run", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def check(path: Annotated[Path, typer.Argument(help="A recipe.")]) -> None:
+    """Say everything that is wrong with a recipe, its files, layers and strategy included."""
+    from allmend.prepare import check as check_whole
+    from allmend.recipe import load_recipe, located
+
+    recipe = load_recipe(path)
+    with located(path):
+        check_whole(recipe, path.parent)
+    Console().print(f"{path}: nothing is wrong with this recipe.", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of recipes, for editors."""
+    from allmend.recipe import Recipe
+
+    print(json.dumps(Recipe.model_json_schema(), indent=2))

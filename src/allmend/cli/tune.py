@@ -1,0 +1,48 @@
+"""`allmend tune`: carry out a recipe, or go on with a run."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from allmend.cli.disclosure import show_disclosures
+from allmend.cli.outcome import show_outcome
+from allmend.cli.progress import shown
+from allmend.cli.tensorboard import board
+from allmend.errors import UserError
+
+
+def tune(
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe (TOML); see `allmend recipe init`.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder; runs/NAME when absent.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and show what would leave whom; train nothing.")
+    ] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write RUN/tensorboard too.")] = False,
+) -> None:
+    """Adapt a model together: train, evaluate, audit and report as the recipe says."""
+    from allmend import life
+    from allmend.recipe import load_recipe, located
+
+    console = Console()
+    if (recipe is None) == (resume is None):
+        raise UserError("give either a recipe or --resume RUN", where="allmend tune")
+    if resume is not None:
+        if out is not None or dry_run:
+            raise UserError("--resume goes with neither --out nor --dry-run", where="allmend tune")
+        with shown(console, resume) as listen, board(resume, wanted=tensorboard) as more:
+            run = life.resume(resume, listeners=[listen, *more])
+        show_outcome(console, run)
+        return
+    assert recipe is not None
+    loaded = load_recipe(recipe)
+    folder = out or Path("runs") / loaded.name
+    with located(recipe):
+        if dry_run:
+            show_disclosures(console, *life.rehearse(loaded, recipe.parent))
+            return
+        with shown(console, folder) as listen, board(folder, wanted=tensorboard) as more:
+            run = life.tune(loaded, folder, base=recipe.parent, listeners=[listen, *more])
+    show_outcome(console, run)

@@ -1,0 +1,206 @@
+"""From records to token ids: rendering, and which tokens the loss looks at.
+
+A record is rendered to one text and tokenised once, as a whole; the assistant's turns are found by character
+offsets. Pieces are never tokenised by themselves: at their borders the tokens would differ from what the model sees.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from allmend.data.records import Message, Record
+from allmend.errors import UserError
+
+Template = Literal["chat", "plain"]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A record as tokens: a trunk, and for multiple-choice questions one branch for each choice behind it.
+
+    Attributes:
+        id: the record's.
+        ids: token ids, int64 [T].
+        target: True where the token is predicted under the loss, bool [T].
+        branch: 0 for the trunk, k for the k-th choice, int64 [T]. A branch sees the trunk and itself only.
+        position: position ids, int64 [T]; every branch goes on from the trunk's end.
+        cut: tokens cut off because the record was too long.
+    """
+
+    id: str
+    ids: torch.Tensor
+    target: torch.Tensor
+    branch: torch.Tensor
+    position: torch.Tensor
+    cut: int = 0
+
+    def __len__(self) -> int:
+        return self.ids.numel()
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Renders and tokenises records for one model.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers.
+        template: `chat` uses the tokenizer's chat template, `plain` joins turns with a space.
+        max_tokens: longest record, trunk and longest branch together.
+    """
+
+    tokenizer: Any
+    template: Template
+    max_tokens: int
+
+    def for_training(self, record: Record) -> Encoded:
+        """Loss on the assistant's turns with their end mark, or on all of a running text."""
+        text, spans = self._render(record, end=True)
+        ids, target = self._tokenize(text, spans)
+        return self._cut(_trunk(record.id, ids, target))
+
+    def for_evaluation(self, record: Record) -> Encoded:
+        """The same without end marks; a question's choices become branches behind their common beginning."""
+        if not record.choices:
+            text, spans = self._render(record, end=False)
+            return self._cut(_trunk(record.id, *self._tokenize(text, spans)))
+        options = []
+        for choice in record.choices:
+            messages = (*record.messages[:-1], Message("assistant", choice))
+            text, spans = self._render(replace(record, messages=messages), end=False)
+            options.append(self._tokenize(text[: spans[-1][1]], spans[-1:]))
+        return self._cut(_tree(record.id, options))
+
+    def _render(self, record: Record, *, end: bool) -> tuple[str, list[tuple[int, int]]]:
+        """The text, and the character spans that the loss looks at."""
+        eos = self.tokenizer.eos_token or ""
+        if not record.messages:
+            return (record.text + eos if end else record.text), [(0, len(record.text) + len(eos) * end)]
+        if self.template == "plain":
+            return _render_plain(record.messages, eos if end else "")
+        return self._render_chat(record, end=end)
+
+    def _render_chat(self, record: Record, *, end: bool) -> tuple[str, list[tuple[int, int]]]:
+        turns = [{"role": message.role, "content": message.content} for message in record.messages]
+        apply = self.tokenizer.apply_chat_template
+        try:
+            text: str = apply(turns, tokenize=False)
+            spans = []
+            for index, message in enumerate(record.messages):
+                if message.role != "assistant":
+                    continue
+                before: str = apply(turns[:index], tokenize=False, add_generation_prompt=True)
+                # templates that rewrite earlier turns do not start with what they showed before
+                start = text.find(message.content.strip(), _common([before, text]))
+                if start < 0:
+                    raise UserError("the chat template leaves out an assistant's turn", where=f"record {record.id!r}")
+                stop = start + len(message.content.strip())
+                if end:
+                    mark = text[stop:]
+                    following = apply(turns[: index + 1], tokenize=False)
+                    mark = following[stop:] if text.startswith(following) else mark
+                    stop += len(mark.rstrip())
+                spans.append((start, stop))
+        except UserError:
+            raise
+        except Exception as error:  # templates are programs of the model's makers and raise what they like
+            raise UserError(
+                f"the model's chat template refuses it: {error}",
+                where=f"record {record.id!r}",
+                hint='Mend the roles of its messages, or set data.template = "plain".',
+            ) from error
+        return text, spans
+
+    def _tokenize(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[bool]]:
+        encoded = self.tokenizer(
+            text, return_offsets_mapping=True, add_special_tokens=self.template == "plain", verbose=False
+        )
+        target = []
+        for start, stop in encoded["offset_mapping"]:
+            inside = any(start < high and stop > low for low, high in spans)
+            target.append(inside and stop > start)
+        return encoded["input_ids"], target
+
+    def _cut(self, encoded: Encoded) -> Encoded:
+        """Cut the trunk from its left, then everything from its right, to `max_tokens` positions."""
+        excess = int(encoded.position.max()) + 1 - self.max_tokens if len(encoded) else 0
+        if excess <= 0:
+            return encoded
+        in_trunk = encoded.branch == 0
+        free = int((in_trunk & ~encoded.target).long().cumprod(0).sum())  # what stands before the first target
+        keep_one = 1  # the first target is predicted from the token before it
+        left = min(excess, max(0, free - keep_one))
+        keep = torch.arange(len(encoded)) >= left
+        position = encoded.position - left
+        keep &= position < self.max_tokens
+        return Encoded(
+            encoded.id,
+            encoded.ids[keep],
+            encoded.target[keep],
+            encoded.branch[keep],
+            position[keep],
+            cut=len(encoded) - int(keep.sum()),
+        )
+
+
+def choose_template(wanted: Literal["auto", "chat", "plain"], tokenizer: Any) -> Template:
+    """`auto` becomes `chat` where the tokenizer has a template.
+
+    Raises:
+        UserError: `chat` is wanted and the tokenizer has no template.
+    """
+    has = bool(getattr(tokenizer, "chat_template", None))
+    if wanted == "chat" and not has:
+        raise UserError(
+            "the model's tokenizer has no chat template",
+            where="data.template",
+            hint='Set it to "plain" or "auto", or use an instruction-tuned model.',
+        )
+    return wanted if wanted != "auto" else "chat" if has else "plain"
+
+
+def _render_plain(messages: Sequence[Message], eos: str) -> tuple[str, list[tuple[int, int]]]:
+    text, spans = "", []
+    for message in messages:
+        if message.role == "assistant":
+            start = len(text)
+            text += (" " if text and not text[-1].isspace() else "") + message.content + eos
+            spans.append((start, len(text)))
+        else:
+            text += ("\n" if text else "") + message.content
+    return text, spans
+
+
+def _trunk(id: str, ids: Sequence[int], target: Sequence[bool]) -> Encoded:
+    length = len(ids)
+    return Encoded(
+        id,
+        torch.tensor(ids, dtype=torch.int64),
+        torch.tensor(target, dtype=torch.bool),
+        torch.zeros(length, dtype=torch.int64),
+        torch.arange(length),
+    )
+
+
+def _tree(id: str, options: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> Encoded:
+    """Join the options' token sequences at their common beginning, which holds no target of any of them."""
+    first_target = min(target.index(True) if True in target else len(target) for _, target in options)
+    shared = min(first_target, _common([ids for ids, _ in options]))
+    ids, target = list(options[0][0][:shared]), [False] * shared
+    branch, position = [0] * shared, list(range(shared))
+    for number, (option_ids, option_target) in enumerate(options, start=1):
+        ids += option_ids[shared:]
+        target += option_target[shared:]
+        branch += [number] * (len(option_ids) - shared)
+        position += range(shared, len(option_ids))
+    return Encoded(
+        id, torch.tensor(ids), torch.tensor(target, dtype=torch.bool), torch.tensor(branch), torch.tensor(position)
+    )
+
+
+def _common(sequences: Sequence[Sequence[Any]]) -> int:
+    """Length of the common beginning."""
+    shortest = min(len(sequence) for sequence in sequences)
+    first = sequences[0]
+    return next((i for i in range(shortest) if any(other[i] != first[i] for other in sequences)), shortest)

@@ -1,0 +1,118 @@
+"""Packing: many records in one sequence, none of which sees another.
+
+Positions restart at each record, and attention stays within it (and, for a question's choices, within trunk and
+branch). Logits are needed only at tokens that predict a target; `Row` names them.
+"""
+
+import bisect
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+
+from allmend.data.chat import Encoded
+
+
+@dataclass(frozen=True)
+class Row:
+    """One packed sequence of T tokens with N targets, of which the logits at U ≤ N tokens are needed.
+
+    Attributes:
+        ids: int64 [1, T].
+        position: int64 [1, T].
+        visible: bool [T, T]; True where the token of the row's first index may attend to that of the second.
+        sources: int64 [U]: tokens whose logits are needed, increasing.
+        source_of: int64 [N]: which of `sources` predicts each target.
+        targets: int64 [N]: token ids to predict.
+        owner: int64 [N]: index, among the records given to `pack`, of the record a target belongs to.
+        branch: int64 [N]: branch of the target within its record.
+        target_at: int64 [N]: index of the target among its record's tokens.
+    """
+
+    ids: torch.Tensor
+    position: torch.Tensor
+    visible: torch.Tensor
+    sources: torch.Tensor
+    source_of: torch.Tensor
+    targets: torch.Tensor
+    owner: torch.Tensor
+    branch: torch.Tensor
+    target_at: torch.Tensor
+
+    @property
+    def tokens(self) -> int:
+        return self.ids.shape[1]
+
+    def to(self, device: torch.device) -> Self:
+        """The same row on a device."""
+        return type(self)(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+
+
+def pack(records: Sequence[Encoded], capacity: int) -> list[Row]:
+    """Rows of at most `capacity` tokens (a longer record gets a row of its own), by best fit, longest first.
+
+    Records without a target are left out; rows and their order depend on nothing but the records given.
+    """
+    return [_row([(index, records[index]) for index in group]) for group in _best_fit(records, capacity)]
+
+
+def _best_fit(records: Sequence[Encoded], capacity: int) -> list[list[int]]:
+    order = sorted(
+        (i for i, record in enumerate(records) if _predictable(record).any()), key=lambda i: -len(records[i])
+    )
+    groups: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (tokens left, group), sorted
+    for index in order:
+        size = len(records[index])
+        at = bisect.bisect_left(room, (size, -1))
+        if at < len(room):
+            left, group = room.pop(at)
+        else:
+            left, group = max(capacity, size), len(groups)
+            groups.append([])
+        groups[group].append(index)
+        bisect.insort(room, (left - size, group))
+    return [sorted(group) for group in groups]
+
+
+def _predictable(record: Encoded) -> torch.Tensor:
+    """Targets that have a token before them to be predicted from."""
+    return record.target & (record.position > 0)
+
+
+def _row(records: Iterable[tuple[int, Encoded]]) -> Row:
+    ids, position, branch, document = [], [], [], []
+    source, targets, owner, target_branch, target_at = [], [], [], [], []
+    offset = 0
+    for number, (index, record) in enumerate(records):
+        ids.append(record.ids)
+        position.append(record.position)
+        branch.append(record.branch)
+        document.append(torch.full_like(record.ids, number))
+        at = _predictable(record).nonzero()[:, 0]
+        # the first token of a branch is predicted from the trunk's last, every other one from the token before it
+        trunk = int((record.branch == 0).sum())
+        starts_branch = (record.branch[at] > 0) & (record.position[at] == trunk)
+        source.append(torch.where(starts_branch, trunk - 1, at - 1) + offset)
+        targets.append(record.ids[at])
+        owner.append(torch.full_like(at, index))
+        target_branch.append(record.branch[at])
+        target_at.append(at)
+        offset += len(record)
+    documents, branches = torch.cat(document), torch.cat(branch)
+    visible = documents[:, None] == documents[None, :]
+    visible &= (branches[None, :] == 0) | (branches[:, None] == branches[None, :])
+    visible &= torch.ones(offset, offset, dtype=torch.bool).tril()
+    sources, source_of = torch.unique(torch.cat(source), return_inverse=True)
+    return Row(
+        ids=torch.cat(ids)[None],
+        position=torch.cat(position)[None],
+        visible=visible,
+        sources=sources,
+        source_of=source_of,
+        targets=torch.cat(targets),
+        owner=torch.cat(owner),
+        branch=torch.cat(target_branch),
+        target_at=torch.cat(target_at),
+    )

@@ -1,0 +1,40 @@
+"""The strategies by name. Adding one takes a file beside this one and a line here."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from allmend.federation.strategies.centralised import Centralised
+from allmend.federation.strategies.fedavg import FedAvg
+from allmend.federation.strategies.local import Local
+from allmend.strategy import Strategy
+
+STRATEGIES: dict[str, type[Any]] = {
+    "fedavg": FedAvg,
+    "local": Local,
+    "centralised": Centralised,
+}
+
+
+def options_of(name: str) -> dict[str, Any]:
+    """Names and defaults of a strategy's options, `seed` aside (it is the recipe's)."""
+    return {option.name: option.default for option in dataclasses.fields(STRATEGIES[name]) if option.name != "seed"}
+
+
+def build_strategy(name: str, options: Mapping[str, Any], *, seed: int) -> Strategy:
+    """A strategy from its name and the recipe's options.
+
+    Raises:
+        ValueError: no such strategy, an option that it does not have, or a value that it refuses.
+    """
+    if name not in STRATEGIES:
+        raise ValueError(f"no strategy {name!r}; there are {', '.join(sorted(STRATEGIES))}")
+    kind = STRATEGIES[name]
+    known = options_of(name)
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        has = f"has {', '.join(known)}" if known else "has no options"
+        raise ValueError(f"strategy {name!r} has no option {', '.join(unknown)} (it {has})")
+    seeded = {"seed": seed} if any(option.name == "seed" for option in dataclasses.fields(kind)) else {}
+    built: Strategy = kind(**options, **seeded)
+    return built

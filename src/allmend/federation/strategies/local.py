@@ -1,0 +1,57 @@
+"""No exchange: every member trains by itself for as many steps as the others. The baseline of all strategies."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from allmend.models.tensors import Tensors
+from allmend.strategy import (
+    Client,
+    Declaration,
+    Reply,
+    Seen,
+    State,
+    Sums,
+    Task,
+    Turn,
+    grouped,
+    of_group,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Local:
+    """Each member's model and optimiser stay with it from round to round; only its loss is summed."""
+
+    name = "local"
+    legs = 1
+    pooled = False
+
+    def declare(self) -> Declaration:
+        return Declaration(
+            sent="",
+            summed={"weight": "number of training records", "loss": "training loss times number of records"},
+            kept="the member's model and its optimiser",
+        )
+
+    def init(self, initial: Tensors) -> State:
+        return State()
+
+    def plan(self, state: State, turn: Turn, members: Sequence[str]) -> dict[str, Task]:
+        return {member: Task(turn) for member in sorted(members)}
+
+    def work(self, task: Task, client: Client) -> Reply:
+        start = of_group("model", client.state.tensors) or client.initial
+        optimizer = of_group("optimizer", client.state.tensors)
+        trained = client.train(start, task.turn, optimizer=optimizer or None)
+        client.state.tensors = grouped("model", trained.tensors) | grouped("optimizer", trained.optimizer)
+        weight = float(client.examples)
+        return Reply(summed_facts={"weight": weight, "loss": trained.loss * weight})
+
+    def combine(self, state: State, turn: Turn, sums: Sums, seen: Mapping[str, Seen]) -> State:
+        return state
+
+    def shared(self, state: State) -> Tensors | None:
+        return None
+
+    def personal(self, state: State, client: State) -> Tensors | None:
+        return of_group("model", client.tensors) or None

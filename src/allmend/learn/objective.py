@@ -1,0 +1,46 @@
+"""The causal language-modelling objective on packed rows, with logits only where it looks."""
+
+from typing import Any
+
+import torch
+
+from allmend.data.packing import Row
+
+
+def logits_at_sources(model: Any, row: Row) -> torch.Tensor:
+    """Logits of the tokens that predict a target.
+
+    Args:
+        model: a causal language model of transformers, or a PEFT model around one.
+        row: on the model's device, U sources.
+
+    Returns:
+        [U, vocabulary], float32.
+    """
+    dtype = torch.get_default_dtype() if (found := getattr(model, "dtype", None)) is None else found
+    # additive rather than boolean: every attention implementation understands it
+    mask = torch.zeros(row.visible.shape, dtype=dtype, device=row.visible.device)
+    mask.masked_fill_(~row.visible, torch.finfo(dtype).min)
+    logits: torch.Tensor = model(
+        input_ids=row.ids,
+        position_ids=row.position,
+        attention_mask=mask[None, None],
+        logits_to_keep=row.sources,
+        use_cache=False,
+    ).logits
+    return logits[0].float()
+
+
+def log_likelihood(model: Any, row: Row) -> torch.Tensor:
+    """log p(target | what stands before it) of each of the row's N targets (nats), float32 [N]."""
+    logits = logits_at_sources(model, row)
+    chosen = logits[row.source_of, row.targets]
+    return chosen - logits.logsumexp(-1)[row.source_of]
+
+
+def log_likelihood_and_hit(model: Any, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
+    """`log_likelihood`, and whether the target is the most likely token, float32 [N] and bool [N]."""
+    logits = logits_at_sources(model, row)
+    chosen = logits[row.source_of, row.targets]
+    best = logits.argmax(-1)[row.source_of]
+    return chosen - logits.logsumexp(-1)[row.source_of], best == row.targets

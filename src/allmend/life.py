@@ -1,0 +1,551 @@
+"""The life of a recipe: tune, evaluate, audit, report, in one run folder that can be stopped and resumed anywhere."""
+
+import contextlib
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+import allmend
+from allmend.audit.memorisation import Findings, audit_model
+from allmend.data.canaries import read_canaries, write_canaries
+from allmend.data.chat import Encoder
+from allmend.errors import UserError
+from allmend.events import ArmStarted, Event, PhaseDone, RunFinished, RunStarted, StepDone, Stopped, WorkDone
+from allmend.federation.checkpoint import Checkpoint, Checkpoints
+from allmend.federation.engines import Engine
+from allmend.federation.engines.in_process import InProcessEngine
+from allmend.federation.engines.workers import WorkerEngine
+from allmend.federation.member import Member
+from allmend.federation.rounds import run_rounds
+from allmend.federation.strategies import build_strategy
+from allmend.learn.compare import ModelScores, utility_table
+from allmend.learn.evaluate import Score, score
+from allmend.learn.loop import Step, steps_per_round
+from allmend.models.adapters import Trainable, add_lora, applied, full, remove_lora
+from allmend.models.load import LoadedModel, load_model
+from allmend.models.tensors import Tensors, nbytes
+from allmend.prepare import Prepared, prepare, prepare_model
+from allmend.recipe import Adapter, Arm, Recipe, parse_recipe
+from allmend.report.page import write_report
+from allmend.results import BASE, AuditTable
+from allmend.run import EventLog, RunFolder, write_atomic
+from allmend.strategy import Declaration, Turn
+
+Listener = Callable[[Event], None]
+
+TRAIN_COST = 2.7
+"""What a training token costs, in tokens read; used for the time left only."""
+
+
+def tune(
+    recipe: Recipe,
+    out: Path | str,
+    *,
+    base: Path | str = ".",
+    model: LoadedModel | None = None,
+    listeners: Sequence[Listener] = (),
+) -> RunFolder:
+    """Carry out a recipe in a new run folder.
+
+    Args:
+        recipe: what to do.
+        out: the run folder; absent or empty.
+        base: folder that the recipe's relative paths start from.
+        model: the recipe's model, where the caller has it in memory already.
+        listeners: told every event.
+
+    Raises:
+        UserError: the recipe, the data or the folder are at fault, or training diverged; the run can be resumed.
+    """
+    run = RunFolder(Path(out))
+    run.check_free()
+    prepared = prepare(recipe, Path(base), model=model)
+    with run.lock():
+        RunFolder.create(run.path, recipe.to_toml(), _facts(prepared))
+        _live(run, prepared, listeners, resumed=False)
+    return run
+
+
+def resume(out: Path | str, *, model: LoadedModel | None = None, listeners: Sequence[Listener] = ()) -> RunFolder:
+    """Go on with a run where it stopped; a finished run is left as it is.
+
+    Raises:
+        UserError: there is no run, it is in use, or its recipe, data or model are not those it was started with.
+    """
+    run = RunFolder.open(Path(out))
+    with run.lock():
+        facts = run.facts
+        recipe = read_frozen(run)
+        prepared = prepare(recipe, Path(str(facts["base"])), model=model)
+        for key, now in _facts(prepared).items():
+            if key not in ("base", "allmend") and facts.get(key) != now:
+                raise UserError(
+                    f"{_FACTS[key]} differs from what the run was started with",
+                    where=run.path,
+                    hint="Restore it, or start a new run in another folder.",
+                )
+        _live(run, prepared, listeners, resumed=True)
+    return run
+
+
+@dataclass(frozen=True)
+class Disclosure:
+    """What an arm would let leave a member: its strategy's words, and the size of what it trains.
+
+    Attributes:
+        arm: name.
+        declaration: in the strategy's words.
+        trainable: parameters that learn.
+        message: bytes of one set of them.
+        simulated_only: True if the arm needs all records in one place.
+    """
+
+    arm: str
+    declaration: Declaration
+    trainable: int
+    message: int
+    simulated_only: bool
+
+
+def rehearse(recipe: Recipe, base: Path | str = ".") -> tuple[Prepared, list[Disclosure]]:
+    """Load and check all that a run needs, and tell what would leave whom; nothing is written or trained.
+
+    Raises:
+        UserError: whatever `tune` would refuse before it starts.
+    """
+    prepared = prepare(recipe, Path(base))
+    disclosures = []
+    for arm in recipe.arms().values():
+        strategy = build_strategy(arm.strategy.name, arm.strategy.options, seed=recipe.seed)
+        with _trainable(prepared.model, arm.adapter, seed=recipe.seed) as trainable:
+            message = nbytes(trainable.parameters())
+            disclosures.append(
+                Disclosure(arm.name, strategy.declare(), trainable.count, message, simulated_only=strategy.pooled)
+            )
+    return prepared, disclosures
+
+
+def read_frozen(run: RunFolder) -> Recipe:
+    """The recipe that a run was started with.
+
+    Raises:
+        UserError: it was changed or cannot be read.
+    """
+    try:
+        recipe = parse_recipe(run.recipe.read_text(encoding="utf-8"))
+    except (OSError, ValueError, UserError) as error:
+        raise UserError(f"the frozen recipe cannot be read: {error}", where=run.recipe) from error
+    if recipe.digest() != run.facts.get("recipe"):
+        raise UserError(
+            "the frozen recipe was changed after the run was started",
+            where=run.recipe,
+            hint="Start a new run with the changed recipe: `allmend tune RECIPE.toml --out FOLDER`.",
+        )
+    return recipe
+
+
+def audit(
+    out: Path | str,
+    *,
+    prefix_tokens: Sequence[int] | None = None,
+    model: LoadedModel | None = None,
+    listeners: Sequence[Listener] = (),
+) -> AuditTable:
+    """Audit a run's models again, from the artefacts on disk, and write its audit table and report.
+
+    Args:
+        out: a run whose recipe has canaries.
+        prefix_tokens: lengths of the prompts; the recipe's when None.
+        model: the recipe's model, where the caller has it in memory already.
+        listeners: told every event.
+
+    Raises:
+        UserError: there is no run, it is in use, has no canaries or no tuned model yet.
+    """
+    run = RunFolder.open(Path(out))
+    with run.lock():
+        recipe = read_frozen(run)
+        loaded, encoder = prepare_model(recipe, Path(str(run.facts["base"])), model=model)
+        with _log(run, listeners) as log:
+            table = _audit(run, recipe, loaded, encoder, log, prefix_tokens or recipe.audit.prefix_tokens)
+        write_report(run.path)
+    return table
+
+
+_FACTS = {"recipe": "the recipe", "model": "the base model", "data": "the clients' data", "format": "the format"}
+
+
+def _facts(prepared: Prepared) -> dict[str, object]:
+    """What a run is bound to, for `run.json`."""
+    return {
+        "allmend": allmend.__version__,
+        "base": str(prepared.base.resolve()),
+        "recipe": prepared.recipe.digest(),
+        "model": prepared.model.digest,
+        "data": prepared.data_digests,
+    }
+
+
+@contextlib.contextmanager
+def _log(run: RunFolder, listeners: Sequence[Listener]) -> Iterator[EventLog]:
+    log = EventLog(run.events)
+    log.listeners += listeners
+    try:
+        yield log
+    finally:
+        log.close()
+
+
+def _live(run: RunFolder, prepared: Prepared, listeners: Sequence[Listener], *, resumed: bool) -> None:
+    began = time.perf_counter()
+    with _log(run, listeners) as log:
+        try:
+            log.emit(_started(run, prepared, resumed=resumed))
+            if prepared.canaries and not run.canaries.exists():
+                write_canaries(run.canaries, prepared.canaries)
+            scores = _evaluate(run, prepared, log, BASE, prepared.model.model, {None: None}, load=lambda tensors: None)
+            for arm in prepared.recipe.arms().values():
+                scores += _arm(run, prepared, log, arm)
+            main = prepared.recipe.strategy.name
+            run.write_table("utility", utility_table(scores, main=main, seed=prepared.recipe.seed))
+            if prepared.canaries:
+                recipe = prepared.recipe
+                _audit(run, recipe, prepared.model, prepared.encoder, log, recipe.audit.prefix_tokens)
+            log.emit(RunFinished(seconds=time.perf_counter() - began))
+        except BaseException as error:
+            with contextlib.suppress(UserError):  # the disk may be the cause, and then takes no event either
+                log.emit(Stopped(cause=_cause(error)))
+                write_report(run.path)
+            raise
+    write_report(run.path)
+
+
+def _cause(error: BaseException) -> str:
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
+
+
+def _started(run: RunFolder, prepared: Prepared, *, resumed: bool) -> RunStarted:
+    packages = ("torch", "transformers", "peft", "safetensors", "tokenizers", "datasets")
+    versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
+    return RunStarted(
+        run=prepared.recipe.name,
+        allmend=allmend.__version__,
+        versions=versions,
+        machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {prepared.model.model.device}",
+        threads=torch.get_num_threads(),
+        model=prepared.model.source,
+        clients={member.name: len(member.records) for member in prepared.members},
+        held_out={name: len(records) for name, records in prepared.held_out.items()},
+        notes=prepared.notes,
+        work=_work(run, prepared),
+        resumed=resumed,
+    )
+
+
+def _work(run: RunFolder, prepared: Prepared) -> dict[str, float]:
+    """The phases still to do and their cost, in tokens read."""
+    recipe = prepared.recipe
+    asked = float(sum(len(one) for client in prepared.held_out_encoded.values() for one in client))
+    probes = sum(len(canary.text) / 4 for canary in prepared.canaries) * (1 + len(recipe.audit.prefix_tokens))
+    work = {}
+    if not _scores_path(run, BASE).exists():
+        work[f"evaluate {BASE}"] = asked
+    for name, arm in recipe.arms().items():
+        strategy = build_strategy(arm.strategy.name, arm.strategy.options, seed=recipe.seed)
+        if not _scores_path(run, name).exists():
+            newest = _checkpoints(run, prepared, name).newest()
+            rounds = arm.strategy.rounds - (newest.round if newest else 0)
+            work[f"train {name}"] = TRAIN_COST * rounds * sum(_tokens_per_round(arm, m) for m in prepared.members)
+            personal = strategy.shared(strategy.init({})) is None
+            work[f"evaluate {name}"] = asked * (len(prepared.members) if personal else 1)
+    if prepared.canaries:
+        work |= {f"audit {name}": probes for name in (BASE, *_audited(recipe))}
+    return work
+
+
+def _tokens_per_round(arm: Arm, member: Member) -> float:
+    mean = sum(len(record) for record in member.records) / len(member.records)
+    return steps_per_round(len(member.records), arm.train) * min(arm.train.batch_size, len(member.records)) * mean
+
+
+def _audited(recipe: Recipe) -> list[str]:
+    """Arms that are audited, as far as the recipe alone tells."""
+    if recipe.audit.models is not None:
+        return list(recipe.audit.models)
+    arms = recipe.arms()
+    strategies = {n: build_strategy(a.strategy.name, a.strategy.options, seed=recipe.seed) for n, a in arms.items()}
+    return [name for name, strategy in strategies.items() if strategy.shared(strategy.init({})) is not None]
+
+
+@dataclass
+class _Meter:
+    """Emits `WorkDone` as a phase goes on, at most once per hundredth, and `PhaseDone` at its end."""
+
+    log: EventLog
+    phase: str
+    expected: float
+    tokens: int = 0
+    told: float = 0.0
+    began: float = field(default_factory=time.perf_counter)
+
+    def add(self, tokens: int) -> None:
+        self.tokens += tokens
+        share = min(1.0, self.tokens / self.expected) if self.expected else 1.0
+        if share - self.told >= 0.01:
+            self.told = share
+            self.log.emit(WorkDone(phase=self.phase, share=share))
+
+    def done(self) -> None:
+        self.log.emit(PhaseDone(phase=self.phase, seconds=time.perf_counter() - self.began, tokens=self.tokens))
+
+
+def _arm(run: RunFolder, prepared: Prepared, log: EventLog, arm: Arm) -> list[ModelScores]:
+    """Train an arm, as far as it is not trained, save its outcome, and score it."""
+    if _scores_path(run, arm.name).exists():
+        return _read_scores(run, arm.name)
+    with _trainable(prepared.model, arm.adapter, seed=prepared.recipe.seed) as trainable:
+        outcomes = _train(run, prepared, log, arm, trainable)
+        _save(run, prepared.model, arm, trainable, outcomes)
+        return _evaluate(
+            run,
+            prepared,
+            log,
+            arm.name,
+            trainable.model,
+            outcomes,
+            load=lambda tensors: trainable.load(tensors or {}),
+        )
+
+
+@contextlib.contextmanager
+def _trainable(model: LoadedModel, adapter: Adapter, *, seed: int) -> Iterator[Trainable]:
+    """What learns in an arm; afterwards the base model in memory is as it was."""
+    if adapter.kind == "full":
+        trainable = full(model.model)
+        base = trainable.state()
+        try:
+            yield trainable
+        finally:
+            trainable.load(base)
+            model.model.requires_grad_(False)
+        return
+    trainable = add_lora(
+        model.model,
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        targets=adapter.targets,
+        dropout=adapter.dropout,
+        seed=seed,
+    )
+    try:
+        yield trainable
+    finally:
+        remove_lora(trainable)
+
+
+def _checkpoints(run: RunFolder, prepared: Prepared, arm: str) -> Checkpoints:
+    return Checkpoints(run.arm(arm), identity=f"{prepared.recipe.digest()}/{arm}")
+
+
+def _train(
+    run: RunFolder, prepared: Prepared, log: EventLog, arm: Arm, trainable: Trainable
+) -> dict[str | None, Tensors | None]:
+    """Run an arm's rounds from its newest checkpoint; the shared outcome under None, or members' under their names."""
+    strategy = build_strategy(arm.strategy.name, arm.strategy.options, seed=prepared.recipe.seed)
+    members = [prepared.pooled()] if strategy.pooled else list(prepared.members)
+    checkpoints = _checkpoints(run, prepared, arm.name)
+    start = checkpoints.newest() or Checkpoint(0, strategy.init(trainable.state()), {})
+    log.emit(
+        ArmStarted(
+            arm=arm.name,
+            strategy=strategy.name,
+            round=start.round + 1,
+            rounds=arm.strategy.rounds,
+            trainable=trainable.count,
+        )
+    )
+    meter = _Meter(
+        log, f"train {arm.name}", (arm.strategy.rounds - start.round) * sum(_tokens_per_round(arm, m) for m in members)
+    )
+    steps: list[Step] = []
+
+    def on_step(client: str, turn: Turn, step: Step) -> None:
+        steps.append(step)
+        log.emit(
+            StepDone(
+                arm=arm.name,
+                client=client,
+                round=turn.round,
+                step=step.number,
+                loss=step.loss,
+                learning_rate=step.learning_rate,
+                gradient_norm=step.gradient_norm,
+                tokens=step.tokens,
+            )
+        )
+        meter.add(step.tokens)
+
+    def trained() -> tuple[int, float | None]:
+        targets = sum(step.targets for step in steps)
+        found = sum(step.tokens for step in steps), sum(s.loss * s.targets for s in steps) / targets if steps else None
+        steps.clear()
+        return found
+
+    workers = min(prepared.recipe.engine.workers, len(members))
+    engine: Engine = (
+        WorkerEngine(trainable, members, arm.train, on_step, workers=workers, threads=prepared.recipe.engine.threads)
+        if workers > 0
+        else InProcessEngine(trainable, members, arm.train, on_step)
+    )
+    try:
+        state = run_rounds(
+            strategy,
+            engine,
+            start,
+            rounds=arm.strategy.rounds,
+            arm=arm.name,
+            checkpoints=checkpoints,
+            emit=log.emit,
+            tokens=trained,
+        )
+        states = engine.states()
+    finally:
+        engine.close()
+    meter.done()
+    if (shared := strategy.shared(state)) is not None:
+        return {None: shared}
+    return {name: strategy.personal(state, states[name]) for name in engine.members}
+
+
+def _save(
+    run: RunFolder, model: LoadedModel, arm: Arm, trainable: Trainable, outcomes: Mapping[str | None, Tensors | None]
+) -> None:
+    """Write an arm's outcomes as PEFT or model folders."""
+    for member, tensors in outcomes.items():
+        if tensors is not None:
+            folder = run.arm(arm.name) if member is None else run.arm(arm.name) / "members" / member
+            kind = "model" if arm.adapter.kind == "full" else "adapter"
+            trainable.save(folder / kind, tensors, base=str(model.folder))
+
+
+def _scores_path(run: RunFolder, model: str) -> Path:
+    return run.path / "scores" / f"{model}.json"
+
+
+def _read_scores(run: RunFolder, model: str) -> list[ModelScores]:
+    path = _scores_path(run, model)
+    try:
+        stored = json.loads(path.read_bytes())
+        return [
+            ModelScores(
+                model,
+                entry["member"],
+                {client: [Score(**one) for one in scores] for client, scores in entry["by_client"].items()},
+            )
+            for entry in stored
+        ]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"these scores cannot be read: {error}", where=path, hint="Delete the file and resume."
+        ) from error
+
+
+def _evaluate(
+    run: RunFolder,
+    prepared: Prepared,
+    log: EventLog,
+    name: str,
+    module: torch.nn.Module,
+    outcomes: Mapping[str | None, Tensors | None],
+    *,
+    load: Callable[[Tensors | None], None],
+) -> list[ModelScores]:
+    """Score each outcome of an arm on all held-out records, and store the scores."""
+    path = _scores_path(run, name)
+    if path.exists():
+        return _read_scores(run, name)
+    clients = sorted(prepared.held_out)
+    records = [record for client in clients for record in prepared.held_out[client]]
+    encoded = [one for client in clients for one in prepared.held_out_encoded[client]]
+    meter = _Meter(log, f"evaluate {name}", float(sum(len(one) for one in encoded) * len(outcomes)))
+    found = []
+    for member, tensors in outcomes.items():
+        load(tensors)
+        scores = iter(
+            score(
+                module,
+                records,
+                encoded,
+                tokens_per_pass=prepared.recipe.evaluation.tokens_per_pass,
+                on_tokens=meter.add,
+            )
+        )
+        by_client = {client: [next(scores) for _ in prepared.held_out[client]] for client in clients}
+        found.append(ModelScores(name, member, by_client))
+    write_atomic(path, json.dumps([asdict(scores) for scores in found]).encode())
+    meter.done()
+    return found
+
+
+def _audit(
+    run: RunFolder,
+    recipe: Recipe,
+    model: LoadedModel,
+    encoder: Encoder,
+    log: EventLog,
+    prefix_tokens: Sequence[int],
+) -> AuditTable:
+    """Audit the base model and every arm's shared outcome, as they lie on disk, and write the table."""
+    if not run.canaries.exists():
+        raise UserError(
+            "the run has no canaries, so there is nothing to audit",
+            where=run.path,
+            hint="Add [canaries] to the recipe and start a new run.",
+        )
+    canaries = read_canaries(run.canaries)
+    findings: list[Findings] = []
+    for name in (BASE, *_audited(recipe)):
+        meter = _Meter(
+            log, f"audit {name}", sum(len(canary.text) / 4 for canary in canaries) * (1 + len(prefix_tokens))
+        )
+        with _outcome(run, model, name) as module:
+            findings.append(
+                audit_model(name, module, encoder, canaries, prefix_tokens=prefix_tokens, on_tokens=meter.add)
+            )
+        meter.done()
+    table = AuditTable(
+        extraction=tuple(row for found in findings for row in found.extraction),
+        gaps=tuple(row for found in findings for row in found.gaps),
+        canaries=sum(canary.inserted for canary in canaries),
+        controls=sum(not canary.inserted for canary in canaries),
+        skipped_prefixes=sum(found.skipped for found in findings),
+        seed=recipe.seed,
+    )
+    run.write_table("audit", table)
+    return table
+
+
+@contextlib.contextmanager
+def _outcome(run: RunFolder, model: LoadedModel, name: str) -> Iterator[torch.nn.Module]:
+    """A model of the run as others would load it: the base, base and adapter, or the tuned model's folder."""
+    folder = run.arm(name)
+    if name == BASE:
+        yield model.model
+    elif (folder / "adapter").is_dir():
+        with applied(model.model, folder / "adapter") as module:
+            yield module
+    elif (folder / "model").is_dir():
+        yield load_model(str(folder / "model"), dtype=model.model.dtype, device=model.model.device).model
+    else:
+        raise UserError(
+            f"arm {name!r} has no tuned model yet",
+            where=folder,
+            hint=f"Finish the run: `allmend tune --resume {run.path}`.",
+        )

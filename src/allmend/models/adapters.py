@@ -1,0 +1,302 @@
+"""What learns in a model: low-rank adapters (LoRA) through PEFT, or all parameters.
+
+A `Trainable` gives what learns as named tensors in a fixed order, takes such tensors back, and saves them as a folder
+that plain `from_pretrained` loads. One base model in memory serves many adapters: swap them with `state` and `load`,
+or take them off with `remove_lora`.
+
+Source: Hu et al. 2022, LoRA: Low-Rank Adaptation of Large Language Models. A layer W x becomes W x + (α / r) B A x
+with A of shape (r, in) and B of shape (out, r).
+"""
+
+import contextlib
+import copy
+import difflib
+import json
+import math
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
+from safetensors.torch import save as save_safetensors
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from allmend.errors import UserError
+from allmend.models.load import linear_layers_of
+from allmend.models.sources import quiet
+from allmend.models.tensors import Tensors, os_error
+from allmend.run import folder_atomic
+
+ALL_LINEAR = "all-linear"
+"""Targets every linear layer but the output embedding."""
+
+_ADAPTER = "default"
+"""PEFT's own name for a single adapter; it is part of the parameters' names in memory and not on disk."""
+
+_TOKENIZER_PATTERNS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja")
+
+
+@dataclass(frozen=True, eq=False)
+class Trainable:
+    """The part of a model that learns.
+
+    Attributes:
+        model: the module to call: a `PeftModel` for LoRA, the bare model when everything learns.
+        kind: `lora` or `full`.
+    """
+
+    model: nn.Module
+    kind: Literal["lora", "full"]
+    _parameters: dict[str, nn.Parameter] = field(repr=False)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What learns, in order of the names; the names are those of the saved file."""
+        return dict(self._parameters)
+
+    @property
+    def count(self) -> int:
+        """Number of scalars that learn."""
+        return sum(parameter.numel() for parameter in self._parameters.values())
+
+    def state(self) -> Tensors:
+        """Copies on the CPU, in the parameters' types, order and shapes."""
+        return {
+            name: parameter.detach().to("cpu", copy=True).contiguous() for name, parameter in self._parameters.items()
+        }
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Set the parameters to `tensors`, which have exactly their names and shapes; types are converted.
+
+        Raises:
+            UserError: a name or shape differs; says which first. No parameter has changed then.
+        """
+        self._check(tensors)
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(tensors[name])
+
+    def save(self, folder: Path, tensors: Mapping[str, torch.Tensor], *, base: str) -> None:
+        """Write `tensors` as an outcome: a PEFT folder for LoRA, a Hugging Face model folder when everything learned.
+
+        A folder that is there already is replaced as a whole. The tokenizer's files are copied into a model folder
+        where the model was loaded from a folder.
+
+        Args:
+            folder: where to write.
+            tensors: names and shapes of `parameters`; they need not be the parameters' present values.
+            base: name or folder of the base model, which a PEFT folder records.
+
+        Raises:
+            UserError: a name or shape differs, or the operating system refused.
+        """
+        self._check(tensors)
+        with folder_atomic(folder) as partial:
+            if self.kind == "lora":
+                self._save_adapter(partial, tensors, base)
+            else:
+                self._save_model(partial, tensors)
+
+    def _check(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        for name in sorted({*self._parameters, *tensors}):
+            if name not in tensors:
+                raise UserError(f"{name} is missing among the tensors", hint=_SAME_RECIPE)
+            if name not in self._parameters:
+                raise UserError(f"{name} is no parameter that learns here", hint=_SAME_RECIPE)
+            found, expected = list(tensors[name].shape), list(self._parameters[name].shape)
+            if found != expected:
+                raise UserError(f"{name} has shape {found} instead of {expected}", hint=_SAME_RECIPE)
+
+    def _save_adapter(self, folder: Path, tensors: Mapping[str, torch.Tensor], base: str) -> None:
+        assert isinstance(self.model, PeftModel)
+        config = copy.deepcopy(self.model.peft_config[_ADAPTER])
+        config.base_model_name_or_path = base
+        config.inference_mode = True
+        config.save_pretrained(str(folder))
+        path = folder / "adapter_config.json"
+        fields = json.loads(path.read_bytes())
+        # PEFT keeps the targets in a set, whose order changes from process to process
+        fields["target_modules"] = sorted(fields["target_modules"])
+        path.write_text(json.dumps(fields, indent=2, sort_keys=True))
+        plain = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+        (folder / "adapter_model.safetensors").write_bytes(save_safetensors(plain, metadata={"format": "pt"}))
+
+    def _save_model(self, folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+        model = self.model
+        assert isinstance(model, PreTrainedModel)
+        names = {id(parameter): name for name, parameter in self._parameters.items()}
+        # a tied parameter has several names in the model and one here
+        state = model.state_dict() | {
+            name: tensors[names[id(parameter)]].detach()
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+        }
+        try:
+            with quiet():
+                model.save_pretrained(folder, state_dict=state)
+        except SafetensorError as error:
+            raise os_error(error) from error
+        for path in folder.glob("*.safetensors"):
+            shutil.copymode(folder / "config.json", path)
+        origin = Path(model.name_or_path or "")
+        if model.name_or_path and origin.is_dir():
+            for path in sorted({path for pattern in _TOKENIZER_PATTERNS for path in origin.glob(pattern)}):
+                shutil.copyfile(path, folder / path.name)
+
+
+_SAME_RECIPE = "The tensors must come from the same model with the same adapter settings."
+
+
+def add_lora(
+    model: nn.Module,
+    *,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str] | Literal["all-linear"],
+    dropout: float = 0.0,
+    seed: int,
+) -> Trainable:
+    """Put LoRA on the linear layers that `targets` name and freeze everything else.
+
+    A starts as Kaiming-uniform with a = √5 and B as zero, as in PEFT, but from a generator of its own in order of the
+    names: the same `seed` gives the same adapter whatever ran before, and the global generators are left as they were.
+    In a bfloat16 or float16 model the adapter is float32.
+
+    Args:
+        model: a bare causal language model; its layers are wrapped in place until `remove_lora`.
+        rank: r, the inner dimension of B A.
+        alpha: α; the product B A is scaled by α / r.
+        targets: layer names or their last parts (`q_proj`), or `all-linear` for every one but the output embedding.
+        dropout: share of the adapter's inputs that is zeroed in training.
+        seed: of A.
+
+    Raises:
+        UserError: `check_lora` has something to say.
+    """
+    problems = check_lora(linear_layers_of(model), rank=rank, targets=targets)
+    if problems:
+        raise UserError("\n".join(problems))
+    training = model.training
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=ALL_LINEAR if targets == ALL_LINEAR else list(targets),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+    )
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(devices), warnings.catch_warnings():  # PEFT draws A too
+        warnings.simplefilter("ignore", FutureWarning)  # between PEFT and transformers; no user can act on it
+        wrapped = get_peft_model(model, config)
+    wrapped.train(training)
+    parameters = dict(
+        sorted(
+            (name.replace(f".{_ADAPTER}.", "."), parameter)
+            for name, parameter in wrapped.named_parameters()
+            if parameter.requires_grad
+        )
+    )
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            start = torch.zeros(parameter.shape)
+            if ".lora_A." in name:
+                nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
+            parameter.copy_(start)
+    return Trainable(wrapped, "lora", parameters)
+
+
+def remove_lora(trainable: Trainable) -> PreTrainedModel:
+    """The bare base model, with its own layers back in place and unchanged; the adapter is gone.
+
+    Its parameters stay frozen, as PEFT left them; `full` unfreezes them.
+
+    Raises:
+        ValueError: `trainable` is not a LoRA.
+    """
+    if not isinstance(trainable.model, PeftModel):
+        raise ValueError(f"there is no LoRA to remove: everything learns (kind {trainable.kind!r})")
+    base: PreTrainedModel = trainable.model.unload()
+    return base
+
+
+@contextlib.contextmanager
+def applied(model: PreTrainedModel, folder: Path) -> Iterator[PeftModel]:
+    """`model` with the PEFT adapter of a folder, for reading; afterwards the bare base is back.
+
+    Raises:
+        UserError: the folder holds no adapter, or one for another model.
+    """
+    try:
+        wrapped = PeftModel.from_pretrained(model, str(folder)).eval()
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(
+            f"cannot be applied to the model: {error}", where=folder, hint="Use the base model that it was trained on."
+        ) from error
+    try:
+        yield wrapped
+    finally:
+        wrapped.unload()
+
+
+def full(model: nn.Module) -> Trainable:
+    """All parameters of `model` learn; tied ones count once, under their first name.
+
+    Training changes the base in memory: load it again before it serves as the base of something else.
+    """
+    model.requires_grad_(True)
+    return Trainable(model, "full", dict(sorted(model.named_parameters())))
+
+
+def check_lora(
+    layers: Mapping[str, tuple[int, int]], *, rank: int, targets: Sequence[str] | Literal["all-linear"]
+) -> list[str]:
+    """What is wrong with a LoRA for a model with these layers, as messages; empty if nothing is.
+
+    A target matches a layer by PEFT's rule: it is the layer's name, or the end of it after a full stop.
+
+    Args:
+        layers: names and shapes (out, in), as `linear_layers` gives them.
+        rank: r.
+        targets: as in `add_lora`.
+    """
+    problems = []
+    if rank < 1:
+        problems.append(f"rank {rank} is not positive")
+    matched: set[str] = set()
+    if targets == ALL_LINEAR:
+        matched = set(layers)
+        if not layers:
+            problems.append("the model has no linear layers")
+    elif isinstance(targets, str):
+        problems.append(f"targets {targets!r} is neither a list of layer names nor {ALL_LINEAR!r}")
+    elif not targets:
+        problems.append(f"no targets are given; name some layers, or {ALL_LINEAR!r}")
+    else:
+        for target in targets:
+            found = {name for name in layers if name == target or name.endswith(f".{target}")}
+            matched |= found
+            if not found:
+                problems.append(_no_match(target, layers))
+    narrow = {name: layers[name] for name in matched if min(layers[name]) < rank}
+    if narrow:
+        name, (rows, columns) = min(narrow.items(), key=lambda layer: (min(layer[1]), layer[0]))
+        others = f" (and {len(narrow) - 1} more layers)" if len(narrow) > 1 else ""
+        problems.append(
+            f"rank {rank} is larger than the smaller dimension of {name}, whose shape is {rows} × {columns}{others}; "
+            f"choose at most {min(rows, columns)}"
+        )
+    return problems
+
+
+def _no_match(target: str, layers: Mapping[str, Any]) -> str:
+    suffixes = sorted({name.rpartition(".")[2] for name in layers})
+    near = difflib.get_close_matches(target, [*suffixes, *layers], n=3)
+    meant = f"; did you mean {' or '.join(near)}?" if near else ""
+    return f"target {target!r} matches no linear layer{meant} (the model has: {', '.join(suffixes)})"

@@ -1,0 +1,252 @@
+"""From a recipe to everything a run needs in memory: the model, the clients' encoded records, the canaries.
+
+All that is wrong with a recipe in the light of its model and files is found here and reported at once, before
+anything heavy starts.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from allmend.data.canaries import Canary, plant, to_records
+from allmend.data.chat import Encoded, Encoder, choose_template
+from allmend.data.files import load_client
+from allmend.data.icd10cm import build_icd10cm
+from allmend.data.records import ClientData, Record
+from allmend.data.splits import uniform
+from allmend.errors import UserError
+from allmend.federation.member import Member
+from allmend.federation.strategies import build_strategy
+from allmend.models.adapters import check_lora
+from allmend.models.load import LoadedModel, linear_layers, load_model
+from allmend.models.sources import resolve
+from allmend.recipe import Problem, Recipe, RecipeError
+
+POOL = "pooled"
+"""The name of the one party that holds all records, in an arm that pools them."""
+
+_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything a run needs.
+
+    Attributes:
+        recipe: as given.
+        base: folder that the recipe's relative paths start from.
+        model: the base model.
+        encoder: of records, for this model.
+        members: training records by member, canaries included, encoded.
+        held_out: held-out records by client.
+        held_out_encoded: the same, encoded for evaluation.
+        canaries: inserted ones and controls; empty without `[canaries]`.
+        notes: counts worth telling, by client.
+        data_digests: SHA-256 of each client's records.
+    """
+
+    recipe: Recipe
+    base: Path
+    model: LoadedModel
+    encoder: Encoder
+    members: tuple[Member, ...]
+    held_out: dict[str, tuple[Record, ...]]
+    held_out_encoded: dict[str, tuple[Encoded, ...]]
+    canaries: tuple[Canary, ...]
+    notes: dict[str, dict[str, int]]
+    data_digests: dict[str, str]
+
+    def pooled(self) -> Member:
+        """All members' records as those of one party."""
+        records = [record for member in self.members for record in member.records]
+        return Member(POOL, records, _seed(self.recipe.seed, POOL))
+
+
+def check(recipe: Recipe, base: Path) -> Path:
+    """Find everything that is wrong with a recipe in the light of its strategies, files and model.
+
+    Args:
+        recipe: valid by itself.
+        base: folder that relative paths start from.
+
+    Returns:
+        The model's folder; the model is fetched if it is not there yet.
+
+    Raises:
+        RecipeError: all problems at once.
+    """
+    problems: list[Problem] = []
+    arms = recipe.arms()
+    for name, arm in arms.items():
+        key = ("strategy",) if name == recipe.strategy.name else ("compare", name, "strategy")
+        try:
+            build_strategy(arm.strategy.name, arm.strategy.options, seed=recipe.seed)
+        except (ValueError, TypeError) as error:
+            problems.append(Problem(key, str(error)))
+    for index, client in enumerate(recipe.clients):
+        if not client.data.startswith("hub:") and not (base / client.data).is_file():
+            problems.append(Problem(("clients", index, "data"), f"there is no file {base / client.data}"))
+    folder: Path | None = None
+    try:
+        folder = resolve(_source(recipe, base))
+        layers = linear_layers(folder)
+    except UserError as error:
+        problems.append(Problem(("model", "source"), str(error)))
+    else:
+        for name, arm in arms.items():
+            if arm.adapter.kind == "lora":
+                key = ("adapter",) if name == recipe.strategy.name else ("compare", name, "adapter")
+                problems += [
+                    Problem(key, found)
+                    for found in check_lora(layers, rank=arm.adapter.rank, targets=arm.adapter.targets)
+                ]
+    if problems or folder is None:
+        raise RecipeError(_without_repeats(problems))
+    return folder
+
+
+def prepare(recipe: Recipe, base: Path, *, model: LoadedModel | None = None) -> Prepared:
+    """Load the model and all data.
+
+    Args:
+        recipe: valid by itself.
+        base: folder that relative paths start from.
+        model: the recipe's model, where the caller has it in memory already.
+
+    Raises:
+        RecipeError: what is wrong with the recipe, all at once.
+        UserError: what is wrong with the data, for all clients at once.
+    """
+    check(recipe, base)
+    if recipe.engine.threads:
+        torch.set_num_threads(recipe.engine.threads)
+    clients = _clients(recipe, base)
+    canaries = _canaries(recipe, clients)
+    model, encoder = prepare_model(recipe, base, model=model)
+    members, notes = [], {}
+    held_out: dict[str, tuple[Record, ...]] = {}
+    held_out_encoded: dict[str, tuple[Encoded, ...]] = {}
+    for client in clients:
+        counts = dict(client.notes)
+        planted = to_records([canary for canary in canaries if canary.client == client.name])
+        train = [encoder.for_training(record) for record in (*client.train, *planted)]
+        train, _ = _fit(train, (*client.train, *planted), recipe, counts, "training")
+        if not train:
+            raise UserError(
+                f"no training record fits data.max_tokens = {recipe.data.max_tokens}",
+                where=f"client {client.name!r}",
+                hint='Raise it, or set data.too_long = "truncate".',
+            )
+        asked = sorted(client.held_out, key=lambda record: uniform(record.id))[: recipe.evaluation.max_held_out]
+        test, kept = _fit([encoder.for_evaluation(record) for record in asked], asked, recipe, counts, "held-out")
+        members.append(Member(client.name, train, _seed(recipe.seed, client.name)))
+        held_out[client.name] = tuple(kept)
+        held_out_encoded[client.name] = tuple(test)
+        notes[client.name] = counts
+    return Prepared(
+        recipe=recipe,
+        base=base,
+        model=model,
+        encoder=encoder,
+        members=tuple(members),
+        held_out=held_out,
+        held_out_encoded=held_out_encoded,
+        canaries=tuple(canaries),
+        notes=notes,
+        data_digests={client.name: _digest((*client.train, *client.held_out)) for client in clients},
+    )
+
+
+def prepare_model(recipe: Recipe, base: Path, *, model: LoadedModel | None = None) -> tuple[LoadedModel, Encoder]:
+    """The recipe's model, loaded unless the caller has it already, and the encoder of records for it.
+
+    Raises:
+        UserError: the model cannot be had, or it lacks the chat template that the recipe asks for.
+    """
+    model = model or load_model(_source(recipe, base), dtype=_DTYPES[recipe.model.dtype])
+    template = choose_template(recipe.data.template, model.tokenizer)
+    return model, Encoder(model.tokenizer, template, recipe.data.max_tokens)
+
+
+def _source(recipe: Recipe, base: Path) -> str:
+    """The model's source, with a local path made to start from the recipe's folder."""
+    local = base / recipe.model.source
+    return str(local) if local.exists() else recipe.model.source
+
+
+def _clients(recipe: Recipe, base: Path) -> list[ClientData]:
+    if recipe.data.icd10cm:
+        return build_icd10cm(train=recipe.data.icd10cm.train, held_out=recipe.data.icd10cm.held_out, seed=recipe.seed)
+    clients, problems = [], []
+    for source in recipe.clients:
+        try:
+            clients.append(
+                load_client(
+                    source.name, source.data, fields=recipe.data.fields, held_out=recipe.data.held_out, base=base
+                )
+            )
+        except UserError as error:
+            problems.append(error)
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise UserError("\n".join(f"- {problem}" for problem in problems), where=f"data of {len(problems)} clients")
+    return clients
+
+
+def _canaries(recipe: Recipe, clients: Sequence[ClientData]) -> list[Canary]:
+    if recipe.canaries is None:
+        return []
+    names = recipe.canaries.clients or [client.name for client in clients]
+    if strangers := sorted(set(names) - {client.name for client in clients}):
+        raise RecipeError([Problem(("canaries", "clients"), f"no such client: {', '.join(strangers)}")])
+    return plant(
+        clients=names,
+        copies=recipe.canaries.copies,
+        per_cell=recipe.canaries.pairs_by_copies,
+        seed=recipe.seed,
+        avoid=(text for client in clients for record in client.train for text in _texts(record)),
+    )
+
+
+def _texts(record: Record) -> Iterable[str]:
+    return (record.text, *(message.content for message in record.messages))
+
+
+def _fit(
+    encoded: Sequence[Encoded], records: Sequence[Record], recipe: Recipe, counts: dict[str, int], what: str
+) -> tuple[list[Encoded], list[Record]]:
+    """Leave out what is too long if the recipe says so, and count what was cut or left out."""
+    too_long = sum(one.cut > 0 for one in encoded)
+    if recipe.data.too_long == "truncate":
+        if too_long:
+            counts[f"{what} records truncated"] = too_long
+        return list(encoded), list(records)
+    if too_long:
+        counts[f"{what} records rejected (too long)"] = too_long
+    kept = [pair for pair in zip(encoded, records, strict=True) if pair[0].cut == 0]
+    return [one for one, _ in kept], [record for _, record in kept]
+
+
+def _seed(seed: int, name: str) -> int:
+    """A seed of its own for each member, from its name and not from its place."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=6).digest())
+
+
+def _digest(records: Iterable[Record]) -> str:
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(repr(record).encode())
+    return digest.hexdigest()
+
+
+def _without_repeats(problems: Sequence[Problem]) -> list[Problem]:
+    """Arms of `[compare]` inherit the recipe's mistakes; say each once."""
+    first: dict[Any, Problem] = {}
+    for problem in problems:
+        first.setdefault(problem.what, problem)
+    return list(first.values())

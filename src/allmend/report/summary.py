@@ -1,0 +1,170 @@
+"""The findings of a run in plain words, each with its interval; where an interval covers zero it says so."""
+
+import math
+from dataclasses import dataclass
+from statistics import fmean
+
+from allmend.report import numbers
+from allmend.report.evidence import Evidence
+from allmend.report.markup import Html, join, tag
+from allmend.report.numbers import THIN
+from allmend.results import BASE, POOLED, Estimate, Extraction
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One finding: the figure that carries it, what it is a figure of, and the sentence."""
+
+    figure: str
+    about: str
+    sentence: str
+
+
+def verdict(difference: Estimate) -> int:
+    """1 or −1 when the interval lies on one side of zero, 0 when it does not or there is none."""
+    if difference.low is None or difference.high is None:
+        return 0
+    return 1 if difference.low > 0 else -1 if difference.high < 0 else 0
+
+
+def _points(difference: Estimate) -> str:
+    whole = numbers.evidence(difference, lambda share: numbers.hundredths(share, 0))
+    return f"{numbers.points(difference.value, 0)} points, {whole}"
+
+
+def _shown(difference: Estimate, better: str, worse: str) -> str:
+    """The verb for a difference, or that there is none to speak of."""
+    if not numbers.has_interval(difference):
+        return better if difference.value > 0 else worse if difference.value < 0 else "stayed the same:"
+    return {1: better, -1: worse, 0: "shows no difference:"}[verdict(difference)]
+
+
+def _against_base(evidence: Evidence, model: str) -> Finding | None:
+    after, before = evidence.row(model, POOLED), evidence.row(BASE, POOLED)
+    if after is None or after.accuracy is None:
+        return None
+    reached = numbers.percent(after.accuracy.value, 0)
+    if before is None or before.accuracy is None:
+        sentence = f"Pooled held-out accuracy is {reached} with {model}; the base model was not measured."
+        return Finding(reached, "pooled held-out accuracy", sentence)
+    shares = f"from {numbers.percent(before.accuracy.value, 0)} to {reached} with {model}"
+    known = evidence.difference(model, BASE)
+    if known is None:
+        sentence = f"Pooled held-out accuracy went {shares} ({numbers.sample(after.accuracy)}); no interval."
+        gained = after.accuracy.value - before.accuracy.value
+        return Finding(f"{numbers.points(gained, 0)} points", "accuracy over the base model", sentence)
+    verb = _shown(known.accuracy, "rose", "fell")
+    sentence = f"Pooled held-out accuracy {verb} {shares} ({_points(known.accuracy)})."
+    return Finding(f"{numbers.points(known.accuracy.value, 0)} points", "accuracy over the base model", sentence)
+
+
+def own_specialty(evidence: Evidence, shared: str, alone: str) -> list[tuple[str, Estimate, Estimate]]:
+    """By client: accuracy of the shared model and of the client's own, on the client's own held-out set."""
+    pairs = []
+    for client in evidence.clients:
+        ours, own = evidence.row(shared, client), evidence.row(alone, client, client)
+        if ours and own and ours.accuracy and own.accuracy:
+            pairs.append((client, ours.accuracy, own.accuracy))
+    return pairs
+
+
+def _against_alone(evidence: Evidence, model: str, alone: str) -> Finding | None:
+    known = evidence.difference(model, alone)
+    ours, own = evidence.row(model, POOLED), [r.accuracy for r in evidence.members_rows(alone, POOLED) if r.accuracy]
+    if known is not None:
+        gap, behind = known.accuracy.value, f" ({_points(known.accuracy)})"
+        verb = _shown(known.accuracy, "is better than", "is worse than")
+        verb = verb if verb.startswith("is") else "shows no difference from"
+    elif ours is not None and ours.accuracy is not None and own:
+        gap, behind = ours.accuracy.value - fmean(e.value for e in own), "; no interval"
+        verb = "is ahead of" if gap > 0 else "is not ahead of"
+        behind = f" ({numbers.points(gap, 0)} points{behind})"
+    else:
+        return None
+    sentence = f"On the pooled questions {model} {verb} members who train alone, on average{behind}."
+    pairs = own_specialty(evidence, model, alone)
+    if pairs:
+        ahead = sum(ours.value > own.value for _, ours, own in pairs)
+        level = sum(ours.value == own.value for _, ours, own in pairs)
+        drawn = f", level with {level}" if level else ""
+        sentence += " On each member’s own questions it is ahead of that member’s"
+        sentence += f" own model for {ahead} of {len(pairs)}{drawn}."
+    return Finding(f"{numbers.points(gap, 0)} points", "accuracy over members alone", sentence)
+
+
+def longest_prefix(evidence: Evidence, model: str, copies: int, inserted: bool) -> Extraction | None:
+    """Extraction in one cell at the longest prefix that was tried."""
+    rows = [
+        e
+        for e in (evidence.audit.extraction if evidence.audit else ())
+        if (e.model, e.copies, e.inserted) == (model, copies, inserted)
+    ]
+    return max(rows, key=lambda e: e.prefix_tokens, default=None)
+
+
+def _memorised(evidence: Evidence, model: str) -> Finding | None:
+    gaps = [gap for gap in (evidence.audit.gaps if evidence.audit else ()) if gap.model == model]
+    if not gaps:
+        return None
+    most = max(gaps, key=lambda gap: gap.copies)
+    value, cell = most.gap.value, f"Canaries with {numbers.counted(most.copies, 'copy', 'copies')}"
+    behind = numbers.evidence(most.gap, numbers.number)
+    measured = {
+        1: "memorisation is measurable",
+        -1: "they are less likely than their controls",
+        0: "no memorisation shown by this measure",
+    }[verdict(most.gap)]
+    sentence = (
+        f"{cell} are {numbers.number(value)} nats per token likelier than controls under {model}, a factor of "
+        f"{numbers.number(math.exp(min(value, 50.0)))} per token ({behind}): {measured}."
+    )
+    out = longest_prefix(evidence, model, most.copies, inserted=True)
+    null = longest_prefix(evidence, model, most.copies, inserted=False)
+    if out is not None:
+        against = f" (controls: {numbers.percent(null.exact.value, 0)})" if null else ""
+        sentence += (
+            f" Given {numbers.counted(out.prefix_tokens, 'token')} of such a canary, {model} recites the rest "
+            f"of {numbers.percent(out.exact.value, 0)} without an error{against}."
+        )
+    return Finding(f"{numbers.signed(value)} nats", "log-likelihood of canaries over controls", sentence)
+
+
+def _exchanged(evidence: Evidence) -> Finding | None:
+    rounds = [r for rounds in evidence.rounds.values() for r in rounds]
+    messages = [octets for r in rounds for octets in (*r.sent.values(), *r.received.values())]
+    if not messages or not max(messages):
+        return None
+    whole, busy = sum(r.seconds for r in rounds), sum(r.training_seconds for r in rounds)
+    sentence = (
+        f"Largest message: {numbers.size(max(messages))} per member and round; {numbers.size(sum(messages))} in all."
+    )
+    if whole > 0:
+        share = numbers.percent((whole - busy) / whole)
+        sentence += f" Exchange, aggregation and checkpoints took {share} of the rounds’ time."
+    return Finding(numbers.size(max(messages)), "largest message", sentence)
+
+
+def findings(evidence: Evidence) -> list[Finding]:
+    """What a reader should know first; fewer when less was measured."""
+    shared, personal = evidence.shared(), evidence.personal()
+    found: list[Finding | None] = []
+    for model in shared[:1]:
+        found.append(_against_base(evidence, model))
+        found += [_against_alone(evidence, model, alone) for alone in personal[:1]]
+    audited = dict.fromkeys(gap.model for gap in (evidence.audit.gaps if evidence.audit else ()))
+    tuned = [model for model in audited if model != BASE]
+    found += [_memorised(evidence, model) for model in ([m for m in tuned if m in shared] or tuned)[:1]]
+    found.append(_exchanged(evidence))
+    return [finding for finding in found if finding is not None]
+
+
+def summary(evidence: Evidence) -> Html:
+    """The findings as cards."""
+    cards = [
+        tag("li", tag("b", finding.figure), tag("span", finding.about), tag("p", finding.sentence))
+        for finding in findings(evidence)
+    ]
+    if not cards:
+        return tag("p", "Nothing has been measured yet.")
+    note = f"Intervals are 95{THIN}% intervals. Where one covers zero, the page says that no difference is shown."
+    return join([tag("ul", *cards, class_="findings"), tag("p", note, class_="note")])

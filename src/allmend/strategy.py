@@ -1,0 +1,242 @@
+"""The strategy protocol: what coordinator and members say to each other in a round, and nothing else.
+
+A strategy is explicit, serialisable state and plain steps. It never sees a socket, a path or an engine, so that
+the same code runs in one process and between machines. In a round, for each of its legs:
+
+    tasks = strategy.plan(state, turn, members)            # coordinator: what goes to whom
+    reply = strategy.work(task, client)                    # member: reads and writes client.state, trains
+    state = strategy.combine(state, turn, sums, seen)      # coordinator: sums of all replies, and what may be seen
+
+A tensor's name is `group/parameter`; the group is what a `Declaration` speaks of.
+What a member returns stands in two declared groups. **Summed** values reach `combine` only as sums over members
+(`Sums` has no way back to a single value, so secure aggregation can take its place without a change). **Seen**
+values are looked at one by one; each names its reason, which is shown to users before the run.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, TypeAlias
+
+import torch
+
+from allmend.models.tensors import Tensors
+
+Facts: TypeAlias = dict[str, float | int | str | bool]
+"""Named scalars that travel or are kept beside tensors."""
+
+
+@dataclass
+class State:
+    """What a side keeps from round to round; stored as safetensors with JSON metadata."""
+
+    tensors: Tensors = field(default_factory=dict)
+    facts: Facts = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Where the run is: `round` counts from 1, `leg` from 0, of `rounds` rounds in all."""
+
+    round: int
+    leg: int
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """From the coordinator to one member."""
+
+    turn: Turn
+    tensors: Tensors = field(default_factory=dict)
+    facts: Facts = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """From one member to the coordinator.
+
+    Attributes:
+        summed: tensors of which only the sum over members is ever used.
+        summed_facts: numbers of which only the sum is ever used (a weight, a count, a weighted loss).
+        seen: tensors that the coordinator looks at one by one.
+        seen_facts: scalars that the coordinator looks at one by one.
+    """
+
+    summed: Tensors = field(default_factory=dict)
+    summed_facts: dict[str, float] = field(default_factory=dict)
+    seen: Tensors = field(default_factory=dict)
+    seen_facts: Facts = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The part of one member's reply that may be looked at by itself."""
+
+    tensors: Tensors
+    facts: Facts
+
+
+class Sums:
+    """Running sums of replies' `summed` parts, kept in float64: adding is possible, taking apart is not.
+
+    Members may return different tensors: each is summed over those who returned it.
+    """
+
+    def __init__(self) -> None:
+        self._tensors: Tensors = {}
+        self._facts: dict[str, float] = {}
+        self.members = 0
+
+    def add(self, reply: Reply) -> None:
+        """Add one member's reply.
+
+        Raises:
+            ValueError: a tensor is not finite, or has another shape than other members' (the name is in the message).
+        """
+        for name, tensor in reply.summed.items():
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"tensor {name!r} holds NaN or infinite values")
+            total = self._tensors.get(name)
+            if total is None:
+                self._tensors[name] = tensor.to(torch.float64, copy=True)
+            elif total.shape != tensor.shape:
+                raise ValueError(
+                    f"tensor {name!r} has shape {tuple(tensor.shape)}, other members sent {tuple(total.shape)}"
+                )
+            else:
+                total += tensor
+        for name, value in reply.summed_facts.items():
+            self._facts[name] = self._facts.get(name, 0.0) + value
+        self.members += 1
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """The sum of one tensor, float64."""
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def fact(self, name: str) -> float:
+        """The sum of one number; 0 if nobody sent it."""
+        return self._facts.get(name, 0.0)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The outcome of a member's local training.
+
+    Attributes:
+        tensors: the trained parameters, named as they came.
+        loss: mean training loss per token (nats) over the steps.
+        steps: optimiser steps taken.
+        tokens: tokens that went through the model.
+        optimizer: the optimiser's state, to go on from.
+    """
+
+    tensors: Tensors
+    loss: float
+    steps: int
+    tokens: int
+    optimizer: Tensors
+
+
+class Client(Protocol):
+    """What a strategy sees of a member while it works there. Its data never passes through here.
+
+    Attributes:
+        name: the member's name.
+        examples: number of training records.
+        state: kept at the member from round to round; a strategy may read and write it.
+        initial: the parameters everybody starts from (the same at each member, made from the recipe's seed).
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def examples(self) -> int: ...
+
+    state: State
+    initial: Tensors
+
+    def train(self, start: Tensors, turn: Turn, *, optimizer: Tensors | None = None) -> Trained:
+        """Train on the member's own records for one round, from `start`; a fresh optimiser unless one is given."""
+        ...
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What leaves whom, in words that users read before a run (`allmend tune --dry-run`).
+
+    Attributes:
+        sent: what the coordinator sends a member in a round; empty if nothing.
+        summed: group of tensors or name of a number → what it is.
+        seen: group of tensors or name of a scalar → why it must be looked at one by one.
+        kept: what stays at the member.
+    """
+
+    sent: str
+    summed: Mapping[str, str] = field(default_factory=dict)
+    seen: Mapping[str, str] = field(default_factory=dict)
+    kept: str = ""
+
+    def undeclared(self, reply: Reply) -> list[str]:
+        """Names in a reply that were not declared in their group, sorted."""
+        summed = {name.partition("/")[0] for name in reply.summed} | set(reply.summed_facts)
+        seen = {name.partition("/")[0] for name in reply.seen} | set(reply.seen_facts)
+        return sorted((summed - set(self.summed)) | (seen - set(self.seen)))
+
+
+class Strategy(Protocol):
+    """One way to learn together. Implementations are frozen data classes holding their options.
+
+    Attributes:
+        name: as in the recipe.
+        legs: exchanges per round.
+        pooled: True if all records must stand in one place (a baseline that only a simulation can run).
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def legs(self) -> int: ...
+    @property
+    def pooled(self) -> bool: ...
+
+    def declare(self) -> Declaration:
+        """What leaves each member, who sees it and why."""
+        ...
+
+    def init(self, initial: Tensors) -> State:
+        """The coordinator's state before the first round."""
+        ...
+
+    def plan(self, state: State, turn: Turn, members: Sequence[str]) -> dict[str, Task]:
+        """The tasks of one leg, by member; a member without one sits out."""
+        ...
+
+    def work(self, task: Task, client: Client) -> Reply:
+        """A member's part. Runs where the data is."""
+        ...
+
+    def combine(self, state: State, turn: Turn, sums: Sums, seen: Mapping[str, Seen]) -> State:
+        """The coordinator's next state."""
+        ...
+
+    def shared(self, state: State) -> Tensors | None:
+        """The model that all share, or None where there is none."""
+        ...
+
+    def personal(self, state: State, client: State) -> Tensors | None:
+        """A member's own model, from the coordinator's and the member's state, or None where there is none."""
+        ...
+
+
+def grouped(group: str, tensors: Tensors) -> Tensors:
+    """The same tensors under names `group/name`."""
+    return {f"{group}/{name}": tensor for name, tensor in tensors.items()}
+
+
+def of_group(group: str, tensors: Mapping[str, torch.Tensor]) -> Tensors:
+    """The tensors of one group under their names within it."""
+    prefix = f"{group}/"
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

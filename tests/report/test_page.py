@@ -1,0 +1,225 @@
+"""The page as a file: whole, escaped, silent, honest about what is missing."""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from html import unescape
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from allmend.errors import UserError
+from allmend.events import RunFinished, RunStarted, StepDone, Stopped, read_events
+from allmend.report import numbers
+from allmend.report.page import write_report
+from allmend.results import POOLED, AuditTable, Estimate, UtilityTable
+
+MakeRun = Callable[..., Path]
+
+
+def read(run: Path) -> str:
+    return write_report(run).read_text()
+
+
+def words(page: str) -> str:
+    """What a reader sees, without the markup."""
+    body = re.sub(r"<(style|script)>.*?</\1>", "", page, flags=re.S)
+    return unescape(re.sub(r"<[^>]+>", " ", body))
+
+
+def estimates(run: Path) -> list[tuple[Estimate, numbers.Format, numbers.Format]]:
+    """Every figure of the run's tables and how it is written."""
+    utility = UtilityTable.model_validate_json((run / "results/utility.json").read_bytes())
+    audit = AuditTable.model_validate_json((run / "results/audit.json").read_bytes())
+    shares = [e for row in utility.rows for e in (row.accuracy, *row.by_kind.values()) if e]
+    shares += [e for row in audit.extraction for e in (row.exact, row.matched, row.bleu, row.approximate)]
+    plain = [row.perplexity for row in utility.rows if row.perplexity]
+    plain += [e for gap in audit.gaps for e in (gap.inserted, gap.control, gap.gap)]
+    return (
+        [(e, numbers.percent, numbers.hundredths) for e in shares]
+        + [(e, numbers.number, numbers.number) for e in plain]
+        + [(d.accuracy, numbers.points, numbers.points) for d in utility.differences]
+    )
+
+
+def test_every_figure_of_the_tables_is_on_the_page(run: Path) -> None:
+    seen = words(read(run))
+    for estimate, form, ends in estimates(run):
+        assert form(estimate.value) in seen
+        assert numbers.interval(estimate, ends) in seen
+
+
+def test_every_byte_count_and_loss_by_round_is_in_a_table(run: Path) -> None:
+    seen = words(read(run))
+    for event in read_events(run / "events.jsonl"):
+        if event.type == "round":
+            assert event.loss is not None
+            assert numbers.number(event.loss) in seen
+            assert all(numbers.size(octets) in seen for octets in event.sent.values() if octets)
+
+
+def test_summary_names_difference_interval_and_sample(run: Path) -> None:
+    seen = words(read(run)).replace("\u202f", " ").replace("\xa0", " ")
+    assert "Pooled held-out accuracy rose from 35 % to 55 % with fedavg (+20 points, 95 % interval 14 to 26," in seen
+    assert "fedavg is better than members who train alone, on average (+8 points" in seen
+    assert "memorisation is measurable" in seen
+    assert "Largest message: 1.85 MB per member and round" in seen
+
+
+def test_interval_over_zero_is_no_difference(run: Path) -> None:
+    path = run / "results/utility.json"
+    table = UtilityTable.model_validate_json(path.read_bytes())
+    wide = [
+        d.model_copy(update={"accuracy": d.accuracy.model_copy(update={"low": -0.01})}) if d.held_out == POOLED else d
+        for d in table.differences
+    ]
+    path.write_text(table.model_copy(update={"differences": tuple(wide)}).model_dump_json())
+    seen = words(read(run))
+    assert "Pooled held-out accuracy shows no difference:" in seen
+    assert "shows no difference from members who train alone" in seen
+    assert "rose from" not in seen
+
+
+def test_asks_the_network_for_nothing(run: Path) -> None:
+    page = read(run)
+    for outside in ("http://", "https://", "src=", "url(", "@import", "<iframe", "fetch(", "XMLHttpRequest"):
+        assert outside not in page
+    assert "default-src 'none'" in page
+    assert set(re.findall(r'href="([^"]+)"', page)) <= {
+        "data:,",
+        "#summary",
+        *(f"#{part}" for part in ("utility", "learning", "memorisation", "exchange", "data", "provenance")),
+    }
+
+
+def test_is_small(run: Path) -> None:
+    assert write_report(run).stat().st_size < 300_000
+
+
+def test_markup_is_well_formed(run: Path) -> None:
+    page = read(run)
+    svgs = re.findall(r"<svg.*?</svg>", page, flags=re.S)
+    assert len(svgs) > 10
+    for svg in svgs:
+        ElementTree.fromstring(svg)
+    body = page[page.index("<body>") : page.index("<script>")]
+    ElementTree.fromstring(body + "</body>")
+
+
+def test_anchors_and_ids_are_unique_and_tables_have_captions_and_scopes(run: Path) -> None:
+    page = read(run)
+    ids = re.findall(r' id="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    assert page.count("<table>") == page.count("<caption>") > 8
+    assert "<th>" not in page
+    assert re.findall(r"<th (?!scope=)", page) == []
+
+
+def test_nothing_is_nan_even_where_figures_are(run: Path) -> None:
+    path = run / "results/audit.json"
+    table = AuditTable.model_validate_json(path.read_bytes())
+    broken = Estimate(value=math.nan, low=math.nan, high=math.inf, n=0)
+    gaps = (table.gaps[0].model_copy(update={"gap": broken}), *table.gaps[1:])
+    cells = (table.extraction[0].model_copy(update={"bleu": broken, "exact": broken}), *table.extraction[1:])
+    text = table.model_copy(update={"gaps": gaps, "extraction": cells}).model_dump(mode="python")
+    path.write_text(json.dumps(text))
+    page = read(run)
+    page = page[: page.index("<script>")]
+    assert not re.search(r"\b(nan|inf|infinity)\b", page, flags=re.I)
+    assert not re.search(r"\bNone\b", page)
+
+
+EVIL = "<script>alert(1)</script>\"'&\x00\u202e"
+
+
+def test_names_and_recipe_are_escaped(make_run: MakeRun) -> None:
+    run = make_run(clients=("injuries", EVIL), recipe=f"# </pre>{EVIL.replace(chr(0), '')}\nmodel = '<img>'\n")
+    page = read(run)
+    assert page.count("<script>") == page.count("</script>") == 1
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "</pre><script" not in page
+    assert "<img" not in page
+    body = page[page.index("<body>") : page.index("<script>")]
+    ElementTree.fromstring(body + "</body>")
+
+
+def test_title_and_warning_are_escaped(run: Path) -> None:
+    log = (run / "events.jsonl").read_text().replace("icd-demo", "</title><b>x").replace("only 24", "<b>only</b> 24")
+    (run / "events.jsonl").write_text(log)
+    page = read(run)
+    assert "<title>&lt;/title&gt;&lt;b&gt;x" in page
+    assert "&lt;b&gt;only&lt;/b&gt; 24" in page
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_half_finished_run_says_what_is_missing_and_how_to_go_on(run: Path, make_run: MakeRun, torn: bool) -> None:
+    log = [e for e in read_events(run / "events.jsonl") if not isinstance(e, RunFinished)]
+    half = log[: len(log) // 3]
+    (run / "results/utility.json").unlink()
+    (run / "results/audit.json").unlink()
+    make_run(log=half, measured=False)
+    if torn:
+        with (run / "events.jsonl").open("ab") as file:
+            file.write(b'{"type": "step", "arm"')
+    seen = words(read(run))
+    assert "This run is not complete" in seen
+    assert f"allmend tune --resume {run}" in seen
+    assert "Utility was not measured" in seen
+    assert "Memorisation was not audited" in seen
+    assert "How the loss fell" in seen
+
+
+def test_stopped_run_tells_its_cause(make_run: MakeRun, run: Path) -> None:
+    log = [e for e in read_events(run / "events.jsonl") if not isinstance(e, RunFinished)]
+    seen = words(read(make_run(log=[*log, Stopped(cause="loss is not finite: client <eye>")])))
+    assert "stopped: loss is not finite: client <eye>" in seen
+
+
+def test_finished_run_without_audit_points_to_it(run: Path) -> None:
+    (run / "results/audit.json").unlink()
+    assert f"allmend audit {run}" in words(read(run))
+
+
+@pytest.mark.parametrize("name", ["events.jsonl", "recipe.toml", "results/utility.json", "results/audit.json"])
+def test_any_file_alone_makes_a_page_and_any_may_be_missing(run: Path, name: str) -> None:
+    keep = (run / name).read_bytes()
+    (run / name).unlink()
+    assert "<h1>" in read(run)
+    for path in (*run.glob("*.*"), *run.glob("results/*")):
+        path.unlink()
+    (run / name).write_bytes(keep)
+    assert "<h1>" in read(run)
+
+
+def test_run_that_only_just_started(make_run: MakeRun, run: Path) -> None:
+    start = [e for e in read_events(run / "events.jsonl") if isinstance(e, RunStarted)]
+    page = read(make_run(log=start, measured=True))
+    assert "No step was logged yet" in page
+
+
+def test_no_run_is_a_users_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no run is here"):
+        write_report(tmp_path)
+    with pytest.raises(UserError, match="no such folder"):
+        write_report(tmp_path / "nowhere")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["events.jsonl", "results/utility.json", "results/audit.json"])
+def test_broken_file_is_named(run: Path, name: str) -> None:
+    (run / name).write_text('{"rows": 3}\n')
+    with pytest.raises(UserError, match=name.split("/")[-1]):
+        write_report(run)
+
+
+def test_many_clients_and_steps_stay_small(make_run: MakeRun, run: Path) -> None:
+    log = list(read_events(run / "events.jsonl"))
+    template = next(e for e in log if isinstance(e, StepDone))
+    steps = [
+        template.model_copy(update={"client": f"client-{c}", "step": s, "loss": 3 / s**0.5})
+        for c in range(64)
+        for s in range(1, 200)
+    ]
+    assert write_report(make_run(log=[log[0], *steps])).stat().st_size < 2_000_000
