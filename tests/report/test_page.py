@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 
 from allmend.errors import UserError
-from allmend.events import RunFinished, RunStarted, StepDone, Stopped, read_events
+from allmend.events import RoundDone, RunFinished, RunStarted, StepDone, Stopped, read_events
 from allmend.report import numbers
 from allmend.report.page import write_report
 from allmend.results import POOLED, AuditTable, Estimate, UtilityTable
@@ -80,6 +80,23 @@ def test_interval_over_zero_is_no_difference(run: Path) -> None:
     assert "Pooled held-out accuracy shows no difference:" in seen
     assert "shows no difference from members who train alone" in seen
     assert "rose from" not in seen
+
+
+def test_without_paired_differences_there_is_no_interval(run: Path) -> None:
+    path = run / "results/utility.json"
+    table = UtilityTable.model_validate_json(path.read_bytes())
+    path.write_text(table.model_copy(update={"differences": ()}).model_dump_json())
+    seen = words(read(run))
+    assert "Pooled held-out accuracy went from" in seen
+    assert "is ahead of members who train alone, on average (+14 points; no interval)" in seen
+
+
+def test_members_alone_are_set_beside_the_base_model(run: Path) -> None:
+    path = run / "results/utility.json"
+    table = UtilityTable.model_validate_json(path.read_bytes())
+    rows = tuple(row for row in table.rows if row.model != "fedavg")
+    path.write_text(table.model_copy(update={"rows": rows, "differences": ()}).model_dump_json())
+    assert "the members’ own models (local) reach 41" in words(read(run))
 
 
 def test_asks_the_network_for_nothing(run: Path) -> None:
@@ -214,12 +231,14 @@ def test_broken_file_is_named(run: Path, name: str) -> None:
         write_report(run)
 
 
-def test_many_clients_and_steps_stay_small(make_run: MakeRun, run: Path) -> None:
+def test_many_clients_steps_and_rounds_stay_small(make_run: MakeRun, run: Path) -> None:
+    names = [f"client-{i}" for i in range(128)]
     log = list(read_events(run / "events.jsonl"))
-    template = next(e for e in log if isinstance(e, StepDone))
-    steps = [
-        template.model_copy(update={"client": f"client-{c}", "step": s, "loss": 3 / s**0.5})
-        for c in range(64)
-        for s in range(1, 200)
-    ]
-    assert write_report(make_run(log=[log[0], *steps])).stat().st_size < 2_000_000
+    step = next(e for e in log if isinstance(e, StepDone))
+    done = next(e for e in log if isinstance(e, RoundDone))
+    bytes_each = dict.fromkeys(names, 10**6)
+    for number in range(1, 51):
+        for name in names:
+            log.append(step.model_copy(update={"client": name, "step": number, "round": number}))
+        log.append(done.model_copy(update={"round": number, "sent": bytes_each, "received": bytes_each}))
+    assert write_report(make_run(clients=names, log=log)).stat().st_size < 2_000_000

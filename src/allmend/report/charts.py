@@ -116,7 +116,7 @@ def _below(x: Scale, axis: Axis, at: float) -> Html:
     for value in x.ticks:
         if value in labelled:
             parts.append(tag("line", x1=x(value), y1=at, x2=x(value), y2=at + 4, class_="axis"))
-            parts.append(_words(axis.form(value), x(value), at + 17, "middle", "tick"))
+            parts.append(_words(axis.form(value), x(value), at + 18, "middle", "tick"))
     return join([*parts, _words(axis.label, x.end, at + 34, "end", "name")])
 
 
@@ -149,13 +149,13 @@ def line_chart(title: str, series: Sequence[Series], x_axis: Axis, y_axis: Axis,
 
     Series are moved sideways by a few pixels where intervals would lie on one another.
     """
-    ends = [s for s in series if s.points or s.trace]
+    ends = [s for s in series if s.points or s.trace or s.faint]
     if not ends:
         return Html("")
     ys = [v for s in ends for p in s.points for v in (p.y, p.low, p.high) if v is not None]
     ys += [b for s in ends for _, b in (*s.trace, *s.faint)]
     y_forked = any(p.low is not None for s in ends for p in s.points)
-    xs = [p.x for s in ends for p in s.points] + [a for s in ends for a, _ in s.trace]
+    xs = [p.x for s in ends for p in s.points] + [a for s in ends for a, _ in (*s.trace, *s.faint)]
     top, bottom = 30.0, height - 42.0
     y = scale(y_axis, ys, bottom, top)
     left = max(width(y_axis.form(value)) for value in y.ticks) + 10

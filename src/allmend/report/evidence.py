@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from allmend.errors import UserError
@@ -85,16 +86,21 @@ class Evidence:
         rows = self.utility.rows if self.utility else ()
         return list(dict.fromkeys(row.model for row in rows if row.member is not None))
 
+    @cached_property
+    def _rows(self) -> dict[tuple[str, str], dict[str | None, Utility]]:
+        """Rows of utility by model and held-out set, then member."""
+        index: dict[tuple[str, str], dict[str | None, Utility]] = {}
+        for row in self.utility.rows if self.utility else ():
+            index.setdefault((row.model, row.held_out), {})[row.member] = row
+        return index
+
     def row(self, model: str, held_out: str, member: str | None = None) -> Utility | None:
         """What is known of one model on one held-out set."""
-        rows = self.utility.rows if self.utility else ()
-        same = (r for r in rows if (r.model, r.held_out, r.member) == (model, held_out, member))
-        return next(same, None)
+        return self._rows.get((model, held_out), {}).get(member)
 
     def members_rows(self, model: str, held_out: str) -> list[Utility]:
         """All personal models of an arm on one held-out set."""
-        rows = self.utility.rows if self.utility else ()
-        return [r for r in rows if r.model == model and r.member is not None and r.held_out == held_out]
+        return [row for member, row in self._rows.get((model, held_out), {}).items() if member is not None]
 
     def difference(self, model: str, other: str, held_out: str = POOLED) -> Difference | None:
         """The paired difference of accuracy between two models on one held-out set."""
@@ -141,6 +147,7 @@ def _sorted(events: list[Event], files: Evidence) -> Evidence:
     phases: dict[str, float] = {}
     progress: dict[str, float] = {}
     starts = [event for event in events if isinstance(event, RunStarted)]
+    times = [event.time for event in events if event.time > 0]
     end: Stopped | RunFinished | None = None
     for event in events:
         match event:
@@ -164,8 +171,8 @@ def _sorted(events: list[Event], files: Evidence) -> Evidence:
                 pass
     return Evidence(
         run=files.run,
-        begun=events[0].time if events else None,
-        latest=events[-1].time if events else None,
+        begun=min(times, default=None),
+        latest=max(times, default=None),
         start=starts[-1] if starts else None,
         sessions=len(starts),
         end=end,

@@ -46,7 +46,7 @@
       const ys = line.dataset.y.split(" ");
       [...line.points].forEach((point, i) => {
         const at = point.matrixTransform(place);
-        found.push({ x: at.x, y: at.y, node: null, words: `${line.dataset.name}, step ${xs[i]}\nloss ${ys[i]} (smoothed)` });
+        found.push({ x: at.x, y: at.y, node: null, words: `${line.dataset.name}, step ${xs[i]}\nloss ${ys[i]} (mean)` });
       });
     }
     return found;

@@ -88,8 +88,21 @@ def _against_alone(evidence: Evidence, model: str, alone: str) -> Finding | None
         level = sum(ours.value == own.value for _, ours, own in pairs)
         drawn = f", level with {level}" if level else ""
         sentence += " On each member’s own questions it is ahead of that member’s"
-        sentence += f" own model for {ahead} of {len(pairs)}{drawn}."
+        sentence += f" own model for {ahead} of {len(pairs)}{drawn} (point estimates)."
     return Finding(f"{numbers.points(gap, 0)} points", "accuracy over members alone", sentence)
+
+
+def _alone_against_base(evidence: Evidence, alone: str) -> Finding | None:
+    own = [row.accuracy.value for row in evidence.members_rows(alone, POOLED) if row.accuracy]
+    before = evidence.row(BASE, POOLED)
+    if not own:
+        return None
+    reached = numbers.percent(fmean(own), 0)
+    than = f"; the base model {numbers.percent(before.accuracy.value, 0)}" if before and before.accuracy else ""
+    sentence = (
+        f"On the pooled questions the members’ own models ({alone}) reach {reached} on average{than}. No interval."
+    )
+    return Finding(reached, "pooled held-out accuracy, mean of members", sentence)
 
 
 def longest_prefix(evidence: Evidence, model: str, copies: int, inserted: bool) -> Extraction | None:
@@ -151,6 +164,8 @@ def findings(evidence: Evidence) -> list[Finding]:
     for model in shared[:1]:
         found.append(_against_base(evidence, model))
         found += [_against_alone(evidence, model, alone) for alone in personal[:1]]
+    if not shared:
+        found += [_alone_against_base(evidence, alone) for alone in personal[:1]]
     audited = dict.fromkeys(gap.model for gap in (evidence.audit.gaps if evidence.audit else ()))
     tuned = [model for model in audited if model != BASE]
     found += [_memorised(evidence, model) for model in ([m for m in tuned if m in shared] or tuned)[:1]]

@@ -15,6 +15,8 @@ MOST = 8
 MOST_POINTS = 300
 """Points of a line; longer logs are averaged in stretches."""
 MOST_FAINT = 40
+MOST_CELLS = 3000
+"""Figures in the table of losses; beyond, it shows every second, third … round and the last."""
 
 Curve = tuple[tuple[float, float], ...]
 
@@ -36,8 +38,8 @@ def smoothed(curve: Sequence[tuple[float, float]], reach: int) -> Curve:
 
 
 def reach_of(length: int) -> int:
-    """Neighbours on each side to smooth over: a twelfth of the curve, at most 25."""
-    return min(25, length // 12)
+    """Neighbours on each side to smooth over: a twelfth of the curve, between 1 and 25; none in a very short one."""
+    return min(25, max(1, length // 12)) if length > 4 else 0
 
 
 def _rounds(steps: Sequence[StepDone]) -> dict[int, float]:
@@ -61,7 +63,8 @@ def _series(client: str, look: int, steps: Sequence[StepDone]) -> Series:
     points = []
     for number, mean in _rounds(steps).items():
         x = min(at, key=lambda known: abs(known - ends[number]))
-        tip = f"{client}, end of round {number} (step {ends[number]})\nmean loss of the round {numbers.number(mean)}"
+        tip = f"{client}, end of round {number} (step {ends[number]})"
+        tip += f"\nloss {numbers.number(at[x])} (mean), over the round {numbers.number(mean)}"
         points.append(Point(x, at[x], tip))
     return Series(client, client, look, tuple(points), trace=smooth, faint=thinned(raw))
 
@@ -74,10 +77,10 @@ def _crowd(by_client: dict[str, list[StepDone]]) -> list[Series]:
             by_step.setdefault(step.step, []).append(step.loss)
     mean = thinned([(float(step), fmean(losses)) for step, losses in sorted(by_step.items())])
     several = [
-        Series("each", "", NEUTRAL, faint=(curve := thinned([(float(s.step), s.loss) for s in steps])), trace=curve[:1])
+        Series("each", "", NEUTRAL, faint=thinned([(float(s.step), s.loss) for s in steps], MOST_POINTS // 3))
         for steps in list(by_client.values())[:MOST_FAINT]
     ]
-    return [*several, Series("mean", "mean", 0, trace=mean)]
+    return [*several, Series("mean", f"mean of {len(by_client)}", 0, trace=mean)]
 
 
 def _chart(evidence: Evidence, arm: str, clients: list[str], top: float) -> Html:
@@ -93,7 +96,9 @@ def _chart(evidence: Evidence, arm: str, clients: list[str], top: float) -> Html
 
 def _table(evidence: Evidence, arm: str) -> Html:
     by_client = {client: _rounds(steps) for client, steps in evidence.steps[arm].items()}
-    rounds = sorted({number for losses in by_client.values() for number in losses})
+    every = sorted({number for losses in by_client.values() for number in losses})
+    stride = max(1, -(-len(every) * len(by_client) // MOST_CELLS))
+    rounds = every[::stride] if every[-1] in every[::stride] else [*every[::stride], every[-1]]
     body: Rows = []
     for client, losses in by_client.items():
         row: list[str | Cell] = [client, Cell(numbers.count(n := len(evidence.steps[arm][client])), value=n)]
@@ -131,6 +136,8 @@ def learning(evidence: Evidence) -> Html:
     crowd = any(len(by_client) > MOST for by_client in evidence.steps.values())
     keys = [] if crowd else [(name, name, i) for i, name in enumerate(clients)]
     note = "Faint: each step. Strong: mean over neighbouring steps. Markers: ends of rounds. "
+    if crowd:
+        note = f"Faint: clients, at most {MOST_FAINT} of them. Strong: mean over all clients by step. "
     note += "Each client counts its own steps."
     return section(
         "learning",

@@ -92,7 +92,8 @@ def _extraction(audit: AuditTable) -> Html:
         legend([*keys, (CONTROLS, "controls (dashed, hollow)", NEUTRAL)], dashed=frozenset((CONTROLS,))),
         tag("div", *charts, class_="charts"),
         note="The model continues a canary from its first tokens, always taking the likeliest next one. Exact match: "
-        "share of canaries continued without an error. BLEU: mean agreement of the continuation, 100 % is identical.",
+        "share of canaries continued without an error. BLEU: mean agreement of the continuation, 100 % is identical. "
+        "The intervals of the controls stand in the table.",
     )
 
 
@@ -101,11 +102,11 @@ def _gap_table(audit: AuditTable) -> Html:
         [
             titled(gap.model),
             Cell(numbers.count(gap.copies), value=gap.copies),
-            *(cell(e, numbers.number, numbers.number) for e in (gap.inserted, gap.control, gap.gap)),
+            *(cell(e, numbers.number, numbers.number) for e in (gap.gap, gap.inserted, gap.control)),
         ]
         for gap in audit.gaps
     ]
-    head = ["Model", "Copies", "Planted canaries", "Controls", "Gap"]
+    head = ["Model", "Copies", "Gap", "Planted canaries", "Controls"]
     return table("Mean log-likelihood per token, nats (95 % interval; n canaries)", head, body)
 
 

@@ -32,7 +32,7 @@ def head(evidence: Evidence) -> Html:
         facts.append(("Members", f"{len(start.clients)}"))
     if evidence.arms:
         facts.append(("Arms", ", ".join(evidence.arms)))
-    if evidence.begun and evidence.latest:
+    if evidence.begun is not None and evidence.latest is not None:
         facts.append(("Started", numbers.moment(evidence.begun)))
         took = evidence.end.seconds if isinstance(evidence.end, RunFinished) else evidence.latest - evidence.begun
         resumed = evidence.sessions - 1

@@ -13,6 +13,8 @@ from allmend.results import BASE, POOLED, Difference, Estimate, Utility
 
 MOST = 12
 """Held-out sets that a chart shows beside the pooled one."""
+MOST_ROWS = 600
+"""Rows of the table of everything; beyond, personal models on others' sets are left to the file."""
 
 Pick = Callable[[Utility], Estimate | None]
 
@@ -184,24 +186,25 @@ def _by_kind(evidence: Evidence) -> Html:
 
 def _everything(evidence: Evidence) -> Html:
     rows = evidence.utility.rows if evidence.utility else ()
+    caption = "Every model on every held-out set"
+    if len(rows) > MOST_ROWS:
+        rows = tuple(row for row in rows if row.member is None or row.held_out in (row.member, POOLED))
+        caption += "; personal models on the pooled and their own set, the rest is in results/utility.json"
     body: Rows = []
     for row in rows:
-        kinds = [
-            (f", {kind}", share, None) for kind, share in row.by_kind.items() if row.held_out != POOLED or row.member
-        ]
-        for suffix, accuracy, perplexity in [("", row.accuracy, row.perplexity), *kinds]:
+        shared = row.held_out == POOLED and row.member is None  # its kinds have their own table
+        kinds = {} if shared else {f"{row.held_out}, {kind}": share for kind, share in row.by_kind.items()}
+        for held_out, accuracy in ({row.held_out: row.accuracy} | kinds).items():
             body.append(
                 [
                     titled(row.model) + (f" of {row.member}" if row.member else ""),
-                    row.held_out + suffix,
+                    held_out,
                     cell(accuracy, numbers.percent, numbers.hundredths),
-                    cell(perplexity, numbers.number, numbers.number),
+                    cell(None if held_out in kinds else row.perplexity, numbers.number, numbers.number),
                 ]
             )
-    head = ["Model", "Held-out set", "Accuracy", "Perplexity"]
-    return details(
-        f"All {numbers.counted(len(body), 'measurement')}", table("Every model on every held-out set", head, body)
-    )
+    whole = table(caption, ["Model", "Held-out set", "Accuracy", "Perplexity"], body)
+    return details(f"All measurements ({numbers.counted(len(body), 'row')})", whole)
 
 
 def _differences(evidence: Evidence) -> Html:
