@@ -6,15 +6,18 @@ This file knows the shape of a recipe and what can be checked from it alone. Wha
 
 import contextlib
 import hashlib
+import json
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from allmend.errors import UserError
 
@@ -25,7 +28,9 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,6
 class Section(BaseModel):
     """Base of all sections: unknown keys are errors, values are not coerced from other types."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class Model(Section):
@@ -102,10 +107,16 @@ class Train(Section):
     local_steps: Annotated[int, Field(ge=1)] | None = None
     """Optimiser steps in a round, instead of `local_epochs`."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    """Gradients are scaled down to this norm."""
+    clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=True)] = 1.0
+    """Gradients are scaled down to this norm; `inf` leaves them as they are."""
     tokens_per_pass: Annotated[int, Field(ge=16)] = 512
     """Tokens of packed records that go through the model at once; a larger batch accumulates gradients over passes."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.local_epochs is not None and self.local_steps is not None:
+            raise ValueError("local_epochs and local_steps exclude each other: remove one")
+        return self
 
 
 class StrategyChoice(BaseModel):
@@ -190,35 +201,40 @@ class Recipe(Section):
     audit: Audit = Audit()
     engine: Engine = Engine()
 
-    @field_validator("clients")
-    @classmethod
-    def _names_differ(cls, clients: list[ClientSource]) -> list[ClientSource]:
-        names = [client.name.lower() for client in clients]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"two clients have the same name: {', '.join(twice)}")
-        return clients
-
     @model_validator(mode="after")
     def _whole(self) -> Self:
+        problems = [Problem(key, what) for key, what in self._impossible()]
+        try:
+            self.arms()
+        except RecipeError as error:
+            problems += error.problems
+        if problems:
+            text = "; ".join(map(str, problems))
+            raise PydanticCustomError("whole", "{text}", {"text": text, "problems": problems})
+        return self
+
+    def _impossible(self) -> Iterator[tuple["Key", str]]:
+        """Combinations of valid values that make no run."""
         if self.data.icd10cm and self.clients:
-            raise ValueError("[data.icd10cm] brings its own clients: remove it or the [[clients]]")
+            yield ("clients",), "[data.icd10cm] brings its own clients: remove it or the [[clients]]"
         if not self.data.icd10cm and not self.clients:
-            raise ValueError("there are no clients: add [[clients]] with name and data, or [data.icd10cm]")
-        if self.train.local_epochs is not None and self.train.local_steps is not None:
-            raise ValueError("train.local_epochs and train.local_steps exclude each other: remove one")
-        if self.strategy.name in self.compare or "base" in self.compare:
-            raise ValueError(
-                f"the arms {self.strategy.name!r} and 'base' exist already: name this one of [compare] otherwise"
-            )
+            yield ("clients",), "there are none: add [[clients]] with name and data, or [data.icd10cm]"
+        # names become file names, which do not differ by case everywhere
+        names = [client.name.lower() for client in self.clients]
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                yield ("clients", index, "name"), f"another client has this name: {self.clients[index].name!r}"
+        for name in self.compare:
+            if name in (self.strategy.name, "base"):
+                yield ("compare", name), f"there is a model called {name!r} already: give this arm another name"
         if self.canaries and self.canaries.clients and self.clients:
             strangers = sorted(set(self.canaries.clients) - {client.name for client in self.clients})
             if strangers:
-                raise ValueError(f"canaries.clients names no client of this recipe: {', '.join(strangers)}")
+                yield ("canaries", "clients"), f"no client of this recipe is called {', '.join(strangers)}"
         unknown = sorted(set(self.audit.models or ()) - {self.strategy.name, *self.compare})
         if unknown:
-            raise ValueError(f"audit.models names no arm of this recipe: {', '.join(unknown)}")
-        return self
+            arms = ", ".join(dict.fromkeys((self.strategy.name, *self.compare)))
+            yield ("audit", "models"), f"no arm of this recipe is called {', '.join(unknown)} (it has {arms})"
 
     def arms(self) -> dict[str, "Arm"]:
         """The recipe's own arm (named after its strategy) and those of `[compare]`, in order.
@@ -233,7 +249,11 @@ class Recipe(Section):
             for section in ("adapter", "train", "strategy"):
                 current: BaseModel = getattr(self, section)
                 changed: dict[str, Any] = getattr(change, section)
-                merged = current.model_dump(exclude_unset=True) | changed
+                inherited = current.model_dump(exclude_unset=True)
+                lengths = {"local_epochs", "local_steps"}  # to name one replaces the other
+                if changed.keys() & lengths:
+                    inherited = {key: value for key, value in inherited.items() if key not in lengths}
+                merged = inherited | changed
                 if section == "strategy" and changed.get("name", self.strategy.name) != self.strategy.name:
                     merged = {"rounds": self.strategy.rounds} | changed  # options belong to the other strategy
                 try:
@@ -265,11 +285,15 @@ class Arm:
     strategy: StrategyChoice
 
 
+Key: TypeAlias = tuple[str | int, ...]
+"""Where a value stands in a recipe: keys of tables, and indices in arrays."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """One thing wrong with a recipe: at which key, in which line of the file if known."""
 
-    key: tuple[str | int, ...]
+    key: Key
     what: str
     line: int | None = None
 
@@ -283,9 +307,12 @@ class RecipeError(UserError):
 
     def __init__(self, problems: Sequence[Problem], *, where: Path | None = None) -> None:
         self.problems = list(problems)
-        lines = "\n".join(f"  - {problem}" for problem in problems)
+        lines = "\n".join(f"  - {problem}".replace("\n", "\n    ") for problem in problems)
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         super().__init__(f"{count} in the recipe\n{lines}", where=where)
+
+    def __reduce__(self) -> tuple[Callable[[], Self], tuple[()]]:
+        return partial(type(self), self.problems, where=Path(self.where) if self.where else None), ()
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -330,11 +357,9 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
         RecipeError: everything that is wrong with it.
     """
     try:
-        recipe = Recipe.model_validate(dict(values))
+        return Recipe.model_validate(dict(values))
     except ValidationError as error:
         raise RecipeError(_problems(error)) from None
-    recipe.arms()
-    return recipe
 
 
 @contextlib.contextmanager
@@ -353,7 +378,7 @@ def locate(error: RecipeError, text: str, path: Path) -> RecipeError:
     return RecipeError(found, where=path)
 
 
-def _line_of(key: tuple[str | int, ...], lines: Mapping[tuple[str | int, ...], int]) -> int | None:
+def _line_of(key: Key, lines: Mapping[Key, int]) -> int | None:
     return next((lines[key[:length]] for length in range(len(key), 0, -1) if key[:length] in lines), None)
 
 
@@ -361,17 +386,22 @@ _HEADER = re.compile(r"^\s*(\[\[?)\s*([^\[\]]+?)\s*\]\]?\s*(#.*)?$")
 _KEY = re.compile(r"""^\s*((?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*'))*)\s*=""")
 
 
-def key_lines(text: str) -> dict[tuple[str | int, ...], int]:
+def key_lines(text: str) -> dict[Key, int]:
     """The line (from 1) of every table and key of a TOML text, as far as they stand at the start of a line."""
-    lines: dict[tuple[str | int, ...], int] = {}
-    counts: dict[tuple[str | int, ...], int] = {}
-    table: tuple[str | int, ...] = ()
+    lines: dict[Key, int] = {}
+    counts: dict[Key, int] = {}
+    table: Key = ()
     for number, line in enumerate(text.splitlines(), start=1):
         if header := _HEADER.match(line):
-            table = _parts(header[2])
-            if header[1] == "[[":
-                counts[table] = counts.get(table, -1) + 1
-                table = (*table, counts[table])
+            table = ()
+            parts = _parts(header[2])
+            for depth, part in enumerate(parts, start=1):
+                table = (*table, part)
+                lines.setdefault(table, number)
+                if depth == len(parts) and header[1] == "[[":
+                    counts[table] = counts.get(table, -1) + 1
+                if table in counts:  # a table below an array belongs to the array's last element
+                    table = (*table, counts[table])
             lines.setdefault(table, number)
         elif key := _KEY.match(line):
             parts = _parts(key[1])
@@ -384,23 +414,36 @@ def _parts(dotted: str) -> tuple[str, ...]:
     return tuple(part.strip().strip("\"'") for part in re.findall(r"\"[^\"]*\"|'[^']*'|[^.]+", dotted))
 
 
-def _problems(error: ValidationError, prefix: tuple[str | int, ...] = ()) -> list[Problem]:
-    problems: dict[tuple[str | int, ...], Problem] = {}
+def _problems(error: ValidationError, prefix: Key = ()) -> list[Problem]:
+    problems: dict[Key, Problem] = {}
     for detail in error.errors(include_url=False):
-        message = detail["msg"].removeprefix("Value error, ")
-        given = detail["input"]
-        if detail["type"] == "extra_forbidden":
-            message = "there is no such key"
-        elif isinstance(given, str | int | float | bool):
-            message = f"{message[0].lower()}{message[1:]}, got {given!r}"
+        if detail["type"] == "whole":
+            return list(detail["ctx"]["problems"])  # only a recipe whose sections are valid is looked at as a whole
+        message = _message(detail["type"], detail["msg"].removeprefix("Value error, "))
+        if detail["type"] != "extra_forbidden" and isinstance(given := detail["input"], str | int | float | bool):
+            message += f", got {json.dumps(given, ensure_ascii=False)}"
         # a union reports one error for each of its members, under names that are no keys of the file
-        key = tuple(
-            part
-            for part in detail["loc"]
-            if not (isinstance(part, str) and re.search(r"[\[\](]|^(int|str|float|bool)$", part))
-        )
+        key = tuple(part for part in detail["loc"] if not (isinstance(part, str) and _UNION.search(part)))
         whole = (*prefix, *key)
         if whole in problems:
             message = f"{problems[whole].what}; or {message}"
         problems[whole] = Problem(whole, message)
-    return list(problems.values())
+    # where one member of a union fails deeper than another, that is the one that was meant
+    above = {key[:length] for key in problems for length in range(len(key))}
+    return [problem for key, problem in problems.items() if key not in above]
+
+
+_UNION = re.compile(r"[\[\](]|^(constrained-)?(int|str|float|bool)$")
+
+
+def _message(type: str, message: str) -> str:
+    match type:
+        case "extra_forbidden":
+            return "there is no such key"
+        case "missing":
+            return "is missing"
+        case "model_type" | "dict_type":
+            return "must be a table"
+        case "string_pattern_mismatch":
+            return "must be at most 64 letters, digits, dots, dashes and underscores, a letter or digit first"
+    return f"{message[0].lower()}{message[1:]}".replace("input should be", "must be")

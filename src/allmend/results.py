@@ -16,7 +16,7 @@ BASE = "base"
 class Table(BaseModel):
     """Base of all tables: unknown keys are an error, values do not change after construction."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Estimate(Table):
@@ -38,6 +38,7 @@ class Utility(Table):
         perplexity: exp(mean negative log-likelihood per response token); n counts tokens.
         accuracy: share of multiple-choice questions answered right; n counts questions. None without any.
         by_kind: accuracy by kind of question.
+        chance: accuracy of guessing; None without questions.
     """
 
     model: str
@@ -46,6 +47,7 @@ class Utility(Table):
     perplexity: Estimate | None = None
     accuracy: Estimate | None = None
     by_kind: dict[str, Estimate] = {}
+    chance: float | None = None
 
 
 class Difference(Table):

@@ -26,7 +26,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import TypeVar
 
 from allmend.errors import UserError
 from allmend.events import Event, dump_event
@@ -45,7 +45,7 @@ def fault(error: OSError, path: Path) -> UserError:
             return UserError(
                 "no space left for this file; nothing that was complete is lost",
                 where=path,
-                hint="Free some space and continue with `allmend tune --resume RUN`.",
+                hint="Free some space, then run the command again; `allmend tune --resume RUN` goes on with a run.",
             )
         case errno.EACCES | errno.EPERM | errno.EROFS:
             return UserError(
@@ -91,9 +91,13 @@ def folder_atomic(path: Path) -> Iterator[Path]:
         beside.mkdir(parents=True)
         yield beside
         if path.exists():
-            old = path.with_name(f".{path.name}.{os.getpid()}.old")
+            old = path.with_name(f".{path.name}.{os.getpid()}.old.partial")
             path.rename(old)
-            beside.rename(path)
+            try:
+                beside.rename(path)
+            except OSError:
+                old.rename(path)
+                raise
             shutil.rmtree(old, ignore_errors=True)
         else:
             beside.rename(path)
@@ -119,7 +123,8 @@ class EventLog:
         self._clock = clock
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file: IO[bytes] = path.open("ab")
+            # unbuffered: what a full disk refuses must not come out later, behind another event
+            self._file = path.open("ab", buffering=0)
             _cut_torn_line(path)
         except OSError as error:
             raise fault(error, path) from error
@@ -131,10 +136,11 @@ class EventLog:
             UserError: the operating system refused; no half line is left.
         """
         event = event.model_copy(update={"time": self._clock()})
+        line = memoryview(dump_event(event))
         end = self._file.seek(0, os.SEEK_END)
         try:
-            self._file.write(dump_event(event))
-            self._file.flush()
+            while line:
+                line = line[self._file.write(line) :]
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.truncate(self.path, end)
@@ -144,8 +150,7 @@ class EventLog:
 
     def close(self) -> None:
         """Close the file; further events are an error."""
-        with contextlib.suppress(OSError):  # a full disk was reported when the line was written
-            self._file.close()
+        self._file.close()
 
 
 def _cut_torn_line(path: Path) -> None:
@@ -281,6 +286,8 @@ class RunFolder:
     def lock(self) -> Iterator[None]:
         """Keep other processes from writing in this run; released by the system when the process dies.
 
+        What a process that died here left half-written is removed.
+
         Raises:
             UserError: another process holds it, or the folder is read-only.
         """
@@ -304,4 +311,9 @@ class RunFolder:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
+            for left in [*self.path.rglob(".*.partial")]:
+                if left.is_dir():
+                    shutil.rmtree(left, ignore_errors=True)
+                else:
+                    left.unlink(missing_ok=True)
             yield

@@ -13,6 +13,7 @@ What a member returns stands in two declared groups. **Summed** values reach `co
 values are looked at one by one; each names its reason, which is shown to users before the run.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
@@ -91,20 +92,23 @@ class Sums:
         """Add one member's reply.
 
         Raises:
-            ValueError: a tensor is not finite, or has another shape than other members' (the name is in the message).
+            ValueError: a value is not finite, or a tensor has another shape than other members' (the name is in the
+                message); nothing is added then.
         """
         for name, tensor in reply.summed.items():
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"tensor {name!r} holds NaN or infinite values")
-            total = self._tensors.get(name)
-            if total is None:
-                self._tensors[name] = tensor.to(torch.float64, copy=True)
-            elif total.shape != tensor.shape:
-                raise ValueError(
-                    f"tensor {name!r} has shape {tuple(tensor.shape)}, other members sent {tuple(total.shape)}"
-                )
+            if name in self._tensors and self._tensors[name].shape != tensor.shape:
+                shapes = tuple(tensor.shape), tuple(self._tensors[name].shape)
+                raise ValueError(f"tensor {name!r} has shape {shapes[0]}, other members sent {shapes[1]}")
+        for name, value in reply.summed_facts.items():
+            if not math.isfinite(value):
+                raise ValueError(f"number {name!r} is {value}")
+        for name, tensor in reply.summed.items():
+            if name in self._tensors:
+                self._tensors[name] += tensor
             else:
-                total += tensor
+                self._tensors[name] = tensor.to("cpu", torch.float64, copy=True)
         for name, value in reply.summed_facts.items():
             self._facts[name] = self._facts.get(name, 0.0) + value
         self.members += 1

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 import allmend
 from allmend.cli import audit, demo, doctor, model, recipe, report, tune
@@ -51,6 +52,5 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        text = str(error).replace("[", r"\[")
-        Console(stderr=True).print(f"[bold red]Error[/bold red] {text}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(Text.assemble(("Error", "bold red"), " ", str(error)), soft_wrap=True)
         sys.exit(2)

@@ -15,6 +15,9 @@ from allmend.errors import UserError
 
 Template = Literal["chat", "plain"]
 
+_MARK = "\0"
+"""Stands in for a turn to find its place in the rendered text; it is in no data."""
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -78,7 +81,7 @@ class Encoder:
         if not record.messages:
             return (record.text + eos if end else record.text), [(0, len(record.text) + len(eos) * end)]
         if self.template == "plain":
-            return _render_plain(record.messages, eos if end else "")
+            return _render_plain(record.messages, eos, end=end)
         return self._render_chat(record, end=end)
 
     def _render_chat(self, record: Record, *, end: bool) -> tuple[str, list[tuple[int, int]]]:
@@ -90,17 +93,16 @@ class Encoder:
             for index, message in enumerate(record.messages):
                 if message.role != "assistant":
                     continue
-                before: str = apply(turns[:index], tokenize=False, add_generation_prompt=True)
-                # templates that rewrite earlier turns do not start with what they showed before
-                start = text.find(message.content.strip(), _common([before, text]))
+                marked = [*turns[:index], {"role": "assistant", "content": _MARK}]
+                shown: str = apply([*marked, *turns[index + 1 :]], tokenize=False)
+                start = text.find(message.content.strip(), _common([shown, text]))
                 if start < 0:
                     raise UserError("the chat template leaves out an assistant's turn", where=f"record {record.id!r}")
                 stop = start + len(message.content.strip())
                 if end:
-                    mark = text[stop:]
-                    following = apply(turns[: index + 1], tokenize=False)
-                    mark = following[stop:] if text.startswith(following) else mark
-                    stop += len(mark.rstrip())
+                    # what follows a last turn, as far as it follows this one too
+                    ending: str = apply(marked, tokenize=False).rpartition(_MARK)[2]
+                    stop += len(ending[: _common([ending, text[stop:]])].rstrip())
                 spans.append((start, stop))
         except UserError:
             raise
@@ -112,18 +114,21 @@ class Encoder:
             ) from error
         return text, spans
 
-    def _tokenize(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[bool]]:
-        encoded = self.tokenizer(
-            text, return_offsets_mapping=True, add_special_tokens=self.template == "plain", verbose=False
-        )
-        target = []
+    def _tokenize(
+        self, text: str, spans: Sequence[tuple[int, int]], *, special: bool
+    ) -> tuple[list[int], list[bool]]:
+        """Ids up to the last target, and which are targets; `special` has the tokenizer put its own tokens around."""
+        encoded = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=special, verbose=False)
+        target, reached = [], 0
         for start, stop in encoded["offset_mapping"]:
-            inside = any(start < high and stop > low for low, high in spans)
-            target.append(inside and stop > start)
-        return encoded["input_ids"], target
+            # some tokenizers trim white space off a token's place, down to nothing: it begins where the last one ended
+            start, reached = min(start, reached), max(stop, reached)
+            target.append(start < stop and any(start < high and stop > low for low, high in spans))
+        length = max((index for index, is_target in enumerate(target, start=1) if is_target), default=len(target))
+        return encoded["input_ids"][:length], target[:length]
 
     def _cut(self, encoded: Encoded) -> Encoded:
-        """Cut the trunk from its left, then everything from its right, to `max_tokens` positions."""
+        """Cut the trunk from its left but for a mark of beginning, then all from the right, to `max_tokens` positions."""
         excess = int(encoded.position.max()) + 1 - self.max_tokens if len(encoded) else 0
         if excess <= 0:
             return encoded
@@ -131,8 +136,10 @@ class Encoder:
         free = int((in_trunk & ~encoded.target).long().cumprod(0).sum())  # what stands before the first target
         keep_one = 1  # the first target is predicted from the token before it
         left = min(excess, max(0, free - keep_one))
-        keep = torch.arange(len(encoded)) >= left
-        position = encoded.position - left
+        marks = int(encoded.ids[0] == self.tokenizer.bos_token_id) if self.tokenizer.bos_token_id is not None else 0
+        index = torch.arange(len(encoded))
+        keep = (index < marks) | (index >= marks + left)
+        position = torch.where(index < marks, index, encoded.position - left)
         keep &= position < self.max_tokens
         return Encoded(
             encoded.id,
@@ -160,13 +167,13 @@ def choose_template(wanted: Literal["auto", "chat", "plain"], tokenizer: Any) ->
     return wanted if wanted != "auto" else "chat" if has else "plain"
 
 
-def _render_plain(messages: Sequence[Message], eos: str) -> tuple[str, list[tuple[int, int]]]:
+def _render_plain(messages: Sequence[Message], eos: str, *, end: bool) -> tuple[str, list[tuple[int, int]]]:
     text, spans = "", []
     for message in messages:
         if message.role == "assistant":
             start = len(text)
             text += (" " if text and not text[-1].isspace() else "") + message.content + eos
-            spans.append((start, len(text)))
+            spans.append((start, len(text) if end else len(text) - len(eos)))
         else:
             text += ("\n" if text else "") + message.content
     return text, spans

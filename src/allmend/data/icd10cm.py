@@ -28,10 +28,10 @@ SPECIALTIES: dict[str, tuple[str, ...]] = {
 """The clients and their chapters. Chapters 18 and 20 to 22 (symptoms, causes, circumstances) are no clinic's own."""
 
 SHARES: dict[str, float] = {
-    "internal-medicine": 0.45,
+    "internal-medicine": 0.40,
     "surgery-and-oncology": 0.25,
-    "womens-and-childrens-health": 0.18,
-    "neurology-and-senses": 0.12,
+    "womens-and-childrens-health": 0.20,
+    "neurology-and-senses": 0.15,
 }
 """How a total of training questions is divided: as unevenly as clinics differ in size."""
 
@@ -112,7 +112,7 @@ def build_icd10cm(
 ) -> list[ClientData]:
     """The four clients with coding questions, each with four choices.
 
-    Kinds of questions: `chapter` (diagnosis → chapter, three wrong chapters out of those of the whole federation),
+    Kinds of questions: `chapter` (diagnosis → chapter, one wrong chapter of the same clinic and two of others),
     `category` (diagnosis → three-character category, wrong ones from the same chapter) and `code` (synonym → code,
     wrong ones from the same category where it has enough). Wrong categories and codes come from the question's own
     side of the split: those of a held-out question would else have been right answers in training, and its own never.
@@ -232,8 +232,13 @@ def _in_turn(iterators: Sequence[Iterator[_Term]]) -> Iterator[_Term]:
 
 
 def _chapter_question(term: _Term, seed: int) -> Record:
+    """One wrong chapter is the clinic's own, the others are not: a model that only knows whose clinic asks is right on
+    half of its questions, not on most."""
+    mine = {CHAPTERS[chapter] for chapter in _clinic(term)}
+    right = CHAPTERS[term.chapter]
+    near = min(mine - {right}, key=lambda choice: uniform(choice, salt=f"near {term.code} {seed}"))
     prompt = f"Diagnosis: {term.text}\nICD-10-CM chapter:"
-    return _question(prompt, "chapter", term, CHAPTERS[term.chapter], [CHAPTERS.values()], seed)
+    return _question(prompt, "chapter", term, right, [[near], set(CHAPTERS.values()) - mine], seed)
 
 
 def _category_question(term: _Term, seed: int) -> Record:
@@ -253,11 +258,15 @@ def _code_question(term: _Term, seed: int) -> Record:
     return _question(f"Synonym: {term.text}\nICD-10-CM code:", "code", term, term.code, pools, seed)
 
 
+def _clinic(term: _Term) -> tuple[str, ...]:
+    """The chapters of the clinic that the term belongs to."""
+    return next(chapters for chapters in SPECIALTIES.values() if term.chapter in chapters)
+
+
 def _near(term: _Term, seed: int) -> Iterator[list[str]]:
     """The categories of the term's side of the split: those of its chapter, then those of its clinic."""
-    clinic = next(chapters for chapters in SPECIALTIES.values() if term.chapter in chapters)
     side = _is_held_out(term.category, seed)
-    for chapters in ((term.chapter,), clinic):
+    for chapters in ((term.chapter,), _clinic(term)):
         categories = [category for chapter in chapters for category in _terminology().categories[chapter]]
         yield [category for category in categories if _is_held_out(category, seed) == side]
 

@@ -29,6 +29,7 @@ class Score:
         tokens: of the response.
         choice: the choice with the highest log-likelihood per token; None where there are no choices.
         answer: the right choice; None where there are none.
+        choices: how many there are.
     """
 
     id: str
@@ -37,6 +38,7 @@ class Score:
     tokens: int
     choice: int | None = None
     answer: int | None = None
+    choices: int = 0
 
     @property
     def right(self) -> bool:
@@ -81,7 +83,13 @@ def _score(record: Record, total: torch.Tensor, count: torch.Tensor) -> Score:
     per_token = total[branches] / count[branches].clamp(min=1)
     answer = 1 + record.answer
     return Score(
-        record.id, record.kind, -total[answer].item(), int(count[answer]), int(per_token.argmax()), record.answer
+        record.id,
+        record.kind,
+        -total[answer].item(),
+        int(count[answer]),
+        choice=int(per_token.argmax()),
+        answer=record.answer,
+        choices=len(record.choices),
     )
 
 
@@ -94,6 +102,7 @@ def accuracy(scores: Sequence[Score]) -> Estimate | None:
 def utility(scores: Sequence[Score], *, model: str, held_out: str, member: str | None = None) -> Utility:
     """The row of the utility table for one model on one held-out set."""
     learnt = [score for score in scores if score.tokens]
+    guesses = [1 / score.choices for score in scores if score.choices]
     kinds = sorted({score.kind for score in scores if score.kind and score.answer is not None})
     by_kind = {kind: accuracy([score for score in scores if score.kind == kind]) for kind in kinds}
     return Utility(
@@ -103,4 +112,5 @@ def utility(scores: Sequence[Score], *, model: str, held_out: str, member: str |
         perplexity=exp_mean([s.nll for s in learnt], [s.tokens for s in learnt]) if learnt else None,
         accuracy=accuracy(scores),
         by_kind={kind: estimate for kind, estimate in by_kind.items() if estimate},
+        chance=sum(guesses) / len(guesses) if guesses else None,
     )

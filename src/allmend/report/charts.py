@@ -13,6 +13,8 @@ from allmend.report.marks import NEUTRAL, colour, dash, marker, short, spread, w
 from allmend.report.markup import Html, join, tag
 
 WIDTH = 440
+ROW_LETTERS = 24
+"""Longest name of a row of an interval plot."""
 LINE = 15
 """Distance of two lines of small type, px."""
 
@@ -202,13 +204,14 @@ def interval_plot(title: str, groups: Sequence[tuple[str, Sequence[Row]]], axis:
     if not rows:
         return Html("")
     values = [v for row in rows for v in (row.value, row.low, row.high) if v is not None]
-    left = max(width(short(row.name, 16)) for row in rows) + 14
+    left = max(width(short(row.name, ROW_LETTERS)) for row in rows) + 14
     right = WIDTH - max(width(row.shown) for row in rows) - 14
     x = scale(axis, values, left + 6, right - 6, about=5)
     tall, head = 20.0, 30.0
     bottom = 6 + sum((head if name else 6) + tall * len(lines) for name, lines in groups) + 4
     behind: list[Html] = []
-    for value in x.ticks:
+    strong = [] if axis.reference is None else [axis.reference]
+    for value in dict.fromkeys((*x.ticks, *strong)):
         css = "zero" if value == axis.reference else "grid"
         behind.append(tag("line", x1=x(value), y1=head if groups[0][0] else 4.0, x2=x(value), y2=bottom, class_=css))
     drawn: list[Html] = []
@@ -220,7 +223,7 @@ def interval_plot(title: str, groups: Sequence[tuple[str, Sequence[Row]]], axis:
         y += head if name else 6
         for row in lines:
             middle = y + tall / 2
-            parts: list[str] = [_words(short(row.name, 16), 8, middle + 4, css="row")]
+            parts: list[str] = [_words(short(row.name, ROW_LETTERS), 8, middle + 4, css="row")]
             if math.isfinite(row.value):
                 fork = _whisker(x, row.low, row.high, middle, upright=False)
                 parts.append(_point(row.tip, first, fork, marker(row.look, x(row.value), middle, 4.6, row.hollow)))

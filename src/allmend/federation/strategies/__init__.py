@@ -35,6 +35,11 @@ def build_strategy(name: str, options: Mapping[str, Any], *, seed: int) -> Strat
     if unknown:
         has = f"has {', '.join(known)}" if known else "has no options"
         raise ValueError(f"strategy {name!r} has no option {', '.join(unknown)} (it {has})")
+    for option, value in options.items():
+        number = isinstance(known[option], float)
+        if isinstance(value, bool) or not isinstance(value, (int, float) if number else type(known[option])):
+            expected = "a number" if number else f"of type {type(known[option]).__name__}"
+            raise ValueError(f"{option} of strategy {name!r} must be {expected}, got {value!r}")
     seeded = {"seed": seed} if any(option.name == "seed" for option in dataclasses.fields(kind)) else {}
     built: Strategy = kind(**options, **seeded)
     return built

@@ -100,7 +100,8 @@ def _all_messages(loud: dict[str, list[RoundDone]]) -> Html | None:
 def _phases(evidence: Evidence) -> Html:
     body: Rows = []
     for arm, rounds in evidence.rounds.items():
-        body.append([f"rounds of {arm}", _time(sum(r.seconds for r in rounds))])
+        if f"train {arm}" not in evidence.phases:  # stopped before the phase was over
+            body.append([f"rounds of {arm} so far", _time(sum(r.seconds for r in rounds))])
     for phase, seconds in evidence.phases.items():
         body.append([phase, _time(seconds)])
     return table("Where the time went", ["Phase", "Time"], body)

