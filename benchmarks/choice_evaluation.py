@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
+from _measure import interleaved, machine, ratios
 from allmend.data.chat import Encoded, Encoder
 from allmend.data.records import Message, Record
 from allmend.learn.evaluate import score
 from allmend.models.load import LoadedModel
 from allmend.prepare import prepare
 from allmend.recipe import make_recipe
-from measure import interleaved, machine, ratios
 
 
 @torch.inference_mode()

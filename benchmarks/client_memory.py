@@ -8,11 +8,13 @@ bytes of adapter plus optimiser state in use.
 """
 
 import argparse
+import itertools
 import multiprocessing as mp
 import resource
 import tempfile
 from pathlib import Path
 
+from _measure import machine
 from allmend.data.chat import Encoder
 from allmend.data.records import question
 from allmend.federation.checkpoint import Checkpoint, Checkpoints
@@ -24,7 +26,6 @@ from allmend.models.adapters import add_lora
 from allmend.models.load import load_model
 from allmend.models.tensors import nbytes
 from allmend.recipe import Train
-from measure import machine
 
 
 def peak(strategy_name: str, clients: int) -> tuple[float, int]:
@@ -63,7 +64,7 @@ def main() -> None:
             with mp.get_context("spawn").Pool(1) as pool:
                 peaks[count], state = pool.apply(peak, (strategy, count))
             print(f"{strategy}, {count} clients: peak {peaks[count] / 1e6:,.0f} MB")
-        for few, many in zip(counts, counts[1:], strict=False):
+        for few, many in itertools.pairwise(counts):
             growth = (peaks[many] - peaks[few]) / (many - few)
             print(
                 f"{strategy}, {few} to {many} clients: {growth / 1e6:.2f} MB a client, "

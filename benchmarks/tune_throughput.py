@@ -21,13 +21,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
+from _measure import interleaved, machine, ratios
 from allmend.federation.member import Member
 from allmend.learn.loop import steps_per_round, train
 from allmend.models.adapters import add_lora, remove_lora
 from allmend.models.load import load_model
 from allmend.prepare import Prepared, prepare
 from allmend.recipe import make_recipe
-from measure import interleaved, machine, ratios
 
 
 class Padded(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
@@ -130,8 +130,8 @@ def main() -> None:
     lengths = [len(record) for member in prepared.members for record in member.records]
     targets = sum(int(record.target.sum()) for member in prepared.members for record in member.records)
     print(
-        f"{options.data}: {len(prepared.members)} clients, {len(lengths)} records of {min(lengths)} to {max(lengths)} tokens, "
-        f"{targets / sum(lengths):.0%} of them under the loss"
+        f"{options.data}: {len(prepared.members)} clients, {len(lengths)} records of {min(lengths)} to "
+        f"{max(lengths)} tokens, {targets / sum(lengths):.0%} of them under the loss"
     )
     runs = options.runs or (2 if options.quick else 4)
     for name, reload in (("Trainer, one loaded model a client", True), ("Trainer, loading not counted", False)):

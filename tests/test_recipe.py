@@ -44,7 +44,9 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
     return {
         "name": draw(names),
         "seed": draw(st.integers(0, 2**31 - 1)),
-        "clients": [{"name": name, "data": draw(st.text(st.characters(exclude_categories=["Cs"])))} for name in clients],
+        "clients": [
+            {"name": name, "data": draw(st.text(st.characters(exclude_categories=["Cs"])))} for name in clients
+        ],
         "adapter": {"targets": draw(st.just("all-linear") | st.lists(st.text("abc._", min_size=1), max_size=3))},
         "train": train,
         "strategy": {"name": "fedavg", "rounds": draw(st.integers(1, 99)), "participation": draw(positive)},

@@ -123,7 +123,7 @@ class Stopped(_Event):
 
 
 class RunFinished(_Event):
-    """Everything the recipe asked for is done."""
+    """Everything the recipe asked for is done; `seconds` counts all sessions of work on the run."""
 
     type: Literal["run.finished"] = "run.finished"
     seconds: float

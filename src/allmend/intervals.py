@@ -5,6 +5,7 @@ do not collapse at 0 and 1.
 """
 
 import math
+import sys
 from collections.abc import Sequence
 
 from scipy import stats
@@ -71,13 +72,16 @@ def difference(first: Sequence[float], second: Sequence[float]) -> Estimate:
     var_a, var_b = (_variance(values) / len(values) for values in (first, second))
     if var_a + var_b == 0:
         return Estimate(value=a.value - b.value, low=a.value - b.value, high=a.value - b.value, n=n)
-    freedom = (var_a + var_b) ** 2 / (var_a**2 / (a.n - 1) + var_b**2 / (b.n - 1))
+    part = var_a / (var_a + var_b)
+    freedom = 1 / (part**2 / (a.n - 1) + (1 - part) ** 2 / (b.n - 1))
     half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, freedom)) * math.sqrt(var_a + var_b)
     return Estimate(value=a.value - b.value, low=a.value - b.value - half, high=a.value - b.value + half, n=n)
 
 
 def exp_mean(sums: Sequence[float], counts: Sequence[int]) -> Estimate:
     """exp(Σ sums / Σ counts) with an interval over clusters (delta method): a perplexity over records.
+
+    What is too large for a float becomes the largest float.
 
     Args:
         sums: negative log-likelihood of each record (nats).
@@ -91,11 +95,18 @@ def exp_mean(sums: Sequence[float], counts: Sequence[int]) -> Estimate:
         raise ValueError("no tokens have no perplexity")
     ratio, n = math.fsum(sums) / total, len(sums)
     if n == 1:
-        return Estimate(value=math.exp(ratio), n=total)
+        return Estimate(value=_exp(ratio), n=total)
     residual = math.fsum((s - ratio * c) ** 2 for s, c in zip(sums, counts, strict=True))
     error = math.sqrt(residual * n / (n - 1)) / total
     half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1)) * error
-    return Estimate(value=math.exp(ratio), low=math.exp(ratio - half), high=math.exp(ratio + half), n=total)
+    return Estimate(value=_exp(ratio), low=_exp(ratio - half), high=_exp(ratio + half), n=total)
+
+
+def _exp(x: float) -> float:
+    try:
+        return math.exp(x)
+    except OverflowError:
+        return sys.float_info.max
 
 
 def _variance(values: Sequence[float]) -> float:

@@ -17,7 +17,17 @@ from allmend.audit.memorisation import Findings, audit_model
 from allmend.data.canaries import read_canaries, write_canaries
 from allmend.data.chat import Encoder
 from allmend.errors import UserError
-from allmend.events import ArmStarted, Event, PhaseDone, RunFinished, RunStarted, StepDone, Stopped, WorkDone
+from allmend.events import (
+    ArmStarted,
+    Event,
+    PhaseDone,
+    RunFinished,
+    RunStarted,
+    StepDone,
+    Stopped,
+    Warned,
+    WorkDone,
+)
 from allmend.federation.checkpoint import Checkpoint, Checkpoints
 from allmend.federation.engines import Engine
 from allmend.federation.engines.in_process import InProcessEngine
@@ -83,6 +93,8 @@ def resume(out: Path | str, *, model: LoadedModel | None = None, listeners: Sequ
     with run.lock():
         facts = run.facts
         recipe = read_frozen(run)
+        if _finished(run, recipe):
+            return run
         prepared = prepare(recipe, Path(str(facts["base"])), model=model)
         for key, now in _facts(prepared).items():
             if key not in ("base", "allmend") and facts.get(key) != now:
@@ -205,9 +217,13 @@ def _log(run: RunFolder, listeners: Sequence[Listener]) -> Iterator[EventLog]:
 
 def _live(run: RunFolder, prepared: Prepared, listeners: Sequence[Listener], *, resumed: bool) -> None:
     began = time.perf_counter()
+    earlier = _sessions(run)
     with _log(run, listeners) as log:
         try:
-            log.emit(_started(run, prepared, resumed=resumed))
+            started = _started(run, prepared, resumed=resumed)
+            log.emit(started)
+            if earlier and earlier[-1].threads != started.threads:
+                log.emit(Warned(message=_OTHER_THREADS.format(earlier[-1].threads, started.threads)))
             if prepared.canaries and not run.canaries.exists():
                 write_canaries(run.canaries, prepared.canaries)
             scores = _evaluate(run, prepared, log, BASE, prepared.model.model, {None: None}, load=lambda tensors: None)
@@ -218,13 +234,48 @@ def _live(run: RunFolder, prepared: Prepared, listeners: Sequence[Listener], *, 
             if prepared.canaries:
                 recipe = prepared.recipe
                 _audit(run, recipe, prepared.model, prepared.encoder, log, recipe.audit.prefix_tokens)
-            log.emit(RunFinished(seconds=time.perf_counter() - began))
+            before = sum(session.seconds for session in earlier)
+            log.emit(RunFinished(seconds=before + time.perf_counter() - began))
         except BaseException as error:
             with contextlib.suppress(UserError):  # the disk may be the cause, and then takes no event either
                 log.emit(Stopped(cause=_cause(error)))
                 write_report(run.path)
             raise
     write_report(run.path)
+
+
+_OTHER_THREADS = (
+    "the run was begun with {} threads and goes on with {}: the result may differ in the last bits "
+    "from that of a run without a break"
+)
+
+
+def _finished(run: RunFolder, recipe: Recipe) -> bool:
+    """Whether all was done once and is still there."""
+    scores = [_scores_path(run, name) for name in (BASE, *recipe.arms())]
+    tables = [run.path / "results" / f"{name}.json" for name in ("utility", "audit")[: 2 if recipe.canaries else 1]]
+    there = all(path.exists() for path in (*scores, *tables, run.path / "report.html"))
+    return there and any(isinstance(event, RunFinished) for event in run.history())
+
+
+@dataclass(frozen=True)
+class _Session:
+    """One process's work on a run: torch's threads, and seconds from its start to its last event."""
+
+    threads: int
+    seconds: float
+
+
+def _sessions(run: RunFolder) -> list[_Session]:
+    sessions: list[_Session] = []
+    began = 0.0
+    for event in run.history():
+        if isinstance(event, RunStarted):
+            began = event.time
+            sessions.append(_Session(event.threads, 0.0))
+        elif sessions:
+            sessions[-1] = _Session(sessions[-1].threads, max(0.0, event.time - began))
+    return sessions
 
 
 def _cause(error: BaseException) -> str:

@@ -88,8 +88,9 @@ def check(recipe: Recipe, base: Path) -> Path:
         except (ValueError, TypeError) as error:
             problems.append(Problem(key, str(error)))
     for index, client in enumerate(recipe.clients):
-        if not client.data.startswith("hub:") and not (base / client.data).is_file():
-            problems.append(Problem(("clients", index, "data"), f"there is no file {base / client.data}"))
+        path = base / Path(client.data).expanduser()
+        if not client.data.startswith("hub:") and not path.is_file():
+            problems.append(Problem(("clients", index, "data"), f"there is no file {path}"))
     folder: Path | None = None
     try:
         folder = resolve(_source(recipe, base))
@@ -194,7 +195,8 @@ def _clients(recipe: Recipe, base: Path) -> list[ClientData]:
     if len(problems) == 1:
         raise problems[0]
     if problems:
-        raise UserError("\n".join(f"- {problem}" for problem in problems), where=f"data of {len(problems)} clients")
+        lines = "\n".join(f"  - {problem}".replace("\n", "\n    ") for problem in problems)
+        raise UserError(f"the data of {len(problems)} clients cannot be used\n{lines}")
     return clients
 
 

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from allmend.errors import UserError
-from allmend.events import Event, dump_event
+from allmend.events import Event, dump_event, read_events
 from allmend.results import Table
 
 FORMAT = 1
@@ -261,6 +261,21 @@ class RunFolder:
         if not isinstance(facts, dict):
             raise UserError("is not a run's facts: not a JSON object", where=self.marker)
         return facts
+
+    def history(self) -> list[Event]:
+        """The events of the run so far, as `read_events` gives them.
+
+        Raises:
+            UserError: a line is not an event of this version.
+        """
+        try:
+            return list(read_events(self.events))
+        except (ValueError, OSError) as error:
+            raise UserError(
+                f"the event log cannot be read: {error}",
+                where=self.events,
+                hint="It was changed or comes from another version of allmend: start a new run in another folder.",
+            ) from error
 
     def write_table(self, name: str, table: Table) -> None:
         """Write `results/<name>.json` as a whole."""

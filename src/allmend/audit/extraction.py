@@ -50,7 +50,7 @@ def continuations(
     readings: Sequence[Reading],
     prefix: int,
     *,
-    pad_token: int,
+    end_token: int | None,
     batch_size: int = 64,
     on_tokens: Callable[[int], None] = lambda tokens: None,
 ) -> list[Continuation]:
@@ -60,7 +60,7 @@ def continuations(
         model: a causal language model in evaluation mode.
         readings: texts longer than `prefix`, under this model.
         prefix: tokens of the prompt; all prompts have this length, so that no padding is needed.
-        pad_token: fills sequences that ended early.
+        end_token: ends a continuation, if there is such a token.
         batch_size: texts continued together.
         on_tokens: told the tokens generated for each batch.
     """
@@ -70,25 +70,33 @@ def continuations(
         batch = readings[start : start + batch_size]
         longest = max(len(reading.ids) for reading in batch) - prefix
         prompts = torch.stack([reading.ids[:prefix] for reading in batch]).to(device)
-        generated = model.generate(
-            input_ids=prompts,
-            attention_mask=torch.ones_like(prompts),
-            max_new_tokens=longest,
-            do_sample=False,
-            pad_token_id=pad_token,
-        )[:, prefix:].cpu()
+        generated = _greedy(model, prompts, longest).tolist()
         for reading, tokens in zip(batch, generated, strict=True):
-            truth = reading.ids[prefix:]
+            truth = reading.ids[prefix:].tolist()
+            tokens = tokens[: len(truth)]
+            if end_token in tokens:
+                tokens = tokens[: tokens.index(end_token)]
             matched = matched_tokens(reading, prefix)
-            found.append(
-                Continuation(
-                    exact=matched == len(truth),
-                    matched=matched / len(truth),
-                    bleu=token_bleu(tokens[: len(truth)].tolist(), truth.tolist()),
-                )
-            )
+            exact = matched == len(truth)
+            # rounding in the two ways to compute may part them at a near tie
+            bleu = 1.0 if exact else token_bleu(tokens, truth)
+            found.append(Continuation(exact=exact, matched=matched / len(truth), bleu=bleu))
         on_tokens(longest * len(batch))
     return found
+
+
+def _greedy(model: Any, prompts: torch.Tensor, length: int) -> torch.Tensor:
+    """The `length` most likely tokens behind each prompt, [B, prefix] to [B, length].
+
+    Not `generate`, which heeds the model's own generation settings (a repetition penalty makes it leave the greedy
+    path).
+    """
+    ids, cache, found = prompts, None, []
+    for _ in range(length):
+        output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        ids, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+        found.append(ids)
+    return torch.cat(found, 1)
 
 
 def token_bleu(tokens: Sequence[int], truth: Sequence[int]) -> float:

@@ -62,6 +62,7 @@ def likelihood_gaps(model: str, canaries: Sequence[Canary], readings: Sequence[R
     """Counterfactual memorisation by number of copies: inserted minus control, mean log-likelihood per token.
 
     A model that never saw any canary has a gap of 0 within its interval, because a coin decided which was inserted.
+    A number of copies that lacks inserted canaries or controls has no gap.
     """
     per_token = [reading.log_likelihood.mean().item() for reading in readings]
     gaps = []
@@ -70,6 +71,8 @@ def likelihood_gaps(model: str, canaries: Sequence[Canary], readings: Sequence[R
         for canary, value in zip(canaries, per_token, strict=True):
             if canary.copies == copies:
                 groups[canary.inserted].append(value)
+        if not all(groups.values()):
+            continue
         gaps.append(
             LikelihoodGap(
                 model=model,

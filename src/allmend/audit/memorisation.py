@@ -59,7 +59,7 @@ def audit_model(
                 model,
                 [readings[index] for index in long],
                 prefix,
-                pad_token=encoder.tokenizer.pad_token_id,
+                end_token=encoder.tokenizer.eos_token_id,
                 on_tokens=on_tokens,
             )
             rows += extraction_rows(name, [canaries[index] for index in long], found, prefix)

@@ -60,19 +60,18 @@ class Encoder:
     def for_training(self, record: Record) -> Encoded:
         """Loss on the assistant's turns with their end mark, or on all of a running text."""
         text, spans = self._render(record, end=True)
-        ids, target = self._tokenize(text, spans)
-        return self._cut(_trunk(record.id, ids, target))
+        return self._cut(_trunk(record.id, *self._tokenize(record, text, spans)))
 
     def for_evaluation(self, record: Record) -> Encoded:
         """The same without end marks; a question's choices become branches behind their common beginning."""
         if not record.choices:
             text, spans = self._render(record, end=False)
-            return self._cut(_trunk(record.id, *self._tokenize(text, spans)))
+            return self._cut(_trunk(record.id, *self._tokenize(record, text, spans)))
         options = []
         for choice in record.choices:
             messages = (*record.messages[:-1], Message("assistant", choice))
             text, spans = self._render(replace(record, messages=messages), end=False)
-            options.append(self._tokenize(text[: spans[-1][1]], spans[-1:]))
+            options.append(self._tokenize(record, text[: spans[-1][1]], spans[-1:]))
         return self._cut(_tree(record.id, options))
 
     def _render(self, record: Record, *, end: bool) -> tuple[str, list[tuple[int, int]]]:
@@ -114,11 +113,10 @@ class Encoder:
             ) from error
         return text, spans
 
-    def _tokenize(
-        self, text: str, spans: Sequence[tuple[int, int]], *, special: bool
-    ) -> tuple[list[int], list[bool]]:
-        """Ids up to the last target, and which are targets; `special` has the tokenizer put its own tokens around."""
-        encoded = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=special, verbose=False)
+    def _tokenize(self, record: Record, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[bool]]:
+        """Ids up to the last target, and which of them are targets."""
+        by_template = self.template == "chat" and bool(record.messages)  # it brings its own special tokens
+        encoded = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=not by_template, verbose=False)
         target, reached = [], 0
         for start, stop in encoded["offset_mapping"]:
             # some tokenizers trim white space off a token's place, down to nothing: it begins where the last one ended
@@ -128,7 +126,7 @@ class Encoder:
         return encoded["input_ids"][:length], target[:length]
 
     def _cut(self, encoded: Encoded) -> Encoded:
-        """Cut the trunk from its left but for a mark of beginning, then all from the right, to `max_tokens` positions."""
+        """Cut the trunk from its left (a mark of beginning stays), then everything from its right, to `max_tokens`."""
         excess = int(encoded.position.max()) + 1 - self.max_tokens if len(encoded) else 0
         if excess <= 0:
             return encoded
@@ -136,7 +134,7 @@ class Encoder:
         free = int((in_trunk & ~encoded.target).long().cumprod(0).sum())  # what stands before the first target
         keep_one = 1  # the first target is predicted from the token before it
         left = min(excess, max(0, free - keep_one))
-        marks = int(encoded.ids[0] == self.tokenizer.bos_token_id) if self.tokenizer.bos_token_id is not None else 0
+        marks = int(encoded.ids[0].item() == self.tokenizer.bos_token_id)
         index = torch.arange(len(encoded))
         keep = (index < marks) | (index >= marks + left)
         position = torch.where(index < marks, index, encoded.position - left)

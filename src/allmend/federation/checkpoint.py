@@ -1,11 +1,13 @@
 """Checkpoints of a federation: the coordinator's and every member's state after a round, whole or not at all."""
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from allmend.errors import UserError
-from allmend.models.tensors import read_tensors, write_tensors
+from allmend.models.tensors import JSON, read_tensors, write_tensors
 from allmend.run import folder_atomic
 from allmend.strategy import State
 
@@ -41,9 +43,10 @@ class Checkpoints:
         """
         older = self._folders()
         with folder_atomic(self.folder / f"round-{checkpoint.round:06d}") as beside:
-            self._write(beside / _SERVER, checkpoint.server, checkpoint.round)
+            names = sorted(checkpoint.members)
+            self._write(beside / _SERVER, checkpoint.server, {"round": checkpoint.round, "members": names})
             for name, state in checkpoint.members.items():
-                self._write(beside / "members" / f"{name}.safetensors", state, checkpoint.round)
+                self._write(_of_member(beside, name), state, {"round": checkpoint.round})
         for folder in older:
             if folder.name != f"round-{checkpoint.round:06d}":
                 shutil.rmtree(folder, ignore_errors=True)
@@ -58,17 +61,17 @@ class Checkpoints:
         if not folders:
             return None
         newest = folders[-1]
-        server, round = self._read(newest / _SERVER)
-        members = {path.stem: self._read(path)[0] for path in sorted(newest.glob("members/*.safetensors"))}
-        return Checkpoint(round, server, members)
+        server, metadata = self._read(newest / _SERVER)
+        members = {name: self._read(_of_member(newest, name))[0] for name in metadata["members"]}
+        return Checkpoint(metadata["round"], server, members)
 
     def _folders(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("round-*") if path.is_dir())
 
-    def _write(self, path: Path, state: State, round: int) -> None:
-        write_tensors(path, state.tensors, {"identity": self.identity, "round": round, "facts": state.facts})
+    def _write(self, path: Path, state: State, metadata: Mapping[str, JSON]) -> None:
+        write_tensors(path, state.tensors, {"identity": self.identity, "facts": state.facts, **metadata})
 
-    def _read(self, path: Path) -> tuple[State, int]:
+    def _read(self, path: Path) -> tuple[State, dict[str, Any]]:
         tensors, metadata = read_tensors(path)
         if metadata.get("identity") != self.identity:
             raise UserError(
@@ -76,4 +79,8 @@ class Checkpoints:
                 where=path,
                 hint="Resume with the recipe that the run was started with, or start a new run in another folder.",
             )
-        return State(tensors, metadata["facts"]), int(metadata["round"])
+        return State(tensors, metadata["facts"]), metadata
+
+
+def _of_member(folder: Path, name: str) -> Path:
+    return folder / "members" / f"{name}.safetensors"

@@ -80,7 +80,8 @@ def _score(record: Record, total: torch.Tensor, count: torch.Tensor) -> Score:
     if not record.choices or record.answer is None:
         return Score(record.id, record.kind, -total[0].item(), int(count[0]))
     branches = slice(1, 1 + len(record.choices))
-    per_token = total[branches] / count[branches].clamp(min=1)
+    # a choice without a token to score has no likelihood; it must not win with a sum of nothing
+    per_token = torch.where(count[branches] > 0, total[branches] / count[branches], -torch.inf)
     answer = 1 + record.answer
     return Score(
         record.id,

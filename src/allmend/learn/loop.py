@@ -57,13 +57,13 @@ def steps_per_round(records: int, settings: Train) -> int:
     """Optimiser steps that a client with so many records takes in a round; at least 1."""
     if settings.local_steps is not None:
         return settings.local_steps
-    return max(1, math.ceil((settings.local_epochs or 1.0) * records / settings.batch_size))
+    return max(1, math.ceil((settings.local_epochs or 1.0) * math.ceil(records / settings.batch_size)))
 
 
 def learning_rate(step: int, total: int, settings: Train) -> float:
     """The learning rate of step `step` (from 0) of `total`: linear warmup, then cosine to 0 or constant."""
     if step < settings.warmup_steps:
-        return settings.learning_rate * (step + 1) / settings.warmup_steps
+        return settings.learning_rate * ((step + 1) / settings.warmup_steps)
     if settings.schedule == "constant":
         return settings.learning_rate
     done = (step - settings.warmup_steps) / max(1, total - settings.warmup_steps)
@@ -102,7 +102,7 @@ def train(
 
     Args:
         trainable: model and parameters; left with the trained parameters.
-        records: the client's encoded training records.
+        records: the client's encoded training records; those without a target are passed over.
         settings: learning rate, batch size and the like.
         steps: optimiser steps to take.
         first_step: steps this client has taken before; places it in the order of its data.
@@ -116,7 +116,9 @@ def train(
         DivergedError: loss or gradient norm became NaN or infinite.
         UserError: no record has a token to learn from.
     """
-    if not any((record.target & (record.position > 0)).any() for record in records):
+    # a batch of nothing but records without targets would be a step without a loss
+    records = [record for record in records if (record.target & (record.position > 0)).any()]
+    if not records:
         raise UserError("no record has a token to learn from", hint="Look at data.max_tokens and the response fields.")
     parameters = trainable.parameters()
     device = next(iter(parameters.values())).device
@@ -128,15 +130,17 @@ def train(
     done: list[Step] = []
     stream = batches(len(records), settings.batch_size, seed=seed, first=first_step)
     trainable.model.train()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        for index in range(steps):
-            number = first_step + index
-            torch.manual_seed((seed * 1_000_003 + number) % 2**63)  # dropout; the caller's generator is given back
-            rate = learning_rate(schedule_step + index, total_steps, settings)
-            batch = [records[index] for index in next(stream)]
-            done.append(_step(trainable, adam, batch, settings, rate, number, device))
-            on_step(done[-1])
-    trainable.model.eval()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            for index in range(steps):
+                number = first_step + index
+                torch.manual_seed((seed * 1_000_003 + number) % 2**63)  # dropout; the caller's generator is given back
+                rate = learning_rate(schedule_step + index, total_steps, settings)
+                batch = [records[index] for index in next(stream)]
+                done.append(_step(trainable, adam, batch, settings, rate, number, device))
+                on_step(done[-1])
+    finally:
+        trainable.model.eval()
     return Outcome(trainable.state(), _snapshot(adam, parameters), tuple(done))
 
 

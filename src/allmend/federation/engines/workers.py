@@ -112,7 +112,10 @@ class WorkerEngine:
             grouped("task", task.tensors) | grouped("state", state.tensors),
             {"facts": task.facts, "state": state.facts, "member": worker.member},
         )
-        worker.pipe.send((strategy, task.turn, message))
+        try:
+            worker.pipe.send((strategy, task.turn, message))
+        except OSError:
+            raise _died(worker) from None
 
     def _ready(self) -> list[_Worker]:
         busy = {worker.pipe: worker for worker in self._workers if worker.member is not None}
@@ -122,13 +125,8 @@ class WorkerEngine:
         assert worker.member is not None
         try:
             kind, *content = worker.pipe.recv()
-        except EOFError:
-            worker.process.join(5)
-            raise UserError(
-                f"the worker process died (exit code {worker.process.exitcode})",
-                where=f"client {worker.member!r}",
-                hint="It may have run out of memory: lower engine.workers and resume the run.",
-            ) from None
+        except (EOFError, OSError):
+            raise _died(worker) from None
         match kind:
             case "step":
                 self._on_step(worker.member, *content)
@@ -141,6 +139,15 @@ class WorkerEngine:
                 self._states[worker.member] = State(of_group("state", tensors), facts["state"])
                 answers[worker.member] = Answer(worker.member, reply, seconds)
                 worker.member = None
+
+
+def _died(worker: _Worker) -> UserError:
+    worker.process.join(5)
+    return UserError(
+        f"the worker process died (exit code {worker.process.exitcode})",
+        where=f"client {worker.member!r}",
+        hint="It may have run out of memory: lower engine.workers in a new run, or resume this one.",
+    )
 
 
 def _serve(pipe: Connection, trainable: Trainable, members: Sequence[Member], settings: Train, threads: int) -> None:

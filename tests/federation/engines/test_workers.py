@@ -1,0 +1,119 @@
+"""Worker processes: the same bits as in one process, the same errors, and no hang when one dies."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from allmend.errors import UserError
+from allmend.events import RoundDone
+from allmend.federation.engines.workers import WorkerEngine
+from allmend.federation.strategies.fedavg import FedAvg
+from allmend.federation.strategies.local import Local
+from allmend.learn.loop import DivergedError, Step
+from allmend.recipe import Train
+from allmend.strategy import State, Task, Turn, grouped
+
+pytestmark = pytest.mark.timeout(120)
+
+
+class Workers:
+    """Two workers over three members, and the steps they told of."""
+
+    def __init__(self, trainable: Any, members: list[Any], settings: Train) -> None:
+        self.trainable, self.members = trainable, members
+        self.steps: list[tuple[str, int, Step]] = []
+        self.engine = WorkerEngine(
+            trainable,
+            members,
+            settings,
+            lambda name, turn, step: self.steps.append((name, turn.round, step)),
+            workers=2,
+            threads=1,
+        )
+
+
+@pytest.fixture(scope="module")
+def workers(make_member: Callable[..., Any], make_trainable: Callable[..., Any], settings: Train) -> Iterator[Workers]:
+    made = Workers(make_trainable(), [make_member(name) for name in ("b", "c", "a")], settings)
+    yield made
+    made.engine.close()
+    assert not any(worker.process.is_alive() for worker in made.engine._workers)
+
+
+def test_workers_end_at_the_same_bits_and_tell_the_same_errors(
+    workers: Workers, run: Callable[..., Any], settings: Train
+) -> None:
+    for strategy in (FedAvg(participation=0.7, seed=1), Local()):
+        workers.steps.clear()
+        apart = run(strategy, workers.members, settings, rounds=2, engine=workers.engine, trainable=workers.trainable)
+        here = run(strategy, workers.members, settings, rounds=2)
+        pairs = [(apart.state, here.state), *((apart.states[name], here.states[name]) for name in here.states)]
+        for first, second in pairs:
+            assert first.facts == second.facts
+            assert first.tensors.keys() == second.tensors.keys()
+            assert all(torch.equal(first.tensors[name], second.tensors[name]) for name in second.tensors)
+        rounds = [(e.clients, e.sent, e.received) for e in apart.events if isinstance(e, RoundDone)]
+        assert rounds == [(e.clients, e.sent, e.received) for e in here.events if isinstance(e, RoundDone)]
+        # every step of everybody is told, with its round
+        expected = {name: int(state.facts["steps"]) for name, state in here.states.items() if state.facts}
+        assert {name: sum(n == name for n, _, _ in workers.steps) for name in expected} == expected
+    # a mistake at a member arrives as what it is
+    start = {name: torch.full_like(tensor, torch.nan) for name, tensor in workers.trainable.state().items()}
+    tasks = {"b": Task(Turn(1, 0, 1), start)}
+    with pytest.raises(DivergedError, match="client 'b', round 1: training diverged") as raised:
+        list(workers.engine.work(FedAvg(), tasks))
+    assert "learning_rate" in str(raised.value.hint)
+    with pytest.raises(TypeError, match="a bug"):  # and so does a bug
+        list(workers.engine.work(Broken(), tasks))
+
+
+class Broken(FedAvg):
+    def work(self, task: Task, client: Any) -> Any:
+        raise TypeError("a bug")
+
+
+class Dies(FedAvg):
+    """Kills its process in the middle of the work."""
+
+    def work(self, task: Task, client: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_restored_states_reach_the_workers(workers: Workers) -> None:
+    engine, own = workers.engine, {name: torch.zeros_like(t) for name, t in workers.trainable.state().items()}
+    workers.steps.clear()
+    engine.restore({"a": State(grouped("model", own), {"steps": 6})})
+    assert engine.states()["b"] == State()
+    assert engine.members == ["a", "b", "c"]
+    tasks = Local().plan(State(), Turn(4, 0, 5), engine.members)
+    list(engine.work(Local(), tasks))
+    assert engine.states()["a"].facts["steps"] == 8
+    assert engine.states()["b"].facts["steps"] == 2
+    assert [step.number for name, _, step in workers.steps if name == "a"] == [7, 8]
+
+
+def test_only_the_cpu_can_be_shared(make_trainable: Callable[..., Any], settings: Train) -> None:
+    trainable = make_trainable()
+    trainable.model.to("meta")
+    with pytest.raises(UserError, match=r"engine.workers.*CPU"):
+        WorkerEngine(trainable, [], settings, lambda name, turn, step: None, workers=1)
+
+
+# kills the workers, so it stands last
+def test_a_killed_worker_is_told_and_does_not_hang(workers: Workers) -> None:
+    strategy = FedAvg()
+    turn = Turn(1, 0, 2)
+    tasks = strategy.plan(strategy.init(workers.trainable.state()), turn, workers.engine.members)
+    list(workers.engine.work(strategy, tasks))  # they are up
+    with pytest.raises(UserError, match=r"client '[ab]': the worker process died \(exit code -9\)"):
+        list(workers.engine.work(Dies(), tasks))
+    for worker in workers.engine._workers:
+        worker.process.kill()
+        worker.process.join(10)
+        worker.member = None
+    with pytest.raises(UserError, match="died"):  # and they are dead before they get anything
+        list(workers.engine.work(strategy, tasks))

@@ -1,0 +1,94 @@
+"""A member's side: what a round of its training consists of."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from allmend.data.chat import Encoded
+from allmend.errors import UserError
+from allmend.federation.member import Member, MemberClient
+from allmend.learn.loop import DivergedError, Step
+from allmend.recipe import Train
+from allmend.strategy import State, Turn
+
+
+def test_a_round_starts_from_what_it_is_given(
+    make_member: Callable[..., Any], make_trainable: Callable[..., Any], settings: Train
+) -> None:
+    trainable = make_trainable()
+    initial = trainable.state()
+    told: list[tuple[str, Turn, Step]] = []
+    client = MemberClient(make_member("a"), trainable, settings, initial, on_step=lambda *step: told.append(step))
+    first = client.train(initial, Turn(1, 0, 2))
+    trainable.load({name: torch.randn_like(tensor) for name, tensor in initial.items()})  # another member was here
+    client.state = State()
+    again = client.train(initial, Turn(1, 0, 2))
+    assert all(torch.equal(first.tensors[name], again.tensors[name]) for name in initial)
+    assert first.loss == again.loss
+    assert [step.number for _, _, step in told] == [1, 2, 1, 2]
+    assert {(name, turn) for name, turn, _ in told} == {("a", Turn(1, 0, 2))}
+    assert (first.steps, client.examples, first.tokens) == (2, 4, sum(step.tokens for _, _, step in told[:2]))
+
+
+def test_steps_count_on_over_rounds_and_the_data_goes_on_too(
+    make_member: Callable[..., Any], make_trainable: Callable[..., Any], settings: Train
+) -> None:
+    member, told = make_member("a", records=3), []
+    trainable = make_trainable()
+    settings = settings.model_copy(update={"batch_size": 1, "local_steps": 2, "learning_rate": 1e-12})
+    client = MemberClient(
+        member, trainable, settings, trainable.state(), on_step=lambda name, turn, step: told.append(step)
+    )
+    for number in (1, 2, 3):
+        client.train(client.initial, Turn(number, 0, 3))
+    assert [step.number for step in told] == [1, 2, 3, 4, 5, 6]
+    assert client.state.facts["steps"] == 6
+    # six steps of one record are two passes over three records: each pass has the same losses, in some order
+    losses = [round(step.loss, 4) for step in told]
+    assert sorted(losses[:3]) == sorted(losses[3:])
+    assert len(set(losses)) == 3
+
+
+def test_who_sat_out_is_as_far_down_the_schedule_as_the_rest(
+    make_member: Callable[..., Any], make_trainable: Callable[..., Any], settings: Train
+) -> None:
+    rates: dict[str, list[float]] = {"always": [], "late": []}
+    trainable = make_trainable()
+    cosine = settings.model_copy(update={"schedule": "cosine"})
+    clients = {
+        name: MemberClient(
+            make_member(name),
+            trainable,
+            cosine,
+            trainable.state(),
+            on_step=lambda name, turn, step: rates[name].append(step.learning_rate),
+        )
+        for name in rates
+    }
+    for round in (1, 2, 3):
+        clients["always"].train(clients["always"].initial, Turn(round, 0, 3))
+    clients["late"].train(clients["late"].initial, Turn(3, 0, 3))
+    assert rates["late"] == rates["always"][-2:]
+    assert rates["always"] == sorted(rates["always"], reverse=True)
+    assert 0 < rates["always"][-1] < rates["always"][0]
+
+
+@pytest.mark.parametrize("fault", ["diverged", "nothing to learn"])
+def test_a_failure_names_the_member_and_the_round(
+    fault: str, make_member: Callable[..., Any], make_trainable: Callable[..., Any], settings: Train
+) -> None:
+    trainable, member = make_trainable(), make_member("north")
+    start = trainable.state()
+    if fault == "diverged":
+        start = {name: torch.full_like(tensor, torch.nan) for name, tensor in start.items()}
+    else:
+        blind = [Encoded(r.id, r.ids, torch.zeros_like(r.target), r.branch, r.position) for r in member.records]
+        member = Member("north", blind, 0)
+    client = MemberClient(member, trainable, settings, start)
+    with pytest.raises(UserError, match="client 'north', round 4") as raised:
+        client.train(start, Turn(4, 0, 9))
+    assert isinstance(raised.value, DivergedError) == (fault == "diverged")
+    assert raised.value.hint
+    assert client.state.facts == {}

@@ -1,0 +1,68 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from allmend.data.chat import Encoder
+from allmend.data.packing import Row, pack
+from allmend.data.records import Record, question
+from allmend.learn.objective import log_likelihood, log_likelihood_and_hit, logits_at_sources
+
+MakeModel = Callable[..., LlamaForCausalLM]
+
+
+@pytest.fixture(scope="module")
+def row(tiny_tokenizer: PreTrainedTokenizerFast) -> Row:
+    encoder = Encoder(tiny_tokenizer, "plain", 100)
+    text = Record("t", text="some text")
+    records = [question("a", "one?", "yes", choices=("yes", "no")), question("b", "two?", "both"), text]
+    (row,) = pack([encoder.for_evaluation(record) for record in records], 1000)
+    return row
+
+
+def test_logits_are_those_of_all_tokens_where_they_are_needed(tiny_model: LlamaForCausalLM, row: Row) -> None:
+    with torch.no_grad():
+        mask = torch.where(row.visible, 0.0, torch.finfo(torch.float32).min)[None, None]
+        every = tiny_model(input_ids=row.ids, position_ids=row.position, attention_mask=mask).logits[0]
+        found = logits_at_sources(tiny_model, row)
+    assert found.shape == (len(row.sources), 300)
+    assert len(row.sources) < row.tokens
+    assert torch.allclose(found, every[row.sources], atol=1e-6)
+
+
+def test_log_likelihood_is_the_log_softmax_of_the_target(tiny_model: LlamaForCausalLM, row: Row) -> None:
+    with torch.no_grad():
+        logits = logits_at_sources(tiny_model, row)[row.source_of]
+        found = log_likelihood(tiny_model, row)
+        value, hit = log_likelihood_and_hit(tiny_model, row)
+    expected = -torch.nn.functional.cross_entropy(logits, row.targets, reduction="none")
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert torch.equal(found, value)
+    assert torch.equal(hit, logits.argmax(-1) == row.targets)
+
+
+def test_a_hit_is_a_target_that_no_token_exceeds(tiny_model: LlamaForCausalLM, row: Row) -> None:
+    with torch.no_grad():
+        best = logits_at_sources(tiny_model, row).argmax(-1)[row.source_of]
+        hit_row = Row(**(vars(row) | {"targets": best}))
+        assert log_likelihood_and_hit(tiny_model, hit_row)[1].all()
+        miss_row = Row(**(vars(row) | {"targets": (best + 1) % 300}))
+        assert not log_likelihood_and_hit(tiny_model, miss_row)[1].any()
+
+
+def test_every_attention_implementation_understands_the_mask(make_tiny_model: MakeModel, row: Row) -> None:
+    model = make_tiny_model()
+    with torch.no_grad():
+        sdpa = log_likelihood(model, row)
+        model.set_attn_implementation("eager")
+        assert torch.allclose(log_likelihood(model, row), sdpa, atol=1e-5)
+
+
+def test_a_model_of_half_precision_gives_single_precision(make_tiny_model: MakeModel, row: Row) -> None:
+    model = make_tiny_model()
+    with torch.no_grad():
+        exact = log_likelihood(model, row)
+        found = log_likelihood(model.bfloat16(), row)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, exact, atol=0.1)

