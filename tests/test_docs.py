@@ -1,6 +1,7 @@
 """The documentation says what is there: recipe keys, commands, links, and every block of Python runs."""
 
-import ast
+import inspect
+import json
 import re
 import shutil
 import tomllib
@@ -17,12 +18,14 @@ import typer.main
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+import allmend
 from allmend.cli import app
 from allmend.cli.recipe import packaged
 from allmend.data.files import read_records
+from allmend.errors import UserError
 from allmend.federation.strategies import STRATEGIES, build_strategy, options_of
 from allmend.models.tensors import Tensors
-from allmend.recipe import Fields, Recipe, RecipeError, Section, StrategyChoice, load_recipe, make_recipe
+from allmend.recipe import Recipe, RecipeError, load_recipe, make_recipe
 from allmend.strategy import Seen, State, Strategy, Sums, Trained, Turn
 
 ROOT = Path(__file__).parent.parent
@@ -100,9 +103,9 @@ def values(schema: dict[str, Any]) -> str:
             return "table"
         case {"type": "integer" | "number" as kind}:
             signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-            bounds = [f"{sign} {schema[key]:g}" for key, sign in signs.items() if key in schema]
-            bounds = [bound for bound in bounds if bound != f"< {2**31:g}"]
-            return " ".join(["whole number" if kind == "integer" else "number", *(" and ".join(bounds).split(" "))])
+            words = "whole number" if kind == "integer" else "number"
+            bounds = [f"{sign} {schema[key]:g}" for key, sign in signs.items() if schema.get(key, 2**31) != 2**31]
+            return f"{words} {' and '.join(bounds)}".rstrip()
     raise ValueError(f"no words for {schema}")
 
 
@@ -170,6 +173,10 @@ def test_recipes_on_the_pages_have_keys_that_exist(page: Path) -> None:
 # --- recipes that come with the project
 
 
+BUILT_IN = ("[data.icd10cm]", "train =", "held_out = 60")
+"""The lines of the template's other kind of clients."""
+
+
 def uncommented(text: str, *, without: tuple[str, ...]) -> str:
     """The template with every setting in force, but for those named."""
     lines = []
@@ -188,12 +195,9 @@ def test_the_template_is_a_recipe() -> None:
 
 @pytest.mark.parametrize("other", ["local_epochs", "local_steps"])
 def test_the_template_with_every_setting_is_a_recipe(other: str) -> None:
-    builtin = ("[data.icd10cm]", "train =", "held_out = 60")
-    text = uncommented(packaged("template.toml"), without=(*builtin, other))
-    recipe = make_recipe(tomllib.loads(text))
-    recipe = recipe.model_copy(update={"compare": {}, "canaries": None})
-    strategy = recipe.strategy
-    build_strategy(strategy.name, strategy.options, seed=0)
+    text = uncommented(packaged("template.toml"), without=(*BUILT_IN, other))
+    for arm in make_recipe(tomllib.loads(text)).arms().values():
+        build_strategy(arm.strategy.name, arm.strategy.options, seed=0)
 
 
 def test_the_template_serves_the_built_in_clients_too() -> None:
@@ -203,9 +207,9 @@ def test_the_template_serves_the_built_in_clients_too() -> None:
 
 
 def test_a_commented_setting_of_the_template_shows_the_default() -> None:
-    defaults = make_recipe({"clients": [{"name": "north", "data": "x"}], "canaries": {}, "data": {"icd10cm": None}})
-    alternatives = ("name =", "data =", "clients =", "models =", "max_held_out", "threads", "local_", "[compare", "adap")
-    text = uncommented(packaged("template.toml"), without=(*alternatives, "train.", "[data.icd10cm]", "train =", "held_out = 60"))
+    defaults = make_recipe({"clients": [{"name": "north", "data": "x"}], "canaries": {}})
+    examples = ("clients =", "models =", "max_held_out", "threads", "local_", "[compare", "adapter.", "train.")
+    text = uncommented(packaged("template.toml"), without=(*BUILT_IN, *examples))
     found = make_recipe(tomllib.loads(text))
     for name in ("seed", "model", "data", "adapter", "train", "canaries", "evaluation", "audit", "engine"):
         assert getattr(found, name) == getattr(defaults, name), name
@@ -225,13 +229,14 @@ def test_examples_are_recipes(path: Path) -> None:
 
 
 def test_fields_of_medquad_fit_its_records(tmp_path: Path) -> None:
-    row = '{"id": "1-1", "question": "What is it?", "answer": "%s", "type": "information", "focus": "it", "split": "train"}\n'
-    (tmp_path / "one.jsonl").write_text(row % "This." + row % "That.", encoding="utf-8")
-    recipe = load_recipe(ROOT / "examples/medquad.toml")
-    records, _ = read_records("one.jsonl", fields=recipe.data.fields, base=tmp_path)
-    assert [record.response for record in records] == ["This.", "That."]
-    with pytest.raises(Exception, match="already, with other content"):
-        read_records("one.jsonl", fields=recipe.data.fields.model_copy(update={"id": "id"}), base=tmp_path)
+    row = {"id": "1-1", "question": "What is it?", "type": "information", "focus": "it", "split": "train"}
+    lines = [json.dumps(row | {"answer": answer}) for answer in ("This.", "That.")]
+    (tmp_path / "one.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    fields = load_recipe(ROOT / "examples/medquad.toml").data.fields
+    records, _ = read_records("one.jsonl", fields=fields, base=tmp_path)
+    assert [(record.response, record.held_out) for record in records] == [("This.", False), ("That.", False)]
+    with pytest.raises(UserError, match="already, with other content"):
+        read_records("one.jsonl", fields=fields.model_copy(update={"id": "id"}), base=tmp_path)
 
 
 # --- links, figures and commands
@@ -328,8 +333,9 @@ def desk(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def small(code: str) -> str:
     """The same code with a tiny model, few canaries and one length of prompt."""
-    audit = '"canaries": {"copies": [2], "pairs": 1}, "audit": {"prefix_tokens": [200]}'
-    return code.replace(SOURCE, "tiny").replace('"canaries": {}', audit).replace("prefix_tokens=[20]", "prefix_tokens=[200]")
+    canaries = '"canaries": {"copies": [2], "pairs": 1}, "audit": {"prefix_tokens": [200]}'
+    code = code.replace(SOURCE, "tiny").replace("prefix_tokens=[20]", "prefix_tokens=[200]")
+    return code.replace('"canaries": {}', canaries)
 
 
 def runnable(page: Path) -> list[str]:
@@ -344,8 +350,7 @@ def test_python_on_the_pages_runs(page: Path, desk: Path, capsys: pytest.Capture
     """A page's blocks run one after the other, as a reader would try them; `python no-run` is left out."""
     names: dict[str, Any] = {"__name__": "page"}
     for block in runnable(page):
-        ast.parse(block)
-        exec(compile(small(block), str(page), "exec"), names)  # noqa: S102
+        exec(compile(small(block), str(page), "exec"), names)
 
 
 def test_the_example_prints_gaps_with_their_intervals(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -353,6 +358,18 @@ def test_the_example_prints_gaps_with_their_intervals(desk: Path, capsys: pytest
     lines = capsys.readouterr().out.splitlines()
     assert [re.match(r"(\w+), 2 copies: [+-]\d\.\d\d nats \([+-]", line)[1] for line in lines] == ["base", "fedavg"]  # type: ignore[index]
     assert Path("runs/library/report.html").is_file()
+
+
+def test_functions_of_the_library_have_the_parameters_that_their_page_says() -> None:
+    calls = re.findall(r"^\| `(\w+)\((.*)\) -> (\w+)` \|", read(ROOT / "docs/library.md"), flags=re.MULTILINE)
+    functions = {name for name in allmend.__all__ if inspect.isfunction(getattr(allmend, name))}
+    assert {name for name, _, _ in calls} == functions
+    for name, parameters, result in calls:
+        signature = inspect.signature(getattr(allmend, name))
+        bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()]
+        shown = str(signature.replace(parameters=bare, return_annotation=inspect.Signature.empty))
+        assert f"({parameters})".replace('"', "'") == shown.replace(" = ", "="), name
+        assert result == signature.return_annotation.__name__, name
 
 
 # --- the strategy on its page
@@ -373,7 +390,7 @@ def test_the_strategy_on_its_page_does_what_its_formula_says() -> None:
     (block,) = (body for body in runnable(ROOT / "docs/strategies.md") if "class FedAvgM" in body)
     assert len(block.splitlines()) <= 60
     names: dict[str, Any] = {"__name__": "page"}
-    exec(compile(block, "strategies.md", "exec"), names)  # noqa: S102
+    exec(compile(block, "strategies.md", "exec"), names)
     strategy: Strategy = names["FedAvgM"](momentum=0.5)
     toys = {toy.name: toy for toy in (Toy("north", 3, 1.0), Toy("south", 1, 5.0))}
     declared = strategy.declare()
@@ -390,11 +407,3 @@ def test_the_strategy_on_its_page_does_what_its_formula_says() -> None:
     shared = strategy.shared(state)
     assert shared is not None
     torch.testing.assert_close(shared["w"], torch.full((2,), 3.0))
-
-
-def test_no_section_of_the_recipe_is_left_out() -> None:
-    """The walk over the model finds every class of it that a recipe can hold."""
-    found = {heading for heading, _ in sections()}
-    assert {"Top level", "[data.fields]", "[[clients]]", "[compare.NAME]", "[canaries]", "[strategy]"} <= found
-    assert sum(heading == "[data.fields]" for heading, _ in sections()) == len(Fields.model_fields)
-    assert {name for name, model in vars(__import__("allmend.recipe", fromlist=["x"])).items() if isinstance(model, type) and issubclass(model, (Section, StrategyChoice))} - {"Section", "Recipe"} == {type_name for type_name in Recipe.model_json_schema()["$defs"]}

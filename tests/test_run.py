@@ -302,7 +302,7 @@ def test_tables_come_back_and_damaged_ones_are_told(tmp_path: Path) -> None:
     assert run.read_table("utility", UtilityTable) == table
     path = tmp_path / "results" / "utility.json"
     path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(UserError, match="utility.json"):
+    with pytest.raises(UserError, match=r"utility\.json"):
         run.read_table("utility", UtilityTable)
 
 

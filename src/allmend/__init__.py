@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from allmend.errors import UserError
 
 if TYPE_CHECKING:
-    from allmend.life import audit, resume, tune
+    from allmend.life import audit_run, resume, tune
     from allmend.models.load import LoadedModel, load_model
     from allmend.recipe import Recipe, load_recipe, make_recipe
     from allmend.report.page import write_report
@@ -29,7 +29,7 @@ __all__ = [
     "RunFolder",
     "UserError",
     "__version__",
-    "audit",
+    "audit_run",
     "load_model",
     "load_recipe",
     "make_recipe",
@@ -42,7 +42,7 @@ _WHERE = {
     "LoadedModel": "allmend.models.load",
     "Recipe": "allmend.recipe",
     "RunFolder": "allmend.run",
-    "audit": "allmend.life",
+    "audit_run": "allmend.life",
     "load_model": "allmend.models.load",
     "load_recipe": "allmend.recipe",
     "make_recipe": "allmend.recipe",

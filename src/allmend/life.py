@@ -1,12 +1,11 @@
 """The life of a recipe: tune, evaluate, audit, report, in one run folder that can be stopped and resumed anywhere."""
 
 import contextlib
-import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -18,35 +17,27 @@ from allmend.data.canaries import read_canaries, write_canaries
 from allmend.data.chat import Encoder
 from allmend.errors import UserError
 from allmend.events import (
-    ArmStarted,
     Event,
-    PhaseDone,
     RunFinished,
     RunStarted,
-    StepDone,
     Stopped,
     Warned,
-    WorkDone,
 )
-from allmend.federation.checkpoint import Checkpoint, Checkpoints
-from allmend.federation.engines import Engine
-from allmend.federation.engines.in_process import InProcessEngine
-from allmend.federation.engines.workers import WorkerEngine
-from allmend.federation.member import Member
-from allmend.federation.rounds import run_rounds
-from allmend.federation.strategies import build_strategy
+from allmend.federation.arm import Outcomes, save_outcomes, strategy_of, tokens_per_round, train_arm, trainable_of
+from allmend.federation.checkpoint import Checkpoints
 from allmend.learn.compare import ModelScores, utility_table
-from allmend.learn.evaluate import Score, score
-from allmend.learn.loop import Step, steps_per_round
-from allmend.models.adapters import Trainable, add_lora, applied, full, remove_lora
+from allmend.learn.evaluate import score
+from allmend.learn.scores import read_scores, write_scores
+from allmend.meter import Meter
+from allmend.models.adapters import applied
 from allmend.models.load import LoadedModel, load_model
 from allmend.models.tensors import Tensors, nbytes
 from allmend.prepare import Prepared, prepare, prepare_model
-from allmend.recipe import Adapter, Arm, Recipe, parse_recipe
+from allmend.recipe import Arm, Recipe, parse_recipe
 from allmend.report.page import write_report
 from allmend.results import BASE, AuditTable
-from allmend.run import EventLog, RunFolder, write_atomic
-from allmend.strategy import Declaration, Turn
+from allmend.run import EventLog, RunFolder
+from allmend.strategy import Declaration, Strategy
 
 Listener = Callable[[Event], None]
 
@@ -135,8 +126,8 @@ def rehearse(recipe: Recipe, base: Path | str = ".") -> tuple[Prepared, list[Dis
     prepared = prepare(recipe, Path(base))
     disclosures = []
     for arm in recipe.arms().values():
-        strategy = build_strategy(arm.strategy.name, arm.strategy.options, seed=recipe.seed)
-        with _trainable(prepared.model, arm.adapter, seed=recipe.seed) as trainable:
+        strategy = strategy_of(arm, seed=recipe.seed)
+        with trainable_of(prepared.model, arm.adapter, seed=recipe.seed) as trainable:
             message = nbytes(trainable.parameters())
             disclosures.append(
                 Disclosure(arm.name, strategy.declare(), trainable.count, message, simulated_only=strategy.pooled)
@@ -163,7 +154,7 @@ def read_frozen(run: RunFolder) -> Recipe:
     return recipe
 
 
-def audit(
+def audit_run(
     out: Path | str,
     *,
     prefix_tokens: Sequence[int] | None = None,
@@ -226,7 +217,7 @@ def _live(run: RunFolder, prepared: Prepared, listeners: Sequence[Listener], *, 
                 log.emit(Warned(message=_OTHER_THREADS.format(earlier[-1].threads, started.threads)))
             if prepared.canaries and not run.canaries.exists():
                 write_canaries(run.canaries, prepared.canaries)
-            scores = _evaluate(run, prepared, log, BASE, prepared.model.model, {None: None}, load=lambda tensors: None)
+            scores = _evaluate(run, prepared, log, BASE, prepared.model.model, {None: None})
             for arm in prepared.recipe.arms().values():
                 scores += _arm(run, prepared, log, arm)
             main = prepared.recipe.strategy.name
@@ -252,7 +243,7 @@ _OTHER_THREADS = (
 
 def _finished(run: RunFolder, recipe: Recipe) -> bool:
     """Whether all was done once and is still there."""
-    scores = [_scores_path(run, name) for name in (BASE, *recipe.arms())]
+    scores = [run.scores(name) for name in (BASE, *recipe.arms())]
     tables = [run.path / "results" / f"{name}.json" for name in ("utility", "audit")[: 2 if recipe.canaries else 1]]
     there = all(path.exists() for path in (*scores, *tables, run.path / "report.html"))
     return there and any(isinstance(event, RunFinished) for event in run.history())
@@ -306,206 +297,55 @@ def _work(run: RunFolder, prepared: Prepared) -> dict[str, float]:
     asked = float(sum(len(one) for client in prepared.held_out_encoded.values() for one in client))
     probes = sum(len(canary.text) / 4 for canary in prepared.canaries) * (1 + len(recipe.audit.prefix_tokens))
     work = {}
-    if not _scores_path(run, BASE).exists():
+    if not run.scores(BASE).exists():
         work[f"evaluate {BASE}"] = asked
     for name, arm in recipe.arms().items():
-        strategy = build_strategy(arm.strategy.name, arm.strategy.options, seed=recipe.seed)
-        if not _scores_path(run, name).exists():
-            newest = _checkpoints(run, prepared, name).newest()
+        strategy = strategy_of(arm, seed=recipe.seed)
+        if not run.scores(name).exists():
+            newest = _checkpoints(run, recipe, name).newest()
             rounds = arm.strategy.rounds - (newest.round if newest else 0)
-            work[f"train {name}"] = TRAIN_COST * rounds * sum(_tokens_per_round(arm, m) for m in prepared.members)
-            personal = strategy.shared(strategy.init({})) is None
-            work[f"evaluate {name}"] = asked * (len(prepared.members) if personal else 1)
+            work[f"train {name}"] = TRAIN_COST * rounds * tokens_per_round(arm, prepared.members)
+            work[f"evaluate {name}"] = asked * (1 if _shares(strategy) else len(prepared.members))
     if prepared.canaries:
         work |= {f"audit {name}": probes for name in (BASE, *_audited(recipe))}
     return work
-
-
-def _tokens_per_round(arm: Arm, member: Member) -> float:
-    mean = sum(len(record) for record in member.records) / len(member.records)
-    return steps_per_round(len(member.records), arm.train) * min(arm.train.batch_size, len(member.records)) * mean
 
 
 def _audited(recipe: Recipe) -> list[str]:
     """Arms that are audited, as far as the recipe alone tells."""
     if recipe.audit.models is not None:
         return list(recipe.audit.models)
-    arms = recipe.arms()
-    strategies = {n: build_strategy(a.strategy.name, a.strategy.options, seed=recipe.seed) for n, a in arms.items()}
-    return [name for name, strategy in strategies.items() if strategy.shared(strategy.init({})) is not None]
+    arms = recipe.arms().values()
+    return [arm.name for arm in arms if _shares(strategy_of(arm, seed=recipe.seed))]
 
 
-@dataclass
-class _Meter:
-    """Emits `WorkDone` as a phase goes on, at most once per hundredth, and `PhaseDone` at its end."""
+def _shares(strategy: Strategy) -> bool:
+    """Whether a strategy ends with one model for all, rather than one for each member."""
+    return strategy.shared(strategy.init({})) is not None
 
-    log: EventLog
-    phase: str
-    expected: float
-    tokens: int = 0
-    told: float = 0.0
-    began: float = field(default_factory=time.perf_counter)
 
-    def add(self, tokens: int) -> None:
-        self.tokens += tokens
-        share = min(1.0, self.tokens / self.expected) if self.expected else 1.0
-        if share - self.told >= 0.01:
-            self.told = share
-            self.log.emit(WorkDone(phase=self.phase, share=share))
-
-    def done(self) -> None:
-        self.log.emit(PhaseDone(phase=self.phase, seconds=time.perf_counter() - self.began, tokens=self.tokens))
+def _checkpoints(run: RunFolder, recipe: Recipe, arm: str) -> Checkpoints:
+    return Checkpoints(run.arm(arm), identity=f"{recipe.digest()}/{arm}")
 
 
 def _arm(run: RunFolder, prepared: Prepared, log: EventLog, arm: Arm) -> list[ModelScores]:
     """Train an arm, as far as it is not trained, save its outcome, and score it."""
-    if _scores_path(run, arm.name).exists():
-        return _read_scores(run, arm.name)
-    with _trainable(prepared.model, arm.adapter, seed=prepared.recipe.seed) as trainable:
-        outcomes = _train(run, prepared, log, arm, trainable)
-        _save(run, prepared.model, arm, trainable, outcomes)
-        return _evaluate(
-            run,
-            prepared,
-            log,
-            arm.name,
-            trainable.model,
-            outcomes,
-            load=lambda tensors: trainable.load(tensors or {}),
-        )
-
-
-@contextlib.contextmanager
-def _trainable(model: LoadedModel, adapter: Adapter, *, seed: int) -> Iterator[Trainable]:
-    """What learns in an arm; afterwards the base model in memory is as it was."""
-    if adapter.kind == "full":
-        trainable = full(model.model)
-        base = trainable.state()
-        try:
-            yield trainable
-        finally:
-            trainable.load(base)
-            model.model.requires_grad_(False)
-        return
-    trainable = add_lora(
-        model.model,
-        rank=adapter.rank,
-        alpha=adapter.alpha,
-        targets=adapter.targets,
-        dropout=adapter.dropout,
-        seed=seed,
-    )
-    try:
-        yield trainable
-    finally:
-        remove_lora(trainable)
-
-
-def _checkpoints(run: RunFolder, prepared: Prepared, arm: str) -> Checkpoints:
-    return Checkpoints(run.arm(arm), identity=f"{prepared.recipe.digest()}/{arm}")
-
-
-def _train(
-    run: RunFolder, prepared: Prepared, log: EventLog, arm: Arm, trainable: Trainable
-) -> dict[str | None, Tensors | None]:
-    """Run an arm's rounds from its newest checkpoint; the shared outcome under None, or members' under their names."""
-    strategy = build_strategy(arm.strategy.name, arm.strategy.options, seed=prepared.recipe.seed)
-    members = [prepared.pooled()] if strategy.pooled else list(prepared.members)
-    checkpoints = _checkpoints(run, prepared, arm.name)
-    start = checkpoints.newest() or Checkpoint(0, strategy.init(trainable.state()), {})
-    log.emit(
-        ArmStarted(
-            arm=arm.name,
-            strategy=strategy.name,
-            round=start.round + 1,
-            rounds=arm.strategy.rounds,
-            trainable=trainable.count,
-        )
-    )
-    meter = _Meter(
-        log, f"train {arm.name}", (arm.strategy.rounds - start.round) * sum(_tokens_per_round(arm, m) for m in members)
-    )
-    steps: list[Step] = []
-
-    def on_step(client: str, turn: Turn, step: Step) -> None:
-        steps.append(step)
-        log.emit(
-            StepDone(
-                arm=arm.name,
-                client=client,
-                round=turn.round,
-                step=step.number,
-                loss=step.loss,
-                learning_rate=step.learning_rate,
-                gradient_norm=step.gradient_norm,
-                tokens=step.tokens,
-            )
-        )
-        meter.add(step.tokens)
-
-    def trained() -> tuple[int, float | None]:
-        targets = sum(step.targets for step in steps)
-        found = sum(step.tokens for step in steps), sum(s.loss * s.targets for s in steps) / targets if steps else None
-        steps.clear()
-        return found
-
-    workers = min(prepared.recipe.engine.workers, len(members))
-    engine: Engine = (
-        WorkerEngine(trainable, members, arm.train, on_step, workers=workers, threads=prepared.recipe.engine.threads)
-        if workers > 0
-        else InProcessEngine(trainable, members, arm.train, on_step)
-    )
-    try:
-        state = run_rounds(
-            strategy,
-            engine,
-            start,
-            rounds=arm.strategy.rounds,
-            arm=arm.name,
-            checkpoints=checkpoints,
+    if run.scores(arm.name).exists():
+        return read_scores(run.scores(arm.name))
+    recipe = prepared.recipe
+    pooled = strategy_of(arm, seed=recipe.seed).pooled
+    with trainable_of(prepared.model, arm.adapter, seed=recipe.seed) as trainable:
+        outcomes = train_arm(
+            arm,
+            trainable,
+            [prepared.pooled()] if pooled else prepared.members,
+            seed=recipe.seed,
+            engine=recipe.engine,
+            checkpoints=_checkpoints(run, recipe, arm.name),
             emit=log.emit,
-            tokens=trained,
         )
-        states = engine.states()
-    finally:
-        engine.close()
-    meter.done()
-    if (shared := strategy.shared(state)) is not None:
-        return {None: shared}
-    return {name: strategy.personal(state, states[name]) for name in engine.members}
-
-
-def _save(
-    run: RunFolder, model: LoadedModel, arm: Arm, trainable: Trainable, outcomes: Mapping[str | None, Tensors | None]
-) -> None:
-    """Write an arm's outcomes as PEFT or model folders."""
-    for member, tensors in outcomes.items():
-        if tensors is not None:
-            folder = run.arm(arm.name) if member is None else run.arm(arm.name) / "members" / member
-            kind = "model" if arm.adapter.kind == "full" else "adapter"
-            trainable.save(folder / kind, tensors, base=str(model.folder))
-
-
-def _scores_path(run: RunFolder, model: str) -> Path:
-    return run.path / "scores" / f"{model}.json"
-
-
-def _read_scores(run: RunFolder, model: str) -> list[ModelScores]:
-    path = _scores_path(run, model)
-    try:
-        stored = json.loads(path.read_bytes())
-        return [
-            ModelScores(
-                model,
-                entry["member"],
-                {client: [Score(**one) for one in scores] for client, scores in entry["by_client"].items()},
-            )
-            for entry in stored
-        ]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"these scores cannot be read: {error}", where=path, hint="Delete the file and resume."
-        ) from error
+        save_outcomes(run.arm(arm.name), outcomes, trainable, base=str(prepared.model.folder))
+        return _evaluate(run, prepared, log, arm.name, trainable.model, outcomes, load=trainable.load)
 
 
 def _evaluate(
@@ -514,21 +354,22 @@ def _evaluate(
     log: EventLog,
     name: str,
     module: torch.nn.Module,
-    outcomes: Mapping[str | None, Tensors | None],
+    outcomes: Outcomes,
     *,
-    load: Callable[[Tensors | None], None],
+    load: Callable[[Tensors], None] | None = None,
 ) -> list[ModelScores]:
     """Score each outcome of an arm on all held-out records, and store the scores."""
-    path = _scores_path(run, name)
+    path = run.scores(name)
     if path.exists():
-        return _read_scores(run, name)
+        return read_scores(path)
     clients = sorted(prepared.held_out)
     records = [record for client in clients for record in prepared.held_out[client]]
     encoded = [one for client in clients for one in prepared.held_out_encoded[client]]
-    meter = _Meter(log, f"evaluate {name}", float(sum(len(one) for one in encoded) * len(outcomes)))
+    meter = Meter(log.emit, f"evaluate {name}", float(sum(len(one) for one in encoded) * len(outcomes)))
     found = []
     for member, tensors in outcomes.items():
-        load(tensors)
+        if tensors is not None and load is not None:
+            load(tensors)
         scores = iter(
             score(
                 module,
@@ -540,7 +381,7 @@ def _evaluate(
         )
         by_client = {client: [next(scores) for _ in prepared.held_out[client]] for client in clients}
         found.append(ModelScores(name, member, by_client))
-    write_atomic(path, json.dumps([asdict(scores) for scores in found]).encode())
+    write_scores(path, found)
     meter.done()
     return found
 
@@ -563,8 +404,8 @@ def _audit(
     canaries = read_canaries(run.canaries)
     findings: list[Findings] = []
     for name in (BASE, *_audited(recipe)):
-        meter = _Meter(
-            log, f"audit {name}", sum(len(canary.text) / 4 for canary in canaries) * (1 + len(prefix_tokens))
+        meter = Meter(
+            log.emit, f"audit {name}", sum(len(canary.text) / 4 for canary in canaries) * (1 + len(prefix_tokens))
         )
         with _outcome(run, model, name) as module:
             findings.append(

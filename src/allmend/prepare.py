@@ -90,7 +90,8 @@ def check(recipe: Recipe, base: Path) -> Path:
     for index, client in enumerate(recipe.clients):
         path = base / Path(client.data).expanduser()
         if not client.data.startswith("hub:") and not path.is_file():
-            problems.append(Problem(("clients", index, "data"), f"there is no file {path}"))
+            what = "is a folder, not a file" if path.is_dir() else "is not there (paths start from the recipe's folder)"
+            problems.append(Problem(("clients", index, "data"), f"{path} {what}"))
     folder: Path | None = None
     try:
         folder = resolve(_source(recipe, base))

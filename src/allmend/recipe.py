@@ -331,7 +331,7 @@ def load_recipe(path: Path) -> Recipe:
             f"is not UTF-8 text (byte {error.start})", where=path, hint="Save the file as UTF-8."
         ) from error
     except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", where=path) from error
+        raise UserError(f"cannot be read: {error.strerror}", where=path, hint="Name a TOML file.") from error
     try:
         return parse_recipe(text)
     except RecipeError as error:

@@ -9,6 +9,7 @@ RUN/
   arms/<arm>/round-000003/         the newest checkpoint: server.safetensors, members/<name>.safetensors
   arms/<arm>/adapter/              the outcome (PEFT folder), or model/ after full fine-tuning
   arms/<arm>/members/<name>/       personal outcomes, where the strategy makes them
+  scores/<arm>.json                what each model made of every held-out record
   results/<table>.json             tables of `allmend.results`
   report.html
 ```
@@ -104,6 +105,11 @@ def folder_atomic(path: Path) -> Iterator[Path]:
     except OSError as error:
         shutil.rmtree(beside, ignore_errors=True)
         raise fault(error, path) from error
+    except UserError as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        if error.where and Path(error.where).is_relative_to(beside):  # by the name that it was to have
+            error = type(error)(error.what, where=path / Path(error.where).relative_to(beside), hint=error.hint)
+        raise error from None
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
@@ -246,6 +252,10 @@ class RunFolder:
     def arm(self, name: str) -> Path:
         """Where an arm keeps its checkpoint and outcome."""
         return self.path / "arms" / name
+
+    def scores(self, name: str) -> Path:
+        """Where an arm's scores on held-out records are kept."""
+        return self.path / "scores" / f"{name}.json"
 
     @property
     def facts(self) -> dict[str, object]:

@@ -251,6 +251,23 @@ def test_choices_are_branches_behind_the_prompt(tiny_chat_tokenizer: PreTrainedT
     assert int((encoded.branch == 0).sum()) == len(tiny_chat_tokenizer(prompt)["input_ids"])
 
 
+def test_earlier_turns_of_a_question_are_its_prompt(tiny_chat_tokenizer: PreTrainedTokenizerFast) -> None:
+    record = replace(conversation("one?", "yes", "two?", "no"), choices=("yes", "no"), answer=1)
+    encoded = Encoder(tiny_chat_tokenizer, "chat", LONG).for_evaluation(record)
+    assert [targets(tiny_chat_tokenizer, encoded, branch) for branch in (0, 1, 2)] == ["", "yes", "no"]
+    trunk = tiny_chat_tokenizer.decode(encoded.ids[encoded.branch == 0])
+    assert trunk.endswith("yes<|im_end|>\n<|im_start|>user\ntwo?<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_a_choice_that_splits_the_prompt_otherwise(make_tiny_tokenizer: MakeTokenizer) -> None:
+    template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    tokenizer = make_tiny_tokenizer(merges=["bc", "ab"], chat_template=template)
+    encoded = Encoder(tokenizer, "chat", LONG).for_evaluation(question("r", "?ab", "c", choices=("c", "d")))
+    for branch, text in ((1, "?abc"), (2, "?abd")):
+        assert path(encoded, branch) == (tokenizer(text)["input_ids"], [0, 1, 2])
+    assert [targets(tokenizer, encoded, branch) for branch in (0, 1, 2)] == ["", "bc", "d"]
+
+
 @pytest.mark.parametrize("with_bos", [False, True])
 @pytest.mark.parametrize("max_tokens", range(2, 30))
 def test_a_tree_is_cut_as_its_longest_path_is(

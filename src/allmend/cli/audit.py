@@ -21,6 +21,6 @@ def audit(
 
     console = Console()
     with shown(console, run) as listen:
-        table = life.audit(run, prefix_tokens=prefix, listeners=[listen])
+        table = life.audit_run(run, prefix_tokens=prefix, listeners=[listen])
     show_audit(console, table)
     console.print(f"Report  {(run / 'report.html').resolve()}", highlight=False, soft_wrap=True)

@@ -1,7 +1,7 @@
 """Checkpoints of a federation: the coordinator's and every member's state after a round, whole or not at all."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,11 @@ class Checkpoints:
     folder: Path
     identity: str
 
-    def save(self, checkpoint: Checkpoint) -> None:
+    def save(self, checkpoint: Checkpoint, *, announce: Callable[[], None] = lambda: None) -> None:
         """Write beside, rename, then delete the older ones.
+
+        `announce` is called between writing and renaming: a kill later than that finds the announcement and the
+        checkpoint, an earlier one finds neither, and one between them an announcement that a resumption makes void.
 
         Raises:
             UserError: the operating system refused (no space); the older checkpoint is untouched.
@@ -47,6 +50,7 @@ class Checkpoints:
             self._write(beside / _SERVER, checkpoint.server, {"round": checkpoint.round, "members": names})
             for name, state in checkpoint.members.items():
                 self._write(_of_member(beside, name), state, {"round": checkpoint.round})
+            announce()
         for folder in older:
             if folder.name != f"round-{checkpoint.round:06d}":
                 shutil.rmtree(folder, ignore_errors=True)

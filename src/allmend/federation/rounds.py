@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 from allmend.errors import UserError
 from allmend.events import Event, RoundDone
@@ -60,22 +61,24 @@ def run_rounds(
                 received[name] = received.get(name, 0) + nbytes(reply.summed) + nbytes(reply.seen)
                 working += answer.seconds
             state = strategy.combine(state, turn, sums, seen)
-        checkpoints.save(Checkpoint(round, state, engine.states()))
         trained, loss = tokens()
-        emit(
-            RoundDone(
-                arm=arm,
-                round=round,
-                clients=sorted(sent),
-                sent=sent,
-                received=received,
-                loss=loss,
-                tokens=trained,
-                seconds=time.perf_counter() - began,
-                training_seconds=working,
-            )
+        done = RoundDone(
+            arm=arm,
+            round=round,
+            clients=sorted(sent),
+            sent=sent,
+            received=received,
+            loss=loss,
+            tokens=trained,
+            seconds=0.0,
+            training_seconds=working,
         )
+        checkpoints.save(Checkpoint(round, state, engine.states()), announce=partial(_announce, done, began, emit))
     return state
+
+
+def _announce(done: RoundDone, began: float, emit: Callable[[Event], None]) -> None:
+    emit(done.model_copy(update={"seconds": time.perf_counter() - began}))
 
 
 def _add(sums: Sums, reply: Reply, member: str, round: int) -> None:

@@ -1,0 +1,177 @@
+"""The commands on good input, and interruptions of a real process."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import allmend as package
+from allmend.cli.recipe import packaged
+from allmend.events import Stopped
+from allmend.recipe import Recipe, parse_recipe
+from allmend.run import RunFolder
+
+Allmend = Callable[..., Any]
+
+CANARIES = (
+    "[canaries]\ncopies = [1]\npairs = 1\n[audit]\nprefix_tokens = [5]\n[compare.local.strategy]\nname = 'local'\n"
+)
+
+
+def test_from_recipe_to_report(allmend: Allmend, workplace: Path) -> None:
+    with Path("recipe.toml").open("a") as file:
+        file.write(CANARIES)
+    shown = allmend("recipe", "check", "recipe.toml")
+    assert (shown.code, shown.err) == (0, "")
+    shown = allmend("tune", "recipe.toml")
+    assert (shown.code, shown.err) == (0, "")
+    for words in ("Starting tiny", "round 2: training loss", "Finished in", "runs/tiny/arms/fedavg/adapter"):
+        assert words in shown.out
+    report = Path("runs/tiny/report.html").resolve()
+    assert f"Report  {report}" in shown.out
+    before = {p: p.read_bytes() for p in Path("runs/tiny").rglob("*") if p.is_file() and p.name != "lock"}
+    shown = allmend("tune", "--resume", "runs/tiny")
+    assert (shown.code, shown.err) == (0, "")
+    assert f"Report  {report}" in shown.out
+    assert before == {p: p.read_bytes() for p in Path("runs/tiny").rglob("*") if p.is_file() and p.name != "lock"}
+    shown = allmend("audit", "runs/tiny", "--prefix", "3", "--prefix", "4")
+    assert (shown.code, shown.err) == (0, "")
+    assert "after a prefix of 4 tokens" in shown.out
+    report.unlink()
+    assert allmend("report", "runs/tiny").code == 0
+    assert report.is_file()
+
+
+def test_a_dry_run_shows_what_leaves_and_writes_nothing(allmend: Allmend, workplace: Path) -> None:
+    with Path("recipe.toml").open("a") as file:
+        file.write(CANARIES.replace("local", "centralised"))
+    before = sorted(workplace.rglob("*"))
+    shown = allmend("tune", "recipe.toml", "--dry-run")
+    assert (shown.code, shown.err) == (0, "")
+    text = " ".join(shown.out.split())
+    for words in ("what leaves a member", "summed over members", "one by one", "Everything fits", "a simulation"):
+        assert words in text
+    assert sorted(workplace.rglob("*")) == before
+
+
+def test_tensorboard_is_a_reader_too(allmend: Allmend, workplace: Path) -> None:
+    pytest.importorskip("tensorboard")
+    assert allmend("tune", "recipe.toml", "--tensorboard").code == 0
+    names = {path.name for path in Path("runs/tiny/tensorboard").glob("fedavg/*")}
+    assert {"north", "south"} <= names
+
+
+def test_the_commented_recipe_is_a_recipe_at_its_defaults(allmend: Allmend, workplace: Path) -> None:
+    assert allmend("recipe", "init", "new.toml").code == 0
+    text = Path("new.toml").read_text()
+    recipe = parse_recipe(text)
+    bare = Recipe(name=recipe.name, clients=recipe.clients)
+    assert recipe.model_dump(exclude={"canaries", "compare", "name"}) == bare.model_dump(
+        exclude={"canaries", "compare", "name"}
+    )
+    Path("new.toml").write_text("mine")
+    assert allmend("recipe", "init", "new.toml").code == 2
+    assert Path("new.toml").read_text() == "mine"
+    assert allmend("recipe", "init", "new.toml", "--force").code == 0
+    assert Path("new.toml").read_text() == text
+
+
+@pytest.mark.parametrize("name", ["demo.toml", "thorough.toml", "template.toml"])
+def test_packaged_recipes_are_valid(name: str) -> None:
+    recipe = parse_recipe(packaged(name))
+    assert parse_recipe(recipe.to_toml()) == recipe
+    assert recipe.arms()
+
+
+def test_the_schema_is_json_and_knows_the_template(allmend: Allmend) -> None:
+    shown = allmend("recipe", "schema")
+    schema = json.loads(shown.out)
+    assert set(tomllib.loads(packaged("template.toml"))) <= set(schema["properties"])
+
+
+def test_small_commands(allmend: Allmend, workplace: Path) -> None:
+    assert package.__version__ in allmend("--version").out
+    shown = allmend("model", "fetch", "model")
+    assert shown.code == 0
+    assert str(Path("model").resolve()) in shown.out
+    for command in ("tune", "audit", "report", "demo", "doctor", "recipe", "model"):
+        assert command in allmend("--help").out
+        assert allmend(command, "--help").code == 0
+
+
+def test_doctor_says_what_to_mend(allmend: Allmend, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALLMEND_CACHE", str(workplace / "cache"))
+    shown = allmend("doctor")
+    assert "allmend model fetch" in " ".join(shown.out.split())
+    assert shown.code == (2 if "to mend" in shown.out else 0)
+    monkeypatch.setattr("allmend.cli.doctor._memory", lambda: 10**9)
+    shown = allmend("doctor")
+    assert shown.code == 2
+    assert "1.0 GB" in shown.out
+
+
+# --- a real process
+
+
+class Process:
+    """`allmend` in a process of its own, whose run's log can be waited for."""
+
+    def __init__(self, *arguments: str) -> None:
+        command = [sys.executable, "-c", "from allmend.cli import main; main()", *arguments]
+        self._popen = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.pid = self._popen.pid
+
+    def wait_for_lines(self, log: Path, lines: int) -> None:
+        end = time.monotonic() + 60
+        while not log.exists() or log.read_bytes().count(b"\n") < lines:
+            assert self._popen.poll() is None, self._popen.communicate()
+            assert time.monotonic() < end
+            time.sleep(0.002)
+
+    def end(self, how: signal.Signals) -> tuple[int, str, str]:
+        os.kill(self.pid, how)
+        out, err = self._popen.communicate(timeout=60)
+        return self._popen.returncode, out, err
+
+
+@pytest.mark.timeout(180)
+def test_interruptions_of_a_real_process(allmend: Allmend, workplace: Path) -> None:
+    """Two processes on one run, Ctrl-C, then `kill -9`, then on to the end: the same bits as in one go."""
+    text = Path("recipe.toml").read_text()
+    Path("recipe.toml").write_text(text.replace("rounds = 2", "rounds = 60"))
+    assert allmend("tune", "recipe.toml", "--out", "whole").code == 0
+    log = Path("run/events.jsonl")
+
+    first = Process("tune", "recipe.toml", "--out", "run")
+    first.wait_for_lines(log, 20)
+    shown = allmend("tune", "--resume", "run")
+    assert shown.code == 2
+    assert f"in use by process {first.pid}" in shown.err
+    assert "Wait for it" in shown.err
+    code, out, err = first.end(signal.SIGINT)
+    assert code == 130
+    assert "allmend tune --resume run" in out
+    assert "Traceback" not in err
+    last = RunFolder.open(Path("run")).history()[-1]
+    assert isinstance(last, Stopped)
+    assert last.cause == "interrupted"
+
+    lines = log.read_bytes().count(b"\n")
+    second = Process("tune", "--resume", "run")
+    second.wait_for_lines(log, lines + 20)
+    code, out, err = second.end(signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert "Resuming tiny" in out or out == ""  # a pipe may not have been flushed
+
+    shown = allmend("tune", "--resume", "run")
+    assert shown.code == 0
+    adapter = Path("arms/fedavg/adapter/adapter_model.safetensors")
+    assert ("run" / adapter).read_bytes() == ("whole" / adapter).read_bytes()
