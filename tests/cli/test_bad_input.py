@@ -320,12 +320,8 @@ def test_a_full_disk_while_checkpointing(allmend: Allmend, workplace: Path, disk
     disk("size=200k")  # a checkpoint of all parameters takes 100 kB, and two are there for a moment
     shown = allmend("tune", "recipe.toml", "--out", "disk/run")
     assert shown.code == 2
-    for word in (
-        "disk/run/arms/all/round-000002/server.safetensors",
-        "no space left",
-        "nothing that was complete is lost",
-        "Free some",
-    ):
+    place = "disk/run/arms/all/round-000002/server.safetensors"
+    for word in (place, "no space left", "nothing that was complete is lost", "Free some"):
         assert word in shown.err
     assert [path.name for path in Path("disk/run/arms/all").iterdir()] == ["round-000001"]
     assert not list(Path("disk").rglob("*.partial"))

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
@@ -97,12 +98,16 @@ def shown(console: Console, run: Path) -> Iterator[Callable[[Event], None]]:
     def listen(event: Event) -> None:
         work.see(event)
         if line := _line(event):
-            console.print(line, highlight=False)
+            console.print(line, highlight=False, emoji=False, soft_wrap=True)
         match event:
             case Stopped():
                 bar.stop()
+                onward = f"allmend tune --resume {escape(str(run))}"
                 console.print(
-                    f"[bold]Stopped.[/bold] What was complete is kept; go on with: allmend tune --resume {run}"
+                    f"[bold]Stopped.[/bold] What was complete is kept; go on with: {onward}",
+                    highlight=False,
+                    emoji=False,
+                    soft_wrap=True,
                 )
             case RunStarted():
                 bar.update(task, total=work.total, description="starting")
@@ -123,7 +128,7 @@ def _line(event: Event) -> str:
             records, held_out = sum(event.clients.values()), sum(event.held_out.values())
             verb = "Resuming" if event.resumed else "Starting"
             return (
-                f"{verb} [bold]{event.run}[/bold]: {event.model}, {len(event.clients)} clients, "
+                f"{verb} [bold]{event.run}[/bold]: {escape(event.model)}, {len(event.clients)} clients, "
                 f"{records:,} training and {held_out:,} held-out records"
             )
         case ArmStarted():
@@ -141,7 +146,7 @@ def _line(event: Event) -> str:
         case PhaseDone() if not event.phase.startswith("train "):
             return f"  {event.phase}: {duration(event.seconds)}"
         case Warned():
-            return f"[yellow]Warning[/yellow] {event.message}"
+            return f"[yellow]Warning[/yellow] {escape(event.message)}"
         case RunFinished():
             return f"Finished in {duration(event.seconds)}."
     return ""

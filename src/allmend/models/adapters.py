@@ -234,7 +234,9 @@ def applied(model: PreTrainedModel, folder: Path) -> Iterator[PeftModel]:
         UserError: the folder holds no adapter, or one for another model.
     """
     try:
-        wrapped = PeftModel.from_pretrained(model, str(folder)).eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # between PEFT and transformers; no user can act on it
+            wrapped = PeftModel.from_pretrained(model, str(folder)).eval()
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(
             f"cannot be applied to the model: {error}", where=folder, hint="Use the base model that it was trained on."
