@@ -23,6 +23,7 @@ from allmend.cli import app
 from allmend.cli.recipe import packaged
 from allmend.data.files import read_records
 from allmend.errors import UserError
+from allmend.events import Event
 from allmend.federation.strategies import STRATEGIES, build_strategy, options_of
 from allmend.models.tensors import Tensors
 from allmend.recipe import Recipe, RecipeError, load_recipe, make_recipe
@@ -168,6 +169,11 @@ def test_recipes_on_the_pages_have_keys_that_exist(page: Path) -> None:
         if kind == "toml":
             found = tomllib.loads(body)
             make_recipe(found if "icd10cm" in found.get("data", {}) else client | found)
+
+
+def test_every_event_is_documented() -> None:
+    types = {event.model_fields["type"].default for event in get_args(get_args(Event)[0])}
+    assert set(re.findall(r"^\| `([a-z.]+)` \|", read(ROOT / "docs/tune.md"), flags=re.MULTILINE)) >= types > {"step"}
 
 
 # --- recipes that come with the project

@@ -25,9 +25,7 @@ from allmend.models.adapters import check_lora
 from allmend.models.load import LoadedModel, linear_layers, load_model
 from allmend.models.sources import resolve
 from allmend.recipe import Problem, Recipe, RecipeError
-
-POOL = "pooled"
-"""The name of the one party that holds all records, in an arm that pools them."""
+from allmend.results import POOLED
 
 _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -63,7 +61,7 @@ class Prepared:
     def pooled(self) -> Member:
         """All members' records as those of one party."""
         records = [record for member in self.members for record in member.records]
-        return Member(POOL, records, _seed(self.recipe.seed, POOL))
+        return Member(POOLED, records, _seed(self.recipe.seed, POOLED))
 
 
 def check(recipe: Recipe, base: Path) -> Path:
@@ -170,6 +168,14 @@ def prepare_model(recipe: Recipe, base: Path, *, model: LoadedModel | None = Non
         UserError: the model cannot be had, or it lacks the chat template that the recipe asks for.
     """
     model = model or load_model(_source(recipe, base), dtype=_DTYPES[recipe.model.dtype])
+    window = getattr(model.model.config, "sliding_window", None)
+    if window is not None and recipe.data.max_tokens > window:
+        # the mask of a packed row would let its tokens look further back than the model ever does
+        raise UserError(
+            f"records may have {recipe.data.max_tokens} tokens, but the model looks back no more than {window}",
+            where="data.max_tokens",
+            hint=f"Set it to {window} or less.",
+        )
     template = choose_template(recipe.data.template, model.tokenizer)
     return model, Encoder(model.tokenizer, template, recipe.data.max_tokens)
 

@@ -19,6 +19,12 @@ from allmend.models.tensors import Tensors
 from allmend.recipe import Train
 
 
+_DIVERGED = (
+    "Lower train.learning_rate or set train.clip_norm, then start a new run; "
+    "the checkpoint of the last whole round is kept."
+)
+
+
 class DivergedError(UserError):
     """Training met a loss or gradient that is not finite."""
 
@@ -141,7 +147,10 @@ def train(
                 on_step(done[-1])
     finally:
         trainable.model.eval()
-    return Outcome(trainable.state(), _snapshot(adam, parameters), tuple(done))
+    state = trainable.state()
+    if not all(tensor.isfinite().all() for tensor in state.values()):  # the last step's loss came before its update
+        raise DivergedError(f"parameters are no longer finite after step {first_step + steps}", hint=_DIVERGED)
+    return Outcome(state, _snapshot(adam, parameters), tuple(done))
 
 
 def _step(
@@ -168,8 +177,7 @@ def _step(
         raise DivergedError(
             f"training diverged at step {number + 1}: loss {loss:.4g}, gradient norm {norm:.4g}, "
             f"learning rate {rate:.3g}, records {', '.join(record.id for record in batch[:3])}…",
-            hint="Lower train.learning_rate or set train.clip_norm, then start a new run; "
-            "the checkpoint of the last whole round is kept.",
+            hint=_DIVERGED,
         )
     for group in adam.param_groups:
         group["lr"] = rate
