@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from pydantic_core import PydanticCustomError
 
 from allmend.errors import UserError
-from allmend.results import POOLED
+from allmend.results import BASE, POOLED
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 """Names of runs, clients and arms are used in file names: letters, digits, dot, dash and underscore."""
@@ -225,8 +225,10 @@ class Recipe(Section):
         for index, name in enumerate(names):
             if name in names[:index]:
                 yield ("clients", index, "name"), f"another client has this name: {self.clients[index].name!r}"
+            if name == POOLED:
+                yield ("clients", index, "name"), f"{POOLED!r} stands for the records of all clients: name it otherwise"
         for name in self.compare:
-            if name in (self.strategy.name, "base"):
+            if name in (self.strategy.name, BASE):
                 yield ("compare", name), f"there is a model called {name!r} already: give this arm another name"
         if self.canaries and self.canaries.clients and self.clients:
             strangers = sorted(set(self.canaries.clients) - {client.name for client in self.clients})

@@ -18,7 +18,6 @@ from allmend.models.adapters import Trainable
 from allmend.models.tensors import Tensors
 from allmend.recipe import Train
 
-
 _DIVERGED = (
     "Lower train.learning_rate or set train.clip_norm, then start a new run; "
     "the checkpoint of the last whole round is kept."
