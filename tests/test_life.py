@@ -2,14 +2,13 @@
 
 import contextlib
 import hashlib
-import itertools
 import json
 import multiprocessing
 import os
-import shutil
+import runpy
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from allmend.events import Event, PhaseDone, RoundDone, RunFinished, RunStarted,
 from allmend.federation import checkpoint
 from allmend.learn import loop
 from allmend.models import adapters
-from allmend.recipe import Recipe, load_recipe, parse_recipe
+from allmend.recipe import Recipe, parse_recipe
 from allmend.results import BASE, AuditTable, UtilityTable
 from allmend.run import RunFolder
 from allmend.strategy import of_group
@@ -83,9 +82,12 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Pa
     return folder
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +98,6 @@ def recipe(workplace: Path) -> Recipe:
 @pytest.fixture(scope="module")
 def whole(workplace: Path, recipe: Recipe) -> RunFolder:
     """A run without interruption. Read it only."""
-    torch.set_num_threads(1)
     return life.tune(recipe, workplace / "whole", base=workplace)
 
 
@@ -181,15 +182,6 @@ def test_the_seed_decides_everything(whole: RunFolder, workplace: Path, recipe: 
     assert outcomes(life.tune(other, tmp_path / "other", base=workplace).path).keys() < outcomes(whole.path).keys()
 
 
-def test_worker_processes_end_at_the_same_bits(
-    whole: RunFolder, workplace: Path, recipe: Recipe, tmp_path: Path
-) -> None:
-    engine = recipe.engine.model_copy(update={"workers": 2})
-    run = life.tune(recipe.model_copy(update={"engine": engine, "compare": {}}), tmp_path / "run", base=workplace)
-    adapter = "arms/fedavg/adapter/adapter_model.safetensors"
-    assert outcomes(run.path)[adapter] == outcomes(whole.path)[adapter]
-
-
 # --- what others make of the artefacts
 
 
@@ -269,56 +261,12 @@ def test_the_library_in_ten_lines(workplace: Path, tiny_folder: Path, tmp_path: 
 # --- stopped and resumed
 
 
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def tune_and_die(workplace: Path, out: Path, when: str) -> None:
-    """Carry out the recipe in a process of its own, and kill it at a moment: a line of the log, or a name."""
-    torch.set_num_threads(1)
-    write, remove, fsync = checkpoint.write_tensors, shutil.rmtree, os.fsync
-    lines, syncs = itertools.count(1), itertools.count(1)
-
-    def listen(event: Event) -> None:
-        if str(line := next(lines)) == when:
-            if line % 2:  # torn: the kill came while the next line was written
-                with (out / "events.jsonl").open("ab") as log:
-                    log.write(b'{"v": 1, "type": "ste')
-            die()
-
-    def dying_write(path: Path, tensors: Any, metadata: Any) -> None:
-        write(path, tensors, metadata)
-        if metadata["round"] == 2 and path.parent.name == "members":
-            die()
-
-    def dying_remove(path: Path, **options: Any) -> None:
-        if path.name == "round-000001":
-            die()
-        remove(path, **options)
-
-    def dying_fsync(number: int) -> None:
-        if next(syncs) == 9:
-            os.ftruncate(number, 100)
-            die()
-        fsync(number)
-
-    match when:
-        case "while a checkpoint is written":
-            checkpoint.write_tensors = dying_write
-        case "before the older checkpoint is deleted":
-            checkpoint.shutil.rmtree = dying_remove  # type: ignore[assignment]
-        case "in the middle of a file":
-            os.fsync = dying_fsync
-        case "while the adapter is saved":
-            adapters.save_safetensors = lambda *args, **options: die()  # type: ignore[assignment]
-    life.tune(load_recipe(workplace / "recipe.toml"), out, base=workplace, listeners=[listen])
-
-
 def kill_at(when: str, workplace: Path, out: Path) -> None:
     # its children fork from a process that has imported everything and done nothing
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["allmend.life"])
-    process = context.Process(target=tune_and_die, args=(workplace, out, when))
+    script = str(Path(__file__).with_name("killed_run.py"))
+    process = context.Process(target=runpy.run_path, args=(script, {"GIVEN": (workplace, out, when)}))
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
@@ -440,6 +388,20 @@ def test_ctrl_c_is_told_reported_and_resumable(
     assert (out / "report.html").is_file()
     life.resume(out)
     assert outcomes(out) == outcomes(whole.path)
+
+
+@pytest.mark.timeout(180)
+def test_a_worker_process_stopped_and_resumed_ends_at_the_same_bits(
+    whole: RunFolder, workplace: Path, recipe: Recipe, tmp_path: Path
+) -> None:
+    out, engine = tmp_path / "run", recipe.engine.model_copy(update={"workers": 1})
+    many = recipe.model_copy(update={"engine": engine, "compare": {}})
+    stop_after(StepDone, lambda **o: life.tune(many, out, base=workplace, **o), round=2)
+    assert multiprocessing.active_children() == []
+    life.resume(out)
+    assert multiprocessing.active_children() == []
+    adapter = "arms/fedavg/adapter/adapter_model.safetensors"
+    assert outcomes(out)[adapter] == outcomes(whole.path)[adapter]
 
 
 def stopped(workplace: Path, recipe: Recipe, out: Path) -> Path:

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,9 +65,9 @@ def allmend(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workplace(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The current folder: a recipe, its model and two clients' data."""
-    torch.set_num_threads(1)
+    threads = torch.get_num_threads()  # the recipe sets them
     (tmp_path / "model").symlink_to(tiny_folder)
     for client, count in (("north", 6), ("south", 9)):
         rows = [{"id": f"{client}-{i}", "prompt": f"{i} plus {i}?", "response": f"{2 * i}"} for i in range(count)]
@@ -75,4 +75,5 @@ def workplace(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "recipe.toml").write_text(RECIPE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
-    return tmp_path
+    yield tmp_path
+    torch.set_num_threads(threads)

@@ -137,7 +137,7 @@ CASES: dict[str, tuple[Callable[[], None], tuple[str, ...]]] = {
     ),
     "an unknown strategy": (
         lambda: replace("recipe.toml", '"fedavg"', '"fedprox"'),
-        ("strategy", "line 18", "'fedprox'", "fedavg, local"),
+        ("strategy", "line 18", "'fedprox'", "centralised, fedavg", "local"),
     ),
     "an option of another strategy": (
         lambda: replace("recipe.toml", '"fedavg"', '"local"\nparticipation = 0.5'),

@@ -1,8 +1,10 @@
 """Worker processes: the same bits as in one process, the same errors, and no hang when one dies."""
 
-import os
+import operator
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,14 +28,34 @@ class Workers:
     def __init__(self, trainable: Any, members: list[Any], settings: Train) -> None:
         self.trainable, self.members = trainable, members
         self.steps: list[tuple[str, int, Step]] = []
+        self.deadly = False
         self.engine = WorkerEngine(
             trainable,
             members,
             settings,
-            lambda name, turn, step: self.steps.append((name, turn.round, step)),
+            self.on_step,
             workers=2,
             threads=1,
         )
+
+        self.ignored = [_ignored(worker.process.pid) for worker in self.engine._workers]
+
+    def on_step(self, name: str, turn: Turn, step: Step) -> None:
+        self.steps.append((name, turn.round, step))
+        if self.deadly:
+            self.kill()
+
+    def kill(self) -> None:
+        for worker in self.engine._workers:
+            worker.process.kill()
+            worker.process.join(10)
+
+
+def _ignored(pid: int) -> set[int]:
+    """The signals that a process ignores."""
+    (line,) = (line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigIgn"))
+    mask = int(line.split()[1], 16)
+    return {number for number in range(1, 65) if mask >> (number - 1) & 1}
 
 
 @pytest.fixture(scope="module")
@@ -67,20 +89,14 @@ def test_workers_end_at_the_same_bits_and_tell_the_same_errors(
     with pytest.raises(DivergedError, match="client 'b', round 1: training diverged") as raised:
         list(workers.engine.work(FedAvg(), tasks))
     assert "learning_rate" in str(raised.value.hint)
-    with pytest.raises(TypeError, match="a bug"):  # and so does a bug
-        list(workers.engine.work(Broken(), tasks))
+    odd: Any = SimpleNamespace(work=operator.add)
+    with pytest.raises(TypeError, match="MemberClient"):  # and so does a bug
+        list(workers.engine.work(odd, tasks))
 
 
-class Broken(FedAvg):
-    def work(self, task: Task, client: Any) -> Any:
-        raise TypeError("a bug")
-
-
-class Dies(FedAvg):
-    """Kills its process in the middle of the work."""
-
-    def work(self, task: Task, client: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGKILL)
+def test_ctrl_c_goes_to_the_parent_alone_from_the_first_moment(workers: Workers) -> None:
+    assert all(signal.SIGINT in ignored for ignored in workers.ignored)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_restored_states_reach_the_workers(workers: Workers) -> None:
@@ -109,11 +125,8 @@ def test_a_killed_worker_is_told_and_does_not_hang(workers: Workers) -> None:
     turn = Turn(1, 0, 2)
     tasks = strategy.plan(strategy.init(workers.trainable.state()), turn, workers.engine.members)
     list(workers.engine.work(strategy, tasks))  # they are up
+    workers.deadly = True
     with pytest.raises(UserError, match=r"client '[ab]': the worker process died \(exit code -9\)"):
-        list(workers.engine.work(Dies(), tasks))
-    for worker in workers.engine._workers:
-        worker.process.kill()
-        worker.process.join(10)
-        worker.member = None
+        list(workers.engine.work(strategy, tasks))
     with pytest.raises(UserError, match="died"):  # and they are dead before they get anything
         list(workers.engine.work(strategy, tasks))

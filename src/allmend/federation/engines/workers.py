@@ -6,6 +6,7 @@ come back in the order of members' names whoever finishes first, so sums do not 
 
 import contextlib
 import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -69,7 +70,8 @@ class WorkerEngine:
         for _ in range(workers):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, trainable, members, settings, threads), daemon=True)
-            process.start()
+            with _interrupts_ignored():
+                process.start()
             theirs.close()
             self._workers.append(_Worker(process, ours))
 
@@ -141,6 +143,19 @@ class WorkerEngine:
                 worker.member = None
 
 
+@contextlib.contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """What is started here never sees a Ctrl-C: the terminal sends it to the whole group, and the parent decides."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _died(worker: _Worker) -> UserError:
     worker.process.join(5)
     return UserError(
@@ -152,7 +167,6 @@ def _died(worker: _Worker) -> UserError:
 
 def _serve(pipe: Connection, trainable: Trainable, members: Sequence[Member], settings: Train, threads: int) -> None:
     """A worker's life: one task after the other, until the pipe closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
     torch.set_num_threads(threads)
     _own(trainable.parameters())
     steps: OnStep = lambda name, turn, step: pipe.send(("step", turn, step))  # noqa: E731

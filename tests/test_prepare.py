@@ -1,0 +1,172 @@
+"""From a recipe to what a run needs: all that is wrong at once, and what goes where."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from allmend.errors import UserError
+from allmend.models.load import load_model
+from allmend.prepare import check, prepare
+from allmend.recipe import Recipe, RecipeError, make_recipe
+
+
+def write(folder: Path, client: str, count: int = 6, **extra: Any) -> None:
+    rows = [{"id": f"{client}-{i}", "prompt": f"{i} plus {i}?", "response": str(2 * i), **extra} for i in range(count)]
+    (folder / f"{client}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def recipe(model: Path, *clients: str, **sections: Any) -> Recipe:
+    sources = [{"name": name, "data": f"{name}.jsonl"} for name in clients or ("north", "south")]
+    sections.setdefault("adapter", {"rank": 2})
+    return make_recipe({"model": {"source": str(model)}, "clients": sources, **sections})
+
+
+def test_everything_wrong_is_told_at_once_and_inherited_mistakes_once(tiny_folder: Path, tmp_path: Path) -> None:
+    write(tmp_path, "north")
+    spoilt = recipe(
+        tiny_folder,
+        adapter={"rank": 99, "targets": ["q_proj", "nothing"]},
+        strategy={"name": "fedavg", "participation": 3.0},
+        compare={
+            "half": {"train": {"batch_size": 1}},
+            "odd": {"strategy": {"name": "odd"}, "adapter": {"targets": ["other"], "rank": 1}},
+        },
+    )
+    with pytest.raises(RecipeError) as raised:
+        check(spoilt, tmp_path)
+    found = [(".".join(map(str, p.key)), p.what) for p in raised.value.problems]
+    assert [key for key, _ in found] == [
+        "strategy",
+        "compare.odd.strategy",
+        "clients.1.data",
+        "adapter",
+        "adapter",
+        "compare.odd.adapter",
+    ]
+    for (_, what), word in zip(found, ("3.0", "'odd'", "south.jsonl", "'nothing'", "99", "'other'"), strict=True):
+        assert word in what
+
+
+def test_a_home_folder_is_understood(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, "north")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    source = recipe(tiny_folder, "north").model_dump(exclude_unset=True)
+    source["clients"][0]["data"] = "~/north.jsonl"
+    assert prepare(make_recipe(source), tmp_path / "elsewhere").members[0].name == "north"
+
+
+def test_faults_in_the_data_of_all_clients_are_told_together(tiny_folder: Path, tmp_path: Path) -> None:
+    write(tmp_path, "north")
+    (tmp_path / "south.jsonl").write_text("")
+    with pytest.raises(UserError) as raised:
+        prepare(recipe(tiny_folder), tmp_path)
+    assert str(raised.value) == "south.jsonl: holds no record\nPut at least one record in it."
+    (tmp_path / "north.jsonl").write_text('{"id": "a"\n')
+    with pytest.raises(UserError) as raised:
+        prepare(recipe(tiny_folder), tmp_path)
+    lines = str(raised.value).splitlines()
+    assert lines[0] == "the data of 2 clients cannot be used"
+    assert [line[:4] for line in lines[1:]] == ["  - ", "    ", "  - ", "    "]
+    assert "north.jsonl:1" in lines[1]
+    assert "south.jsonl" in lines[3]
+
+
+def test_who_gets_what(tiny_folder: Path, tmp_path: Path) -> None:
+    write(tmp_path, "north", 8)
+    write(tmp_path, "south", 12)
+    made = recipe(
+        tiny_folder,
+        data={"held_out": 0.4},
+        canaries={"copies": [1, 3], "pairs": [2, 1], "clients": ["south"]},
+        evaluation={"max_held_out": 2},
+    )
+    prepared = prepare(made, tmp_path)
+    plain = prepare(recipe(tiny_folder, data={"held_out": 0.4}), tmp_path)
+    counts = {member.name: len(member.records) for member in prepared.members}
+    before = {member.name: len(member.records) for member in plain.members}
+    assert counts == {"north": before["north"], "south": before["south"] + 2 * 1 + 1 * 3}
+    assert {canary.client for canary in prepared.canaries} == {"south"}
+    controls = [canary.text for canary in prepared.canaries if not canary.inserted]
+    assert len(controls) == 3
+    tokenizer = prepared.model.tokenizer
+    trained = {tokenizer.decode(record.ids) for member in prepared.members for record in member.records}
+    assert not any(control in text for control in controls for text in trained)
+    for client, held_out in prepared.held_out.items():
+        assert len(held_out) == min(2, len(plain.held_out[client]))
+        assert len(held_out) == len(prepared.held_out_encoded[client])
+        learnt = {record.id for member in prepared.members if member.name == client for record in member.records}
+        assert not learnt & {record.id for record in held_out}
+    pooled = prepared.pooled()
+    assert len(pooled.records) == sum(counts.values())
+
+
+def test_seeds_and_digests_follow_names_and_content_and_not_places(tiny_folder: Path, tmp_path: Path) -> None:
+    for client in ("north", "south", "west"):
+        write(tmp_path, client)
+    model = load_model(str(tiny_folder))
+    two = prepare(recipe(tiny_folder), tmp_path, model=model)
+    three = prepare(recipe(tiny_folder, "west", "south", "north"), tmp_path, model=model)
+    seeds = {member.name: member.seed for member in three.members}
+    assert {member.name: member.seed for member in two.members} == {n: seeds[n] for n in ("north", "south")}
+    assert len(set(seeds.values())) == 3
+    other = prepare(recipe(tiny_folder, seed=1), tmp_path, model=model)
+    assert all(member.seed != seeds[member.name] for member in other.members)
+    assert two.data_digests == {name: three.data_digests[name] for name in ("north", "south")}
+    write(tmp_path, "north", kind="new")
+    changed = prepare(recipe(tiny_folder), tmp_path, model=model)
+    assert changed.data_digests["north"] != two.data_digests["north"]
+    assert changed.data_digests["south"] == two.data_digests["south"]
+
+
+def test_records_that_are_too_long_are_cut_or_left_out_and_counted(tiny_folder: Path, tmp_path: Path) -> None:
+    write(tmp_path, "north", 4, split="train")
+    long = {"id": "long", "prompt": "x" * 500, "response": "yes", "split": "train"}
+    with (tmp_path / "north.jsonl").open("a") as file:
+        file.write(json.dumps(long) + "\n")
+    cut = prepare(recipe(tiny_folder, "north", data={"max_tokens": 40}), tmp_path)
+    assert len(cut.members[0].records) == 5
+    assert max(len(record) for record in cut.members[0].records) == 40
+    assert cut.notes["north"] == {"training records truncated": 1}
+    rejected = prepare(recipe(tiny_folder, "north", data={"max_tokens": 40, "too_long": "reject"}), tmp_path)
+    assert {record.id for record in rejected.members[0].records} == {f"north-{i}" for i in range(4)}
+    assert rejected.notes["north"] == {"training records rejected (too long)": 1}
+    with pytest.raises(UserError, match=r"no training record fits data\.max_tokens = 8"):
+        prepare(recipe(tiny_folder, "north", data={"max_tokens": 8, "too_long": "reject"}), tmp_path)
+
+
+def test_the_chat_template_must_be_there_where_it_is_asked_for(tiny_folder: Path, tmp_path: Path) -> None:
+    write(tmp_path, "north")
+    with pytest.raises(UserError, match="no chat template"):
+        prepare(recipe(tiny_folder, "north", data={"template": "chat"}), tmp_path)
+    assert prepare(recipe(tiny_folder, "north"), tmp_path).encoder.template == "plain"
+
+
+def test_threads_and_types_are_the_recipes(tiny_folder: Path, tmp_path: Path) -> None:
+    write(tmp_path, "north")
+    before = torch.get_num_threads()
+    made = recipe(tiny_folder, "north", engine={"threads": 3})
+    source = made.model_dump(exclude_unset=True)
+    source["model"]["dtype"] = "bfloat16"
+    try:
+        prepared = prepare(make_recipe(source), tmp_path)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert prepared.model.model.dtype == torch.bfloat16
+
+
+def test_canaries_for_a_client_that_is_not_there(tmp_path: Path, tiny_folder: Path) -> None:
+    """The built-in clients have names that a recipe alone does not know."""
+    made = make_recipe(
+        {
+            "model": {"source": str(tiny_folder)},
+            "adapter": {"rank": 2},
+            "data": {"icd10cm": {"train": 8, "held_out": 1}},
+            "canaries": {"clients": ["nobody"]},
+        }
+    )
+    with pytest.raises(RecipeError, match=r"canaries\.clients: no such client: nobody"):
+        prepare(made, tmp_path)
