@@ -116,10 +116,12 @@ class Warned(_Event):
 
 
 class Stopped(_Event):
-    """The run ended before its end; `cause` says why. It can be resumed."""
+    """The run ended before its end; `cause` says why."""
 
     type: Literal["stopped"] = "stopped"
     cause: str
+    resumable: bool = True
+    """False where going on would only meet the same end (training diverged)."""
 
 
 class RunFinished(_Event):

@@ -34,7 +34,9 @@ def share(successes: int, n: int) -> Estimate:
 
 
 def mean(values: Sequence[float]) -> Estimate:
-    """The mean with its t interval; without an interval for a single value.
+    """The mean with its t interval; without an interval for a single value, or for values that do not differ.
+
+    Equal values say nothing of how far others would lie: an interval of no width would claim certainty.
 
     Raises:
         ValueError: no values.
@@ -43,8 +45,8 @@ def mean(values: Sequence[float]) -> Estimate:
     if n == 0:
         raise ValueError("no values have no mean")
     centre = math.fsum(values) / n
-    if n == 1:
-        return Estimate(value=centre, n=1)
+    if n == 1 or min(values) == max(values):
+        return Estimate(value=centre, n=n)
     error = math.sqrt(math.fsum((value - centre) ** 2 for value in values) / (n - 1) / n)
     half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1)) * error
     return Estimate(value=centre, low=centre - half, high=centre + half, n=n)
@@ -71,7 +73,7 @@ def difference(first: Sequence[float], second: Sequence[float]) -> Estimate:
         return Estimate(value=a.value - b.value, n=n)
     var_a, var_b = (_variance(values) / len(values) for values in (first, second))
     if var_a + var_b == 0:
-        return Estimate(value=a.value - b.value, low=a.value - b.value, high=a.value - b.value, n=n)
+        return Estimate(value=a.value - b.value, n=n)
     part = var_a / (var_a + var_b)
     freedom = 1 / (part**2 / (a.n - 1) + (1 - part) ** 2 / (b.n - 1))
     half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, freedom)) * math.sqrt(var_a + var_b)

@@ -27,6 +27,7 @@ from allmend.federation.arm import Outcomes, save_outcomes, strategy_of, tokens_
 from allmend.federation.checkpoint import Checkpoints
 from allmend.learn.compare import ModelScores, utility_table
 from allmend.learn.evaluate import score
+from allmend.learn.loop import DivergedError
 from allmend.learn.scores import read_scores, write_scores
 from allmend.meter import Meter
 from allmend.models.adapters import applied
@@ -229,7 +230,7 @@ def _live(run: RunFolder, prepared: Prepared, listeners: Sequence[Listener], *, 
             log.emit(RunFinished(seconds=before + time.perf_counter() - began))
         except BaseException as error:
             with contextlib.suppress(UserError):  # the disk may be the cause, and then takes no event either
-                log.emit(Stopped(cause=_cause(error)))
+                log.emit(Stopped(cause=_cause(error), resumable=not isinstance(error, DivergedError)))
                 write_report(run.path)
             raise
     write_report(run.path)
@@ -282,7 +283,7 @@ def _started(run: RunFolder, prepared: Prepared, *, resumed: bool) -> RunStarted
         versions=versions,
         machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {prepared.model.model.device}",
         threads=torch.get_num_threads(),
-        model=prepared.model.source,
+        model=prepared.recipe.model.source,
         clients={member.name: len(member.records) for member in prepared.members},
         held_out={name: len(records) for name, records in prepared.held_out.items()},
         notes=prepared.notes,

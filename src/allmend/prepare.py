@@ -20,11 +20,11 @@ from allmend.data.records import ClientData, Record
 from allmend.data.splits import uniform
 from allmend.errors import UserError
 from allmend.federation.member import Member
-from allmend.federation.strategies import build_strategy
+from allmend.federation.strategies import STRATEGIES, build_strategy, options_of
 from allmend.models.adapters import check_lora
 from allmend.models.load import LoadedModel, linear_layers, load_model
 from allmend.models.sources import resolve
-from allmend.recipe import Problem, Recipe, RecipeError
+from allmend.recipe import Arm, Problem, Recipe, RecipeError
 from allmend.results import POOLED
 
 _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -64,15 +64,13 @@ class Prepared:
         return Member(POOLED, records, _seed(self.recipe.seed, POOLED))
 
 
-def check(recipe: Recipe, base: Path) -> Path:
+def check(recipe: Recipe, base: Path, *, model: LoadedModel | None = None) -> None:
     """Find everything that is wrong with a recipe in the light of its strategies, files and model.
 
     Args:
         recipe: valid by itself.
         base: folder that relative paths start from.
-
-    Returns:
-        The model's folder; the model is fetched if it is not there yet.
+        model: the recipe's model, where the caller has it in memory; else it is fetched if it is not there yet.
 
     Raises:
         RecipeError: all problems at once.
@@ -80,20 +78,17 @@ def check(recipe: Recipe, base: Path) -> Path:
     problems: list[Problem] = []
     arms = recipe.arms()
     for name, arm in arms.items():
-        key = ("strategy",) if name == recipe.strategy.name else ("compare", name, "strategy")
-        try:
-            build_strategy(arm.strategy.name, arm.strategy.options, seed=recipe.seed)
-        except (ValueError, TypeError) as error:
-            problems.append(Problem(key, str(error)))
+        problems += _strategy_problems(
+            arm, ("strategy",) if name == recipe.strategy.name else ("compare", name, "strategy"), recipe.seed
+        )
     for index, client in enumerate(recipe.clients):
         path = base / Path(client.data).expanduser()
         if not client.data.startswith("hub:") and not path.is_file():
             what = "is a folder, not a file" if path.is_dir() else "is not there (paths start from the recipe's folder)"
             problems.append(Problem(("clients", index, "data"), f"{path} {what}"))
-    folder: Path | None = None
     try:
-        folder = resolve(_source(recipe, base))
-        layers = linear_layers(folder)
+        _same_model(recipe, base, model)
+        layers = linear_layers(model.folder if model else resolve(_source(recipe, base)))
     except UserError as error:
         problems.append(Problem(("model", "source"), str(error)))
     else:
@@ -104,9 +99,29 @@ def check(recipe: Recipe, base: Path) -> Path:
                     Problem(key, found)
                     for found in check_lora(layers, rank=arm.adapter.rank, targets=arm.adapter.targets)
                 ]
-    if problems or folder is None:
+    if problems:
         raise RecipeError(_without_repeats(problems))
-    return folder
+
+
+def _strategy_problems(arm: Arm, key: tuple[str, ...], seed: int) -> list[Problem]:
+    name, options = arm.strategy.name, arm.strategy.options
+    unknown = sorted(set(options) - set(options_of(name))) if name in STRATEGIES else []
+    if unknown:
+        has = ", ".join(options_of(name)) or "none"
+        return [Problem((*key, option), f"strategy {name!r} has no such option (it has {has})") for option in unknown]
+    try:
+        build_strategy(name, options, seed=seed)
+    except (ValueError, TypeError) as error:
+        return [Problem(key, str(error))]
+    return []
+
+
+def _same_model(recipe: Recipe, base: Path, model: LoadedModel | None) -> None:
+    if model and model.source not in (recipe.model.source, _source(recipe, base)):
+        raise UserError(
+            f"the model in memory is {model.source!r}, and the recipe names {recipe.model.source!r}",
+            hint="Name the one that is meant in both places: a run that goes on later loads the recipe's.",
+        )
 
 
 def prepare(recipe: Recipe, base: Path, *, model: LoadedModel | None = None) -> Prepared:
@@ -121,7 +136,7 @@ def prepare(recipe: Recipe, base: Path, *, model: LoadedModel | None = None) -> 
         RecipeError: what is wrong with the recipe, all at once.
         UserError: what is wrong with the data, for all clients at once.
     """
-    check(recipe, base)
+    check(recipe, base, model=model)
     if recipe.engine.threads:
         torch.set_num_threads(recipe.engine.threads)
     clients = _clients(recipe, base)
@@ -213,13 +228,16 @@ def _canaries(recipe: Recipe, clients: Sequence[ClientData]) -> list[Canary]:
     names = recipe.canaries.clients or [client.name for client in clients]
     if strangers := sorted(set(names) - {client.name for client in clients}):
         raise RecipeError([Problem(("canaries", "clients"), f"no such client: {', '.join(strangers)}")])
-    return plant(
-        clients=names,
-        copies=recipe.canaries.copies,
-        per_cell=recipe.canaries.pairs_by_copies,
-        seed=recipe.seed,
-        avoid=(text for client in clients for record in client.train for text in _texts(record)),
-    )
+    try:
+        return plant(
+            clients=names,
+            copies=recipe.canaries.copies,
+            per_cell=recipe.canaries.pairs_by_copies,
+            seed=recipe.seed,
+            avoid=(text for client in clients for record in client.train for text in _texts(record)),
+        )
+    except UserError as error:
+        raise RecipeError([Problem(("canaries", "pairs"), str(error))]) from error
 
 
 def _texts(record: Record) -> Iterable[str]:

@@ -5,6 +5,7 @@ This file knows the shape of a recipe and what can be checked from it alone. Wha
 """
 
 import contextlib
+import difflib
 import hashlib
 import json
 import re
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeAlias
+from typing import Annotated, Any, Literal, Self, TypeAlias, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
@@ -301,7 +302,11 @@ class Problem:
     line: int | None = None
 
     def __str__(self) -> str:
-        key = ".".join(str(part) for part in self.key) or "recipe"
+        # people count the elements of an array from 1
+        key = ""
+        for part in self.key:
+            key += f"[{part + 1}]" if isinstance(part, int) else f".{part}" if key else part
+        key = key or "recipe"
         return f"{key}{f' (line {self.line})' if self.line else ''}: {self.what}"
 
 
@@ -318,13 +323,14 @@ class RecipeError(UserError):
         return partial(type(self), self.problems, where=Path(self.where) if self.where else None), ()
 
 
-def load_recipe(path: Path) -> Recipe:
+def load_recipe(path: Path | str) -> Recipe:
     """Read and check a recipe file.
 
     Raises:
         UserError: the file is absent or not TOML.
         RecipeError: everything that is wrong with it, with lines.
     """
+    path = Path(path)
     try:
         text = path.read_bytes().decode("utf-8")
     except FileNotFoundError as error:
@@ -378,7 +384,7 @@ def locate(error: RecipeError, text: str, path: Path) -> RecipeError:
     """The same problems with the lines of the file at which their keys stand."""
     lines = key_lines(text)
     found = [Problem(problem.key, problem.what, _line_of(problem.key, lines)) for problem in error.problems]
-    return RecipeError(found, where=path)
+    return RecipeError(sorted(found, key=lambda problem: problem.line or 0), where=path)
 
 
 def _line_of(key: Key, lines: Mapping[Key, int]) -> int | None:
@@ -423,6 +429,8 @@ def _problems(error: ValidationError, prefix: Key = ()) -> list[Problem]:
         if detail["type"] == "whole":
             return list(detail["ctx"]["problems"])  # only a recipe whose sections are valid is looked at as a whole
         message = _message(detail["type"], detail["msg"].removeprefix("Value error, "))
+        if detail["type"] == "extra_forbidden":
+            message += _near(detail["loc"])
         if detail["type"] != "extra_forbidden" and isinstance(given := detail["input"], str | int | float | bool):
             message += f", got {json.dumps(given, ensure_ascii=False)}"
         # a union reports one error for each of its members, under names that are no keys of the file
@@ -439,12 +447,29 @@ def _problems(error: ValidationError, prefix: Key = ()) -> list[Problem]:
 _UNION = re.compile(r"[\[\](]|^(constrained-)?(int|str|float|bool)$")
 
 
+def _near(key: Key) -> str:
+    """The key that may have been meant."""
+    section: Any = Recipe
+    for part in key[:-1]:
+        field = section.model_fields.get(part) if isinstance(part, str) else None
+        kinds = [] if field is None else [field.annotation, *get_args(field.annotation)]
+        section = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), section)
+    close = difflib.get_close_matches(str(key[-1]), section.model_fields, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
 def _message(type: str, message: str) -> str:
     match type:
         case "extra_forbidden":
             return "there is no such key"
         case "missing":
             return "is missing"
+        case "int_type":
+            return "must be a whole number, without quotes"
+        case "float_type":
+            return "must be a number, without quotes"
+        case "string_type":
+            return "must be text, in quotes"
         case "model_type" | "dict_type":
             return "must be a table"
         case "string_pattern_mismatch":

@@ -222,7 +222,7 @@ class RunFolder:
             raise UserError(
                 "no run is here (there is no run.json)",
                 where=path,
-                hint="Start one with `allmend tune RECIPE.toml --out FOLDER`.",
+                hint="Check the path; `allmend tune RECIPE.toml --out FOLDER` starts a run.",
             )
         version = run.facts.get("format")
         if version != FORMAT:

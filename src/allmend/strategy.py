@@ -176,12 +176,16 @@ class Declaration:
         summed: group of tensors or name of a number → what it is.
         seen: group of tensors or name of a scalar → why it must be looked at one by one.
         kept: what stays at the member.
+        numbers: which of the names above are single numbers; the others have the size of what learns.
+        seen_by: who looks at what is seen.
     """
 
     sent: str
     summed: Mapping[str, str] = field(default_factory=dict)
     seen: Mapping[str, str] = field(default_factory=dict)
     kept: str = ""
+    numbers: frozenset[str] = frozenset()
+    seen_by: str = "the coordinator"
 
     def undeclared(self, reply: Reply) -> list[str]:
         """Names in a reply that were not declared in their group, sorted."""

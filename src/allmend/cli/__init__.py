@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 from typing import Annotated
 
@@ -41,6 +42,8 @@ def _options(
     ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what the libraries log.")] = False,
 ) -> None:
+    if not verbose:
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns of every retry; our message says why
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
     )
@@ -49,6 +52,7 @@ def _options(
 def main() -> None:
     """Run the command line. Exit status: 0 done, 2 the user's mistake or a fault to mend, 130 interrupted."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns when worker processes start
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the run says that it was stopped
     try:
         app()
     except UserError as error:

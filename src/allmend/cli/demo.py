@@ -18,7 +18,7 @@ def demo(
         bool, typer.Option("--thorough", help="About 30 minutes: train longer, compare full fine-tuning with LoRA.")
     ] = False,
 ) -> None:
-    """Four departments adapt a model to clinical coding without pooling data; a report says what came of it."""
+    """Four clinics adapt a model to clinical coding without pooling data; a report says what came of it."""
     from allmend import life
     from allmend.recipe import parse_recipe
 

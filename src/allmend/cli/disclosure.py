@@ -15,11 +15,13 @@ if TYPE_CHECKING:
 
 def show_disclosures(console: Console, prepared: "Prepared", disclosures: "Sequence[Disclosure]") -> None:
     """Print the clients' records and, for each arm, what leaves a member, who sees it and what stays."""
-    records = Table("client", "training", "held out", "notes", title="Records")
+    records = Table("client", "training", "canaries", "held out", "notes", title="Records")
     for member in prepared.members:
-        notes = ", ".join(f"{count} {what}" for what, count in prepared.notes[member.name].items())
+        notes = ", ".join(f"{count:,} {what}" for what, count in prepared.notes[member.name].items())
         held_out = len(prepared.held_out[member.name])
-        records.add_row(member.name, f"{len(member.records):,}", f"{held_out:,}", notes or "none")
+        planted = sum(canary.copies for canary in prepared.canaries if canary.inserted and canary.client == member.name)
+        own = len(member.records) - planted
+        records.add_row(member.name, f"{own:,}", f"{planted:,}", f"{held_out:,}", notes or "none")
     console.print(records)
     for disclosure in disclosures:
         table = Table(
@@ -28,10 +30,15 @@ def show_disclosures(console: Console, prepared: "Prepared", disclosures: "Seque
         declaration = disclosure.declaration
         full = size(disclosure.message)
         for name, what in declaration.summed.items():
-            count = "a number" if name in ("weight", "loss") else full
-            table.add_row(name, what, count, "summed over members; the strategy sees the sum only")
+            table.add_row(
+                name,
+                what,
+                "a number" if name in declaration.numbers else full,
+                "summed over members; the strategy sees the sum only",
+            )
         for name, why in declaration.seen.items():
-            table.add_row(name, why, "a number" if name == "loss" else full, "seen by the coordinator one by one")
+            seen = f"seen by {declaration.seen_by} one by one"
+            table.add_row(name, why, "a number" if name in declaration.numbers else full, seen)
         if declaration.kept:
             table.add_row("(stays)", declaration.kept, "", "the member alone")
         console.print(table)
@@ -42,7 +49,4 @@ def show_disclosures(console: Console, prepared: "Prepared", disclosures: "Seque
         )
         where = " All records stand in one place: a simulation." if disclosure.simulated_only else ""
         console.print(f"{sent} {disclosure.trainable:,} parameters learn.{where}\n", highlight=False)
-    console.print(
-        "Everything fits; nothing was trained or written. The sums are formed in this process: secure aggregation"
-    )
-    console.print("between machines comes with the Flower engine.")
+    console.print("Everything fits; nothing was trained or written. All clients are simulated in this process.")

@@ -13,7 +13,8 @@ def show_outcome(console: Console, run: RunFolder) -> None:
         _show_utility(console, utility)
     if audit := run.read_table("audit", AuditTable):
         show_audit(console, audit)
-    for folder in sorted([*run.path.glob("arms/*/adapter"), *run.path.glob("arms/*/model")]):
+    outcomes = [path for what in ("adapter", "model", "members") for path in run.path.glob(f"arms/*/{what}")]
+    for folder in sorted(outcomes):
         console.print(f"Model   {folder}", highlight=False, soft_wrap=True)
     console.print(f"Report  {(run.path / 'report.html').resolve()}", highlight=False, soft_wrap=True)
 
@@ -49,9 +50,12 @@ def show_audit(console: Console, audit: AuditTable) -> None:
         cells = [_count(exact.get((gap.model, gap.copies, inserted))) for inserted in (True, False)]
         table.add_row(gap.model, str(gap.copies), _plain(gap.gap, "+.2f"), *cells)
     console.print(table)
-    console.print(
-        f"Intervals are 95 %. Exact: the whole rest of a canary after a prefix of {longest} tokens.", highlight=False
-    )
+    exact_means = f"Exact: the whole rest of a canary after a prefix of {longest} tokens."
+    if not longest:
+        exact_means = "No prefix was tried: every canary is shorter."
+    elif audit.skipped_prefixes:
+        exact_means += f" {audit.skipped_prefixes:,} prefixes were left out: they are longer than their canaries."
+    console.print(f"Intervals are 95 %. {exact_means}", highlight=False)
 
 
 def _share(estimate: Estimate | None) -> str:

@@ -102,9 +102,9 @@ def shown(console: Console, run: Path) -> Iterator[Callable[[Event], None]]:
         match event:
             case Stopped():
                 bar.stop()
-                onward = f"allmend tune --resume {escape(str(run))}"
+                onward = f"; go on with: allmend tune --resume {escape(str(run))}" if event.resumable else "."
                 console.print(
-                    f"[bold]Stopped.[/bold] What was complete is kept; go on with: {onward}",
+                    f"[bold]Stopped.[/bold] What was complete is kept{onward}",
                     highlight=False,
                     emoji=False,
                     soft_wrap=True,
@@ -128,21 +128,19 @@ def _line(event: Event) -> str:
             records, held_out = sum(event.clients.values()), sum(event.held_out.values())
             verb = "Resuming" if event.resumed else "Starting"
             return (
-                f"{verb} [bold]{event.run}[/bold]: {escape(event.model)}, {len(event.clients)} clients, "
+                f"{verb} [bold]{event.run}[/bold]: {escape(event.model)}, {counted(len(event.clients), 'client')}, "
                 f"{records:,} training and {held_out:,} held-out records"
             )
         case ArmStarted():
-            rounds = f"rounds {event.round} to {event.rounds}" if event.round > 1 else f"{event.rounds} rounds"
+            rounds = f"rounds {event.round} to {event.rounds}" if event.round > 1 else counted(event.rounds, "round")
             if event.round > event.rounds:
                 rounds = "trained already"
             return f"[bold]{event.arm}[/bold] ({event.strategy}): {rounds}, {event.trainable:,} parameters learn"
         case RoundDone():
             loss = f"training loss {event.loss:.3f}, " if event.loss is not None else ""
-            up = max(event.received.values(), default=0)
-            return (
-                f"  round {event.round}: {loss}{event.tokens:,} tokens in {duration(event.seconds)}, "
-                f"{size(up)} from each client"
-            )
+            largest = max(event.received.values(), default=0)
+            exchanged = f"{size(largest)} from each client" if largest else "nothing exchanged"
+            return f"  round {event.round}: {loss}{event.tokens:,} tokens in {duration(event.seconds)}, {exchanged}"
         case PhaseDone() if not event.phase.startswith("train "):
             return f"  {event.phase}: {duration(event.seconds)}"
         case Warned():
@@ -150,6 +148,11 @@ def _line(event: Event) -> str:
         case RunFinished():
             return f"Finished in {duration(event.seconds)}."
     return ""
+
+
+def counted(count: int, thing: str) -> str:
+    """`1 round`, `3 rounds`."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:

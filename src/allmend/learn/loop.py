@@ -175,7 +175,7 @@ def _step(
         adam.zero_grad(set_to_none=True)
         raise DivergedError(
             f"training diverged at step {number + 1}: loss {loss:.4g}, gradient norm {norm:.4g}, "
-            f"learning rate {rate:.3g}, records {', '.join(record.id for record in batch[:3])}…",
+            f"learning rate {rate:.3g}",
             hint=_DIVERGED,
         )
     for group in adam.param_groups:

@@ -31,7 +31,7 @@ CONTENTS = (
 )
 
 
-def write_report(run: Path) -> Path:
+def write_report(run: Path | str) -> Path:
     """Write the page of a run and return its path.
 
     Args:
@@ -40,8 +40,8 @@ def write_report(run: Path) -> Path:
     Raises:
         UserError: the folder holds nothing of a run, one of its files is broken, or it cannot be written.
     """
-    path = run / FILE
-    write_atomic(path, page(read_evidence(run)).encode())
+    path = Path(run) / FILE
+    write_atomic(path, page(read_evidence(Path(run))).encode())
     return path
 
 

@@ -23,6 +23,7 @@ class Centralised:
                 "loss": "its training loss",
             },
             kept="the optimiser",
+            numbers=frozenset({"loss"}),
         )
 
     def init(self, initial: Tensors) -> State:

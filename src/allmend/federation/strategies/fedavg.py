@@ -54,6 +54,7 @@ class FedAvg:
                 "weight": "number of training records",
                 "loss": "training loss times number of records",
             },
+            numbers=frozenset({"weight", "loss"}),
         )
 
     def init(self, initial: Tensors) -> State:

@@ -31,6 +31,7 @@ class Local:
             sent="",
             summed={"weight": "number of training records", "loss": "training loss times number of records"},
             kept="the member's model and its optimiser",
+            numbers=frozenset({"weight", "loss"}),
         )
 
     def init(self, initial: Tensors) -> State:
