@@ -115,10 +115,10 @@ CASES: dict[str, tuple[Callable[[], None], tuple[str, ...]]] = {
     "empty data file": (empty_file, ("south.jsonl", "holds no record", "at least one")),
     "only blank lines": (blank_lines, ("south.jsonl", "holds no record")),
     "all records held out": (all_held_out, ("south.jsonl", "no training record")),
-    "no data file": (lambda: Path("south.jsonl").unlink(), ("clients.1.data", "line 12", "south.jsonl is not there")),
+    "no data file": (lambda: Path("south.jsonl").unlink(), ("clients[2].data", "line 12", "south.jsonl is not there")),
     "data is a folder": (
         lambda: replace("recipe.toml", "south.jsonl", "model"),
-        ("clients.1.data", "line 12", "is a folder"),
+        ("clients[2].data", "line 12", "is a folder"),
     ),
     "duplicate ids": (duplicate_ids, ("south.jsonl:10", "south-3", "line 4", "id of its own")),
     "wrong field names": (wrong_fields, ("south.jsonl:1", "'question'", "[data.fields]", 'prompt = "question"')),
@@ -141,7 +141,7 @@ CASES: dict[str, tuple[Callable[[], None], tuple[str, ...]]] = {
     ),
     "an option of another strategy": (
         lambda: replace("recipe.toml", '"fedavg"', '"local"\nparticipation = 0.5'),
-        ("strategy", "participation", "no options"),
+        ("strategy.participation", "line 20", "no such option"),
     ),
     "several at once": (several, ("2 problems", "south.jsonl", "no tokenizer")),
     "a model without tokenizer": (no_tokenizer, ("model.source", "line 3", "no tokenizer", "tokenizer.json")),
@@ -164,7 +164,7 @@ CASES: dict[str, tuple[Callable[[], None], tuple[str, ...]]] = {
     "a binary recipe": (recipe_is_binary, ("recipe.toml", "not UTF-8")),
     "names that leave the folder": (
         lambda: replace("recipe.toml", '"south"', '"../../x"'),
-        ("clients.1.name", "line 11"),
+        ("clients[2].name", "line 11"),
     ),
     "canaries for a stranger": (lambda: append('[canaries]\nclients = ["west"]\n'), ("line 24", "west")),
 }
