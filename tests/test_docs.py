@@ -352,8 +352,11 @@ PYTHON = [page for page in PAGES if runnable(page)]
 
 
 @pytest.mark.parametrize("page", PYTHON, ids=lambda page: page.name)
-def test_python_on_the_pages_runs(page: Path, desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_python_on_the_pages_runs(
+    page: Path, desk: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A page's blocks run one after the other, as a reader would try them; `python no-run` is left out."""
+    monkeypatch.setattr("allmend.federation.strategies.STRATEGIES", dict(STRATEGIES))  # a page may add one
     names: dict[str, Any] = {"__name__": "page"}
     for block in runnable(page):
         exec(compile(small(block), str(page), "exec"), names)

@@ -53,6 +53,14 @@ def test_a_means_interval_is_students(values: list[float]) -> None:
     assert found.n == len(values)
 
 
+def test_an_interval_is_cut_to_what_the_values_can_be() -> None:
+    low, high = ends(mean([0.0, 0.0, 0.0, 1.0]))
+    assert low < 0
+    assert high > 1
+    assert ends(mean([0.0, 0.0, 0.0, 1.0], bounds=(0, 1))) == (0, 1)
+    assert ends(mean([0.0, 0.0, 0.0, 1.0], bounds=(-5, 5))) == (low, high)
+
+
 def test_a_single_value_has_no_interval() -> None:
     assert mean([3.0]) == Estimate(value=3.0, n=1)
     assert exp_mean([2.0], [4]) == Estimate(value=math.exp(0.5), n=4)

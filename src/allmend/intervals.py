@@ -33,10 +33,11 @@ def share(successes: int, n: int) -> Estimate:
     return Estimate(value=p, low=low, high=high, n=n)
 
 
-def mean(values: Sequence[float]) -> Estimate:
+def mean(values: Sequence[float], *, bounds: tuple[float, float] = (-math.inf, math.inf)) -> Estimate:
     """The mean with its t interval; without an interval for a single value, or for values that do not differ.
 
-    Equal values say nothing of how far others would lie: an interval of no width would claim certainty.
+    Equal values say nothing of how far others would lie: an interval of no width would claim certainty. `bounds` are
+    what the values can be; the interval is cut to them.
 
     Raises:
         ValueError: no values.
@@ -49,7 +50,7 @@ def mean(values: Sequence[float]) -> Estimate:
         return Estimate(value=centre, n=n)
     error = math.sqrt(math.fsum((value - centre) ** 2 for value in values) / (n - 1) / n)
     half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1)) * error
-    return Estimate(value=centre, low=centre - half, high=centre + half, n=n)
+    return Estimate(value=centre, low=max(bounds[0], centre - half), high=min(bounds[1], centre + half), n=n)
 
 
 def paired_difference(first: Sequence[float], second: Sequence[float]) -> Estimate:

@@ -22,6 +22,7 @@ from allmend.errors import UserError
 from allmend.federation.member import Member
 from allmend.federation.strategies import STRATEGIES, build_strategy, options_of
 from allmend.models.adapters import check_lora
+from allmend.models.attention import packs
 from allmend.models.load import LoadedModel, linear_layers, load_model
 from allmend.models.sources import resolve
 from allmend.recipe import Arm, Problem, Recipe, RecipeError
@@ -183,6 +184,12 @@ def prepare_model(recipe: Recipe, base: Path, *, model: LoadedModel | None = Non
         UserError: the model cannot be had, or it lacks the chat template that the recipe asks for.
     """
     model = model or load_model(_source(recipe, base), dtype=_DTYPES[recipe.model.dtype])
+    if not packs(model.model):
+        raise UserError(
+            f"records cannot be packed for this architecture ({model.model.config.model_type})",
+            where="model.source",
+            hint="Use a decoder whose attention transformers can replace, such as Llama, Qwen, Mistral or SmolLM.",
+        )
     window = getattr(model.model.config, "sliding_window", None)
     if window is not None and recipe.data.max_tokens > window:
         # the mask of a packed row would let its tokens look further back than the model ever does

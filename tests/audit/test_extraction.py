@@ -177,7 +177,7 @@ def test_rows_go_by_copies_and_group() -> None:
     assert (row.model, row.prefix_tokens) == ("base", 10)
     assert row.exact == share(1, 2)
     assert row.approximate == share(2, 2)
-    assert row.matched == mean([1.0, 0.4])
-    assert row.bleu == mean([1.0, 0.8])
+    assert row.matched == mean([1.0, 0.4], bounds=(0, 1))
+    assert row.bleu == mean([1.0, 0.8], bounds=(0, 1))
     assert rows[1, True].approximate == share(0, 1)  # at the limit is not above it
     assert rows[3, False].exact == share(0, 1)

@@ -218,14 +218,27 @@ def test_records_without_targets_are_left_out() -> None:
     assert row.target_at.tolist() == [1, 2, 3]
 
 
-def test_visible_is_the_past_of_the_same_record_and_branch() -> None:
-    records = [sequence(3, seed=0, share=1.0), tree(2, [2, 1], seed=1), sequence(2, seed=2, share=1.0)]
+@pytest.mark.parametrize("longest", [3, 40], ids=["record by record", "all at once"])
+def test_visible_is_the_past_of_the_same_record_and_branch(longest: int) -> None:
+    records = [sequence(longest, seed=0, share=1.0), tree(2, [2, 1], seed=1), sequence(2, seed=2, share=1.0)]
     (row,) = pack(records, 100)
+    # three records of up to 40 places are more work than one row of 47 tokens
+    assert row.visible.shape == ((3, 5, 5) if longest == 3 else (1, 47, 47))
+    block, place = row.slots // row.visible.shape[1], row.slots % row.visible.shape[1]
     where = [(n, int(b), i) for n, record in enumerate(records) for i, b in enumerate(record.branch)]
     for query, (record, branch, at) in enumerate(where):
         for key, (other, other_branch, other_at) in enumerate(where):
             expected = record == other and other_at <= at and other_branch in (0, branch)
-            assert bool(row.visible[query, key]) == expected
+            seen = block[query] == block[key] and row.visible[block[query], place[query], place[key]]
+            assert bool(seen) == expected
+
+
+def test_places_without_a_token_see_themselves_and_no_token_sees_them() -> None:
+    (row,) = pack([sequence(5, seed=0, share=1.0), sequence(2, seed=1, share=1.0)], 100)
+    taken = torch.zeros(row.visible.shape[:2], dtype=torch.bool).flatten().index_fill(0, row.slots, True)
+    taken = taken.view(row.visible.shape[:2])
+    assert row.visible.diagonal(dim1=1, dim2=2).all()
+    assert not (row.visible & taken[:, :, None] & ~taken[:, None, :]).any()
 
 
 def test_logits_are_needed_once_for_all_choices(records: list[Encoded]) -> None:

@@ -7,7 +7,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from allmend.data.chat import Encoder
 from allmend.data.packing import Row, pack
 from allmend.data.records import Record, question
-from allmend.learn.objective import log_likelihood, log_likelihood_and_hit, logits_at_sources
+from allmend.learn.objective import _LogLikelihood, log_likelihood, log_likelihood_and_hit, logits_at_sources
 
 MakeModel = Callable[..., LlamaForCausalLM]
 
@@ -22,13 +22,32 @@ def row(tiny_tokenizer: PreTrainedTokenizerFast) -> Row:
 
 
 def test_logits_are_those_of_all_tokens_where_they_are_needed(tiny_model: LlamaForCausalLM, row: Row) -> None:
+    size = row.visible.shape[1]
+    whole = torch.block_diag(*row.visible.int()).bool()  # type: ignore[no-untyped-call]
+    assert whole.shape[0] == len(row.visible) * size
     with torch.no_grad():
-        mask = torch.where(row.visible, 0.0, torch.finfo(torch.float32).min)[None, None]
+        visible = whole[row.slots][:, row.slots]
+        mask = torch.where(visible, 0.0, torch.finfo(torch.float32).min)[None, None]
         every = tiny_model(input_ids=row.ids, position_ids=row.position, attention_mask=mask).logits[0]
         found = logits_at_sources(tiny_model, row)
     assert found.shape == (len(row.sources), 300)
     assert len(row.sources) < row.tokens
     assert torch.allclose(found, every[row.sources], atol=1e-6)
+
+
+def test_the_gradient_of_the_log_likelihood_is_that_of_finite_differences() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 5, dtype=torch.float64, generator=generator, requires_grad=True)
+    source_of, targets = torch.tensor([0, 2, 0, 1]), torch.tensor([4, 0, 4, 2])  # a target may come twice
+    assert torch.autograd.gradcheck(lambda x: _LogLikelihood.apply(x, source_of, targets), (logits,))
+
+
+def test_attention_is_as_it_was_afterwards(tiny_model: LlamaForCausalLM, row: Row) -> None:
+    with torch.no_grad():
+        before = tiny_model(input_ids=row.ids).logits
+        logits_at_sources(tiny_model, row)
+        assert tiny_model.config._attn_implementation == "sdpa"
+        assert torch.equal(tiny_model(input_ids=row.ids).logits, before)
 
 
 def test_log_likelihood_is_the_log_softmax_of_the_target(tiny_model: LlamaForCausalLM, row: Row) -> None:

@@ -127,8 +127,8 @@ def extraction_rows(
                     inserted=inserted,
                     prefix_tokens=prefix,
                     exact=share(sum(one.exact for one in cell), len(cell)),
-                    matched=mean([one.matched for one in cell]),
-                    bleu=mean([one.bleu for one in cell]),
+                    matched=mean([one.matched for one in cell], bounds=(0, 1)),
+                    bleu=mean([one.bleu for one in cell], bounds=(0, 1)),
                     approximate=share(sum(one.bleu > APPROXIMATE for one in cell), len(cell)),
                 )
             )

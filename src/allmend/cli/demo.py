@@ -17,14 +17,21 @@ def demo(
     thorough: Annotated[
         bool, typer.Option("--thorough", help="About 30 minutes: train longer, compare full fine-tuning with LoRA.")
     ] = False,
+    centralised: Annotated[
+        bool, typer.Option("--centralised", help="Train on all records in one place too, as a further baseline.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Other questions, canaries and order of the data.")] = 0,
 ) -> None:
     """Four clinics adapt a model to clinical coding without pooling data; a report says what came of it."""
     from allmend import life
-    from allmend.recipe import parse_recipe
+    from allmend.recipe import Change, parse_recipe
 
     console = Console()
     text = packaged("thorough.toml" if thorough else "demo.toml")
-    recipe = parse_recipe(text)
+    recipe = parse_recipe(text).model_copy(update={"seed": seed})
+    if centralised:
+        pooled = Change(strategy={"name": "centralised"})
+        recipe = recipe.model_copy(update={"compare": {**recipe.compare, "centralised": pooled}})
     folder = out or _free(Path("runs") / recipe.name)
     with shown(console, folder) as listen:
         run = life.tune(recipe, folder, listeners=[listen])

@@ -21,7 +21,10 @@ class Row:
     Attributes:
         ids: int64 [1, T].
         position: int64 [1, T].
-        visible: bool [T, T]; True where the token of the row's first index may attend to that of the second.
+        visible: bool [R, L, L]: R records of L places, the longest's; True where the token in the place of the first
+            index may attend to that in the second. A record's tokens are in its first places, and a place without a
+            token attends to itself. One record of T places where that is less work.
+        slots: int64 [T]: each token's place among the R × L.
         sources: int64 [U]: tokens whose logits are needed, increasing.
         source_of: int64 [N]: which of `sources` predicts each target.
         targets: int64 [N]: token ids to predict.
@@ -33,6 +36,7 @@ class Row:
     ids: torch.Tensor
     position: torch.Tensor
     visible: torch.Tensor
+    slots: torch.Tensor
     sources: torch.Tensor
     source_of: torch.Tensor
     targets: torch.Tensor
@@ -82,14 +86,13 @@ def _predictable(record: Encoded) -> torch.Tensor:
 
 
 def _row(records: Iterable[tuple[int, Encoded]]) -> Row:
-    ids, position, branch, document = [], [], [], []
+    ids, position, branch = [], [], []
     source, targets, owner, target_branch, target_at = [], [], [], [], []
     offset = 0
-    for number, (index, record) in enumerate(records):
+    for index, record in records:
         ids.append(record.ids)
         position.append(record.position)
         branch.append(record.branch)
-        document.append(torch.full_like(record.ids, number))
         at = _predictable(record).nonzero()[:, 0]
         # the first token of a branch is predicted from the trunk's last, every other one from the token before it
         trunk = int((record.branch == 0).sum())
@@ -100,15 +103,13 @@ def _row(records: Iterable[tuple[int, Encoded]]) -> Row:
         target_branch.append(record.branch[at])
         target_at.append(at)
         offset += len(record)
-    documents, branches = torch.cat(document), torch.cat(branch)
-    visible = documents[:, None] == documents[None, :]
-    visible &= (branches[None, :] == 0) | (branches[:, None] == branches[None, :])
-    visible &= torch.ones(offset, offset, dtype=torch.bool).tril()
+    visible, slots = _visible(branch)
     sources, source_of = torch.unique(torch.cat(source), return_inverse=True)
     return Row(
         ids=torch.cat(ids)[None],
         position=torch.cat(position)[None],
         visible=visible,
+        slots=slots,
         sources=sources,
         source_of=source_of,
         targets=torch.cat(targets),
@@ -116,3 +117,17 @@ def _row(records: Iterable[tuple[int, Encoded]]) -> Row:
         branch=torch.cat(target_branch),
         target_at=torch.cat(target_at),
     )
+
+
+def _visible(branches: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """`Row.visible` and `Row.slots` of records with these branches."""
+    tokens, longest = sum(map(len, branches)), max(map(len, branches))
+    branch = torch.nn.utils.rnn.pad_sequence(list(branches), batch_first=True)
+    visible = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
+    visible &= torch.ones(longest, longest, dtype=torch.bool).tril()
+    if len(branches) * longest**2 < tokens**2:
+        places = torch.arange(longest)[None] < torch.tensor([[len(one)] for one in branches])
+        return visible, places.flatten().nonzero()[:, 0]
+    blocks = [one[: len(record), : len(record)] for one, record in zip(visible, branches, strict=True)]
+    whole: torch.Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+    return whole[None], torch.arange(tokens)

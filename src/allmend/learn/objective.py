@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from allmend.data.packing import Row
+from allmend.models.attention import packed_attention
 
 
 def logits_at_sources(model: Any, row: Row) -> torch.Tensor:
@@ -21,21 +22,43 @@ def logits_at_sources(model: Any, row: Row) -> torch.Tensor:
     # additive rather than boolean: every attention implementation understands it
     mask = torch.zeros(row.visible.shape, dtype=dtype, device=row.visible.device)
     mask.masked_fill_(~row.visible, torch.finfo(dtype).min)
-    logits: torch.Tensor = model(
-        input_ids=row.ids,
-        position_ids=row.position,
-        attention_mask=mask[None, None],
-        logits_to_keep=row.sources,
-        use_cache=False,
-    ).logits
+    with packed_attention(model):
+        logits: torch.Tensor = model(
+            input_ids=row.ids,
+            position_ids=row.position,
+            attention_mask=mask[:, None],
+            slots=row.slots,
+            logits_to_keep=row.sources,
+            use_cache=False,
+        ).logits
     return logits[0].float()
 
 
 def log_likelihood(model: Any, row: Row) -> torch.Tensor:
     """log p(target | what stands before it) of each of the row's N targets (nats), float32 [N]."""
-    logits = logits_at_sources(model, row)
-    chosen = logits[row.source_of, row.targets]
-    return chosen - logits.logsumexp(-1)[row.source_of]
+    found: torch.Tensor = _LogLikelihood.apply(logits_at_sources(model, row), row.source_of, row.targets)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _LogLikelihood(torch.autograd.Function):
+    """logits[source_of, targets] − logsumexp(logits)[source_of], with a backward of one pass over the logits.
+
+    The vocabulary is the widest thing there is: autograd's own way takes several passes over a [U, vocabulary] tensor.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, source_of: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        normaliser = logits.logsumexp(-1)
+        ctx.save_for_backward(logits, normaliser, source_of, targets)
+        return logits[source_of, targets] - normaliser[source_of]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        logits, normaliser, source_of, targets = ctx.saved_tensors
+        weight = torch.zeros_like(normaliser).index_add_(0, source_of, gradient)
+        found = (logits - normaliser[:, None]).exp_().mul_(-weight[:, None])
+        found.index_put_((source_of, targets), gradient, accumulate=True)
+        return found, None, None
 
 
 def log_likelihood_and_hit(model: Any, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
