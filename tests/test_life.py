@@ -37,7 +37,7 @@ seed = 3
 source = "{model}"
 [data]
 held_out = 0.3
-max_tokens = 64
+max_tokens = 256
 [[clients]]
 name = "north"
 data = "north.jsonl"
@@ -67,7 +67,7 @@ threads = 1
 def write_data(folder: Path) -> None:
     for client, count in (("north", 8), ("south", 12)):
         rows = [
-            {"id": f"{client}-{i}", "prompt": f"{i} plus {i}?", "choices": [f"{2 * i}", "none"], "answer": 0}
+            {"id": f"{client}-{i}", "prompt": f"{client}: {i} plus {i}?", "choices": [f"{2 * i}", "none"], "answer": 0}
             for i in range(count)
         ]
         (folder / f"{client}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -158,6 +158,16 @@ def test_canaries_are_trained_on_as_often_as_they_say_and_controls_never(whole: 
     for client in ("north", "south"):
         lines = len((workplace / f"{client}.jsonl").read_text().splitlines())
         assert started.clients[client] + started.held_out[client] == lines + 2  # one pair, two copies of one of it
+
+
+def test_threads_are_the_recipes_while_it_runs(recipe: Recipe, workplace: Path, tmp_path: Path) -> None:
+    before, seen = torch.get_num_threads(), set[int]()
+    engine = recipe.engine.model_copy(update={"threads": before + 1})
+    changed = recipe.model_copy(update={"engine": engine, "compare": {}, "canaries": None})
+    run = life.tune(changed, tmp_path / "run", base=workplace, listeners=[lambda e: seen.add(torch.get_num_threads())])
+    assert seen == {before + 1}
+    assert torch.get_num_threads() == before
+    assert {event.threads for event in run.history() if isinstance(event, RunStarted)} == {before + 1}
 
 
 def test_events_tell_the_run(whole: RunFolder) -> None:

@@ -115,7 +115,7 @@ def test_seeds_and_digests_follow_names_and_content_and_not_places(tiny_folder: 
     other = prepare(recipe(tiny_folder, seed=1), tmp_path, model=model)
     assert all(member.seed != seeds[member.name] for member in other.members)
     assert two.data_digests == {name: three.data_digests[name] for name in ("north", "south")}
-    write(tmp_path, "north", kind="new")
+    write(tmp_path, "north", 3)
     changed = prepare(recipe(tiny_folder), tmp_path, model=model)
     assert changed.data_digests["north"] != two.data_digests["north"]
     assert changed.data_digests["south"] == two.data_digests["south"]
@@ -144,18 +144,39 @@ def test_the_chat_template_must_be_there_where_it_is_asked_for(tiny_folder: Path
     assert prepare(recipe(tiny_folder, "north"), tmp_path).encoder.template == "plain"
 
 
-def test_threads_and_types_are_the_recipes(tiny_folder: Path, tmp_path: Path) -> None:
+def test_the_type_is_the_recipes(tiny_folder: Path, tmp_path: Path) -> None:
     write(tmp_path, "north")
-    before = torch.get_num_threads()
-    made = recipe(tiny_folder, "north", engine={"threads": 3})
-    source = made.model_dump(exclude_unset=True)
+    source = recipe(tiny_folder, "north").model_dump(exclude_unset=True)
     source["model"]["dtype"] = "bfloat16"
-    try:
-        prepared = prepare(make_recipe(source), tmp_path)
-        assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(before)
-    assert prepared.model.model.dtype == torch.bfloat16
+    assert prepare(make_recipe(source), tmp_path).model.model.dtype == torch.bfloat16
+    source["adapter"] = {"kind": "full"}
+    with pytest.raises(RecipeError, match=r"model\.dtype.*bfloat16"):
+        prepare(make_recipe(source), tmp_path)
+
+
+def test_a_canary_that_would_be_cut_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    write(tmp_path, "north")
+    with pytest.raises(RecipeError, match=r"data\.max_tokens.*canaries have up to \d+ tokens"):
+        prepare(recipe(tiny_folder, "north", data={"max_tokens": 40}, canaries={}), tmp_path)
+
+
+def test_a_held_out_record_that_another_client_learns_from_is_left_out(tiny_folder: Path, tmp_path: Path) -> None:
+    row = {"id": "x", "prompt": "the same?", "response": "yes"}
+    for client, split in (("north", "train"), ("south", "test")):
+        write(tmp_path, client)
+        with (tmp_path / f"{client}.jsonl").open("a") as file:
+            file.write(json.dumps(row | {"split": split}) + "\n")
+    prepared = prepare(recipe(tiny_folder), tmp_path)
+    assert "x" in {record.id for record in prepared.members[0].records}
+    assert "x" not in {record.id for record in prepared.held_out["south"]}
+    assert prepared.notes["south"]["held-out records in others' training"] == 1
+
+
+def test_an_arm_of_personal_models_is_not_audited(tiny_folder: Path, tmp_path: Path) -> None:
+    write(tmp_path, "north")
+    made = recipe(tiny_folder, "north", compare={"local": {"strategy": {"name": "local"}}}, audit={"models": ["local"]})
+    with pytest.raises(RecipeError, match=r"audit\.models.*a model for each client"):
+        prepare(made, tmp_path)
 
 
 def test_canaries_for_a_client_that_is_not_there(tmp_path: Path, tiny_folder: Path) -> None:

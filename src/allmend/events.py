@@ -80,11 +80,11 @@ class RoundDone(_Event):
     """Counts from 1."""
     clients: list[str]
     sent: dict[str, int]
-    """Bytes from the coordinator, by client."""
+    """Bytes of tensors from the coordinator, by client; numbers and names are not counted."""
     received: dict[str, int]
-    """Bytes to the coordinator, by client."""
+    """Bytes of tensors to the coordinator, by client."""
     loss: float | None
-    """Training loss over the round's steps, weighted by tokens."""
+    """Training loss, as the strategy sums it over members; else over the round's steps, by tokens under the loss."""
     tokens: int
     seconds: float
     training_seconds: float
@@ -92,7 +92,7 @@ class RoundDone(_Event):
 
 
 class PhaseDone(_Event):
-    """A phase that is not training is over (`evaluate base`, `audit fedavg`, …)."""
+    """A phase is over (`evaluate base`, `train fedavg`, `audit fedavg`, …)."""
 
     type: Literal["phase"] = "phase"
     phase: str
@@ -101,7 +101,7 @@ class PhaseDone(_Event):
 
 
 class WorkDone(_Event):
-    """Progress inside a phase: `done` of the `work` that `RunStarted` announced for it (0 … 1 of the phase)."""
+    """Progress inside a phase: `share` (0 … 1) of the work that `RunStarted` announced for it."""
 
     type: Literal["progress"] = "progress"
     phase: str

@@ -5,7 +5,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from allmend.events import (
 )
 from allmend.federation.arm import Outcomes, save_outcomes, strategy_of, tokens_per_round, train_arm, trainable_of
 from allmend.federation.checkpoint import Checkpoints
+from allmend.federation.member import Member
 from allmend.learn.compare import ModelScores, utility_table
 from allmend.learn.evaluate import score
 from allmend.learn.loop import DivergedError
@@ -38,7 +39,7 @@ from allmend.recipe import Arm, Recipe, parse_recipe
 from allmend.report.page import write_report
 from allmend.results import BASE, AuditTable
 from allmend.run import EventLog, RunFolder
-from allmend.strategy import Declaration, Strategy
+from allmend.strategy import Declaration
 
 Listener = Callable[[Event], None]
 
@@ -69,7 +70,7 @@ def tune(
     run = RunFolder(Path(out))
     run.check_free()
     prepared = prepare(recipe, Path(base), model=model)
-    with run.lock():
+    with run.lock(), _threads(recipe):
         RunFolder.create(run.path, recipe.to_toml(), _facts(prepared))
         _live(run, prepared, listeners, resumed=False)
     return run
@@ -90,12 +91,9 @@ def resume(out: Path | str, *, model: LoadedModel | None = None, listeners: Sequ
         prepared = prepare(recipe, Path(str(facts["base"])), model=model)
         for key, now in _facts(prepared).items():
             if key not in ("base", "allmend") and facts.get(key) != now:
-                raise UserError(
-                    f"{_FACTS[key]} differs from what the run was started with",
-                    where=run.path,
-                    hint="Restore it, or start a new run in another folder.",
-                )
-        _live(run, prepared, listeners, resumed=True)
+                raise UserError(_DIFFERS.format(_FACTS[key]), where=run.path, hint=_RESTORE)
+        with _threads(recipe):
+            _live(run, prepared, listeners, resumed=True)
     return run
 
 
@@ -177,13 +175,28 @@ def audit_run(
     with run.lock():
         recipe = read_frozen(run)
         loaded, encoder = prepare_model(recipe, Path(str(run.facts["base"])), model=model)
-        with _log(run, listeners) as log:
+        if loaded.digest != run.facts.get("model"):
+            raise UserError(_DIFFERS.format(_FACTS["model"]), where=run.path, hint=_RESTORE)
+        with _threads(recipe), _log(run, listeners) as log:
             table = _audit(run, recipe, loaded, encoder, log, prefix_tokens or recipe.audit.prefix_tokens)
         write_report(run.path)
     return table
 
 
-_FACTS = {"recipe": "the recipe", "model": "the base model", "data": "the clients' data", "format": "the format"}
+_DIFFERS = "{} differs from what the run was started with"
+_RESTORE = "Restore it, or start a new run in another folder."
+_FACTS = {"recipe": "the recipe", "model": "the base model", "data": "the clients' data"}
+
+
+@contextlib.contextmanager
+def _threads(recipe: Recipe) -> Iterator[None]:
+    """torch's threads as the recipe has them; afterwards as they were."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(recipe.engine.threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _facts(prepared: Prepared) -> dict[str, object]:
@@ -260,12 +273,14 @@ class _Session:
 
 def _sessions(run: RunFolder) -> list[_Session]:
     sessions: list[_Session] = []
-    began = 0.0
+    began, ended = 0.0, False
     for event in run.history():
         if isinstance(event, RunStarted):
             began = event.time
             sessions.append(_Session(event.threads, 0.0))
-        elif sessions:
+            ended = False
+        elif sessions and not ended:  # an audit of a finished run is no part of its session
+            ended = isinstance(event, Stopped | RunFinished)
             sessions[-1] = _Session(sessions[-1].threads, max(0.0, event.time - began))
     return sessions
 
@@ -303,10 +318,10 @@ def _work(run: RunFolder, prepared: Prepared) -> dict[str, float]:
     for name, arm in recipe.arms().items():
         strategy = strategy_of(arm, seed=recipe.seed)
         if not run.scores(name).exists():
-            newest = _checkpoints(run, recipe, name).newest()
-            rounds = arm.strategy.rounds - (newest.round if newest else 0)
-            work[f"train {name}"] = TRAIN_COST * rounds * tokens_per_round(arm, prepared.members)
-            work[f"evaluate {name}"] = asked * (1 if _shares(strategy) else len(prepared.members))
+            rounds = arm.strategy.rounds - _checkpoints(run, recipe, name).newest_round()
+            members, whole = _parties(prepared, arm)
+            work[f"train {name}"] = TRAIN_COST * rounds * tokens_per_round(whole, members)
+            work[f"evaluate {name}"] = asked * (1 if strategy.shares else len(prepared.members))
     if prepared.canaries:
         work |= {f"audit {name}": probes for name in (BASE, *_audited(recipe))}
     return work
@@ -317,12 +332,17 @@ def _audited(recipe: Recipe) -> list[str]:
     if recipe.audit.models is not None:
         return list(recipe.audit.models)
     arms = recipe.arms().values()
-    return [arm.name for arm in arms if _shares(strategy_of(arm, seed=recipe.seed))]
+    return [arm.name for arm in arms if strategy_of(arm, seed=recipe.seed).shares]
 
 
-def _shares(strategy: Strategy) -> bool:
-    """Whether a strategy ends with one model for all, rather than one for each member."""
-    return strategy.shared(strategy.init({})) is not None
+def _parties(prepared: Prepared, arm: Arm) -> tuple[Sequence[Member], Arm]:
+    """Who trains in an arm: the members, or one party with all records, which takes as many steps as all of them."""
+    if not strategy_of(arm, seed=prepared.recipe.seed).pooled:
+        return prepared.members, arm
+    if arm.train.local_steps is not None:
+        steps = arm.train.local_steps * len(prepared.members)
+        arm = replace(arm, train=arm.train.model_copy(update={"local_steps": steps}))
+    return [prepared.pooled()], arm
 
 
 def _checkpoints(run: RunFolder, recipe: Recipe, arm: str) -> Checkpoints:
@@ -334,12 +354,12 @@ def _arm(run: RunFolder, prepared: Prepared, log: EventLog, arm: Arm) -> list[Mo
     if run.scores(arm.name).exists():
         return read_scores(run.scores(arm.name))
     recipe = prepared.recipe
-    pooled = strategy_of(arm, seed=recipe.seed).pooled
+    members, arm = _parties(prepared, arm)
     with trainable_of(prepared.model, arm.adapter, seed=recipe.seed) as trainable:
         outcomes = train_arm(
             arm,
             trainable,
-            [prepared.pooled()] if pooled else prepared.members,
+            members,
             seed=recipe.seed,
             engine=recipe.engine,
             checkpoints=_checkpoints(run, recipe, arm.name),
@@ -369,7 +389,9 @@ def _evaluate(
     meter = Meter(log.emit, f"evaluate {name}", float(sum(len(one) for one in encoded) * len(outcomes)))
     found = []
     for member, tensors in outcomes.items():
-        if tensors is not None and load is not None:
+        if load is not None:
+            if tensors is None:  # a member that never took part has no model
+                continue
             load(tensors)
         scores = iter(
             score(

@@ -6,7 +6,7 @@ anything heavy starts.
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class Prepared:
         held_out_encoded: the same, encoded for evaluation.
         canaries: inserted ones and controls; empty without `[canaries]`.
         notes: counts worth telling, by client.
-        data_digests: SHA-256 of each client's records.
+        data_digests: SHA-256 of each client's records as tokens, so that a changed template counts too.
     """
 
     recipe: Recipe
@@ -82,6 +82,7 @@ def check(recipe: Recipe, base: Path, *, model: LoadedModel | None = None) -> No
         problems += _strategy_problems(
             arm, ("strategy",) if name == recipe.strategy.name else ("compare", name, "strategy"), recipe.seed
         )
+    problems += _audit_problems(recipe)
     for index, client in enumerate(recipe.clients):
         path = base / Path(client.data).expanduser()
         if not client.data.startswith("hub:") and not path.is_file():
@@ -117,6 +118,18 @@ def _strategy_problems(arm: Arm, key: tuple[str, ...], seed: int) -> list[Proble
     return []
 
 
+def _audit_problems(recipe: Recipe) -> list[Problem]:
+    arms, problems = recipe.arms(), []
+    for index, name in enumerate(recipe.audit.models or ()):
+        arm = arms[name]
+        if name in (recipe.audit.models or ())[:index]:
+            problems.append(Problem(("audit", "models"), f"arm {name!r} is named twice"))
+        elif arm.strategy.name in STRATEGIES and not STRATEGIES[arm.strategy.name].shares:
+            what = f"arm {name!r} ends with a model for each client, and the audit reads models that all share"
+            problems.append(Problem(("audit", "models"), what))
+    return problems
+
+
 def _same_model(recipe: Recipe, base: Path, model: LoadedModel | None) -> None:
     if model and model.source not in (recipe.model.source, _source(recipe, base)):
         raise UserError(
@@ -138,9 +151,7 @@ def prepare(recipe: Recipe, base: Path, *, model: LoadedModel | None = None) -> 
         UserError: what is wrong with the data, for all clients at once.
     """
     check(recipe, base, model=model)
-    if recipe.engine.threads:
-        torch.set_num_threads(recipe.engine.threads)
-    clients = _clients(recipe, base)
+    clients = _apart(_clients(recipe, base))
     canaries = _canaries(recipe, clients)
     model, encoder = prepare_model(recipe, base, model=model)
     members, notes = [], {}
@@ -148,15 +159,15 @@ def prepare(recipe: Recipe, base: Path, *, model: LoadedModel | None = None) -> 
     held_out_encoded: dict[str, tuple[Encoded, ...]] = {}
     for client in clients:
         counts = dict(client.notes)
-        planted = to_records([canary for canary in canaries if canary.client == client.name])
-        train = [encoder.for_training(record) for record in (*client.train, *planted)]
-        train, _ = _fit(train, (*client.train, *planted), recipe, counts, "training")
+        train = [encoder.for_training(record) for record in client.train]
+        train, _ = _fit(train, client.train, recipe, counts, "training")
         if not train:
             raise UserError(
                 f"no training record fits data.max_tokens = {recipe.data.max_tokens}",
                 where=f"client {client.name!r}",
                 hint='Raise it, or set data.too_long = "truncate".',
             )
+        train += _planted(canaries, client.name, encoder)
         asked = sorted(client.held_out, key=lambda record: uniform(record.id))[: recipe.evaluation.max_held_out]
         test, kept = _fit([encoder.for_evaluation(record) for record in asked], asked, recipe, counts, "held-out")
         members.append(Member(client.name, train, _seed(recipe.seed, client.name)))
@@ -173,7 +184,7 @@ def prepare(recipe: Recipe, base: Path, *, model: LoadedModel | None = None) -> 
         held_out_encoded=held_out_encoded,
         canaries=tuple(canaries),
         notes=notes,
-        data_digests={client.name: _digest((*client.train, *client.held_out)) for client in clients},
+        data_digests={member.name: _digest((*member.records, *held_out_encoded[member.name])) for member in members},
     )
 
 
@@ -183,16 +194,27 @@ def prepare_model(recipe: Recipe, base: Path, *, model: LoadedModel | None = Non
     Raises:
         UserError: the model cannot be had, or it lacks the chat template that the recipe asks for.
     """
-    model = model or load_model(_source(recipe, base), dtype=_DTYPES[recipe.model.dtype])
+    dtype = _DTYPES[recipe.model.dtype]
+    if any(arm.adapter.kind == "full" for arm in recipe.arms().values()):
+        if dtype == torch.bfloat16:
+            # a step of 5e-5 is less than half the distance of two bfloat16 numbers near most weights
+            what = "full fine-tuning in bfloat16 would round most updates away: set float32 or auto"
+            raise RecipeError([Problem(("model", "dtype"), what)])
+        dtype = torch.float32
+    model = model or load_model(_source(recipe, base), dtype=dtype)
+    if recipe.engine.workers and model.model.device.type != "cpu":
+        what = f"worker processes need the model on the CPU, and it is on {model.model.device}: set it to 0"
+        raise RecipeError([Problem(("engine", "workers"), what)])
     if not packs(model.model):
         raise UserError(
             f"records cannot be packed for this architecture ({model.model.config.model_type})",
             where="model.source",
             hint="Use a decoder whose attention transformers can replace, such as Llama, Qwen, Mistral or SmolLM.",
         )
-    window = getattr(model.model.config, "sliding_window", None)
+    # the mask of a packed row would let tokens look further back than a sliding window does
+    reaches = (getattr(model.model.config, key, None) for key in ("sliding_window", "max_position_embeddings"))
+    window = min((reach for reach in reaches if reach is not None), default=None)
     if window is not None and recipe.data.max_tokens > window:
-        # the mask of a packed row would let its tokens look further back than the model ever does
         raise UserError(
             f"records may have {recipe.data.max_tokens} tokens, but the model looks back no more than {window}",
             where="data.max_tokens",
@@ -247,6 +269,37 @@ def _canaries(recipe: Recipe, clients: Sequence[ClientData]) -> list[Canary]:
         raise RecipeError([Problem(("canaries", "pairs"), str(error))]) from error
 
 
+def _planted(canaries: Sequence[Canary], client: str, encoder: Encoder) -> list[Encoded]:
+    """A client's inserted canaries, encoded whole: what is cut off could not be memorised, and would count as kept."""
+    records = to_records([canary for canary in canaries if canary.client == client])
+    encoded = [encoder.for_training(record) for record in records]
+    if any(one.cut for one in encoded):
+        longest = max(len(one) + one.cut for one in encoded)
+        what = f"canaries have up to {longest} tokens: set it to that or more, or remove [canaries]"
+        raise RecipeError([Problem(("data", "max_tokens"), what)])
+    return encoded
+
+
+def _apart(clients: Sequence[ClientData]) -> list[ClientData]:
+    """The clients without held-out records that stand word for word in another client's training data."""
+    learnt: dict[tuple[object, ...], set[str]] = {}
+    for client in clients:
+        for record in client.train:
+            learnt.setdefault(_content(record), set()).add(client.name)
+    found = []
+    for client in clients:
+        kept = tuple(record for record in client.held_out if not learnt.get(_content(record), set()) - {client.name})
+        notes = dict(client.notes)
+        if len(kept) < len(client.held_out):
+            notes["held-out records in others' training"] = len(client.held_out) - len(kept)
+        found.append(replace(client, held_out=kept, notes=notes))
+    return found
+
+
+def _content(record: Record) -> tuple[object, ...]:
+    return record.messages, record.text
+
+
 def _texts(record: Record) -> Iterable[str]:
     return (record.text, *(message.content for message in record.messages))
 
@@ -271,10 +324,10 @@ def _seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=6).digest())
 
 
-def _digest(records: Iterable[Record]) -> str:
+def _digest(records: Iterable[Encoded]) -> str:
     digest = hashlib.sha256()
     for record in records:
-        digest.update(repr(record).encode())
+        digest.update(repr((record.id, record.ids.tolist(), record.target.tolist(), record.branch.tolist())).encode())
     return digest.hexdigest()
 
 

@@ -1,7 +1,7 @@
 """The recipe: a TOML file that says everything about a run, typed and checked as a whole before anything starts.
 
 This file knows the shape of a recipe and what can be checked from it alone. What needs the model or the data
-(a rank larger than a layer, a missing file) is checked by `allmend.life.check`; both report all problems at once.
+(a rank larger than a layer, a missing file) is checked by `allmend.prepare.check`; both report all problems at once.
 """
 
 import contextlib
@@ -228,9 +228,11 @@ class Recipe(Section):
                 yield ("clients", index, "name"), f"another client has this name: {self.clients[index].name!r}"
             if name == POOLED:
                 yield ("clients", index, "name"), f"{POOLED!r} stands for the records of all clients: name it otherwise"
+        taken = {self.strategy.name.lower(), BASE}
         for name in self.compare:
-            if name in (self.strategy.name, BASE):
+            if name.lower() in taken:
                 yield ("compare", name), f"there is a model called {name!r} already: give this arm another name"
+            taken.add(name.lower())
         if self.canaries and self.canaries.clients and self.clients:
             strangers = sorted(set(self.canaries.clients) - {client.name for client in self.clients})
             if strangers:

@@ -34,7 +34,7 @@ from allmend.events import Event, dump_event, read_events
 from allmend.results import Table
 
 FORMAT = 1
-"""Version of the run folder's layout; a newer one is refused."""
+"""Version of the run folder's layout; another one is refused."""
 
 TableT = TypeVar("TableT", bound=Table)
 
@@ -73,6 +73,7 @@ def write_atomic(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
+        _flush(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
@@ -91,6 +92,8 @@ def folder_atomic(path: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
         yield beside
+        for file in (*beside.rglob("*"), beside):
+            _flush(file)
         if path.exists():
             old = path.with_name(f".{path.name}.{os.getpid()}.old.partial")
             path.rename(old)
@@ -102,6 +105,7 @@ def folder_atomic(path: Path) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
         else:
             beside.rename(path)
+        _flush(path.parent)
     except OSError as error:
         shutil.rmtree(beside, ignore_errors=True)
         raise fault(error, path) from error
@@ -113,6 +117,15 @@ def folder_atomic(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
+
+
+def _flush(path: Path) -> None:
+    """Have the system put a file or folder on the disk, so that a power cut finds it whole."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 class EventLog:
@@ -176,7 +189,7 @@ class RunFolder:
         self.path = path
 
     def check_free(self) -> None:
-        """Raise unless a new run can be made here: the folder is absent, or empty but for a lock.
+        """Raise unless a new run can be made here: the folder is absent, or holds no more than a start that was killed.
 
         Raises:
             UserError: the folder holds a run already, or something else.
@@ -188,7 +201,10 @@ class RunFolder:
                 hint=f"Continue it with `allmend tune --resume {self.path}`, or choose another folder with `--out`.",
             )
         try:
-            if self.path.exists() and any(entry.name != "lock" for entry in self.path.iterdir()):
+            left = {entry.name for entry in self.path.iterdir()} if self.path.exists() else set()
+            # a recipe without a lock beside it is not ours
+            begun = {"lock", self.recipe.name} if "lock" in left else set()
+            if any(name not in begun and not name.endswith(".partial") for name in left):
                 raise UserError(
                     "this folder is not empty and is not a run",
                     where=self.path,

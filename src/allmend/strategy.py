@@ -201,6 +201,7 @@ class Strategy(Protocol):
         name: as in the recipe.
         legs: exchanges per round.
         pooled: True if all records must stand in one place (a baseline that only a simulation can run).
+        shares: True if it ends with one model for all, False if with one for each member.
     """
 
     @property
@@ -209,6 +210,8 @@ class Strategy(Protocol):
     def legs(self) -> int: ...
     @property
     def pooled(self) -> bool: ...
+    @property
+    def shares(self) -> bool: ...
 
     def declare(self) -> Declaration:
         """What leaves each member, who sees it and why."""

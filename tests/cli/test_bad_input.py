@@ -108,7 +108,7 @@ def several() -> None:
 
 
 def too_long() -> None:
-    replace("recipe.toml", "max_tokens = 64", 'max_tokens = 8\ntoo_long = "reject"')
+    replace("recipe.toml", "max_tokens = 256", 'max_tokens = 8\ntoo_long = "reject"')
 
 
 CASES: dict[str, tuple[Callable[[], None], tuple[str, ...]]] = {
@@ -209,7 +209,7 @@ def test_a_record_of_a_megabyte_is_cut_and_counted_or_rejected(allmend: Allmend,
         file.write(json.dumps(long) + "\n")
     assert allmend("tune", "recipe.toml", "--out", "cut").code == 0
     assert "training records truncated" in (Path("cut") / "report.html").read_text().lower()
-    replace("recipe.toml", "max_tokens = 64", 'max_tokens = 64\ntoo_long = "reject"')
+    replace("recipe.toml", "max_tokens = 256", 'max_tokens = 256\ntoo_long = "reject"')
     shown = allmend("tune", "recipe.toml", "--dry-run")
     assert "1 training records rejected" in " ".join(shown.out.split())
 

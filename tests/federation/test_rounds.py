@@ -106,7 +106,7 @@ class Spoils(InProcessEngine):
             if answer.member == "b" and next(iter(tasks.values())).turn.round == 2:
                 name = sorted(answer.reply.summed)[0]
                 spoilt = Reply({**answer.reply.summed, name: self.bad}, answer.reply.summed_facts)  # type: ignore[dict-item]
-                answer = Answer(answer.member, spoilt, answer.seconds)
+                answer = Answer(answer.member, spoilt)
             yield answer
 
 

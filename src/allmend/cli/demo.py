@@ -15,12 +15,12 @@ from allmend.cli.recipe import packaged
 def demo(
     out: Annotated[Path | None, typer.Option(help="The run folder; runs/demo when absent.")] = None,
     thorough: Annotated[
-        bool, typer.Option("--thorough", help="About 30 minutes: train longer, compare full fine-tuning with LoRA.")
+        bool, typer.Option("--thorough", help="About 20 minutes: train longer, compare full fine-tuning with LoRA.")
     ] = False,
     centralised: Annotated[
         bool, typer.Option("--centralised", help="Train on all records in one place too, as a further baseline.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Other questions, canaries and order of the data.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Of questions, canaries and order.")] = 0,
 ) -> None:
     """Four clinics adapt a model to clinical coding without pooling data; a report says what came of it."""
     from allmend import life

@@ -37,8 +37,9 @@ def doctor() -> None:
     try:
         import torch
 
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
-        row("device", f"{device}; torch uses {torch.get_num_threads()} threads")
+        from allmend.models.load import usable_device
+
+        row("device", f"{usable_device(None)}, {os.cpu_count()} cores; torch uses {torch.get_num_threads()} threads")
     except ImportError:
         pass  # said above
     memory = _memory()

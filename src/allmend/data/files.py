@@ -21,7 +21,6 @@ from allmend.data.records import ClientData, Message, Record
 from allmend.data.splits import split
 from allmend.errors import UserError
 from allmend.recipe import Fields
-from allmend.run import write_atomic
 
 Row = dict[str, Any]
 Layout = Literal["question", "conversation", "text"]
@@ -170,48 +169,6 @@ def load_client(name: str, source: str, *, fields: Fields, held_out: float, base
     if len(unseen) < len(rest):
         notes["held-out records also in training"] = len(rest) - len(unseen)
     return ClientData(name, train, unseen, notes)
-
-
-def to_rows(records: Iterable[Record]) -> list[Row]:
-    """The records as JSON-ready rows under the default field names, in one layout that `read_records` reads back.
-
-    Raises:
-        ValueError: conversations and running text are mixed, which no one layout holds.
-    """
-    records = list(records)
-    if len({bool(record.messages) for record in records}) > 1:
-        raise ValueError("conversations and running text cannot stand in one file")
-    are_questions = all([m.role for m in record.messages] == ["user", "assistant"] for record in records)
-    rows = []
-    for record in records:
-        row: Row = {"id": record.id}
-        if not record.messages:
-            row["text"] = record.text
-        elif are_questions:
-            row |= {"prompt": record.messages[0].content, "response": record.response}
-        else:
-            row["messages"] = [{"role": m.role, "content": m.content} for m in record.messages]
-        if record.choices:
-            row |= {"choices": list(record.choices), "answer": record.answer}
-        if record.kind:
-            row["kind"] = record.kind
-        if record.held_out is not None:
-            row["split"] = "test" if record.held_out else "train"
-        rows.append(row)
-    return rows
-
-
-def write_jsonl(path: Path, records: Iterable[Record]) -> None:
-    """Write the records as JSON Lines (see `to_rows`), the whole file or nothing.
-
-    Raises:
-        ValueError: conversations and running text are mixed.
-    """
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in to_rows(records))
-    write_atomic(path, "".join(lines).encode())
-
-
-# --- sources: each yields (line or row number, row)
 
 
 def _check_path(source: str, path: Path) -> None:

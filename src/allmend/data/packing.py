@@ -22,8 +22,8 @@ class Row:
         ids: int64 [1, T].
         position: int64 [1, T].
         visible: bool [R, L, L]: R records of L places, the longest's; True where the token in the place of the first
-            index may attend to that in the second. A record's tokens are in its first places, and a place without a
-            token attends to itself. One record of T places where that is less work.
+            index may attend to that in the second. A record's tokens are in its first places; no token attends to a
+            place without one, and every place attends to itself. One record of T places where that is less work.
         slots: int64 [T]: each token's place among the R × L.
         sources: int64 [U]: tokens whose logits are needed, increasing.
         source_of: int64 [N]: which of `sources` predicts each target.

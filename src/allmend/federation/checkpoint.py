@@ -55,6 +55,11 @@ class Checkpoints:
             if folder.name != f"round-{checkpoint.round:06d}":
                 shutil.rmtree(folder, ignore_errors=True)
 
+    def newest_round(self) -> int:
+        """The round of the newest checkpoint; 0 before the first. Nothing is read but names."""
+        folders = self._folders()
+        return int(folders[-1].name.removeprefix("round-")) if folders else 0
+
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint, or None before the first round.
 

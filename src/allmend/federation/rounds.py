@@ -1,13 +1,14 @@
 """The rounds of a federation: plan, work, sum, combine, checkpoint, on whatever engine."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 from allmend.errors import UserError
 from allmend.events import Event, RoundDone
 from allmend.federation.checkpoint import Checkpoint, Checkpoints
-from allmend.federation.engines import Engine
+from allmend.federation.engines import Answer, Engine
 from allmend.models.tensors import nbytes
 from allmend.strategy import Reply, Seen, State, Strategy, Sums, Turn
 
@@ -47,11 +48,13 @@ def run_rounds(
         sent: dict[str, int] = {}
         received: dict[str, int] = {}
         working = 0.0
+        summed_loss: float | None = None
         for leg in range(strategy.legs):
             turn = Turn(round, leg, rounds)
             tasks = strategy.plan(state, turn, engine.members)
             sums, seen = Sums(), {}
-            for answer in engine.work(strategy, tasks):
+            answers = _Timed(engine.work(strategy, tasks))
+            for answer in answers:
                 name, reply = answer.member, answer.reply
                 if undeclared := declaration.undeclared(reply):
                     raise TypeError(f"strategy {strategy.name!r} returns what it did not declare: {undeclared}")
@@ -59,8 +62,10 @@ def run_rounds(
                 seen[name] = Seen(reply.seen, reply.seen_facts)
                 sent[name] = sent.get(name, 0) + nbytes(tasks[name].tensors)
                 received[name] = received.get(name, 0) + nbytes(reply.summed) + nbytes(reply.seen)
-                working += answer.seconds
+            working += answers.seconds
             state = strategy.combine(state, turn, sums, seen)
+            if weight := sums.fact("weight"):
+                summed_loss = sums.fact("loss") / weight
         trained, loss = tokens()
         done = RoundDone(
             arm=arm,
@@ -68,13 +73,30 @@ def run_rounds(
             clients=sorted(sent),
             sent=sent,
             received=received,
-            loss=loss,
+            loss=loss if summed_loss is None else summed_loss,
             tokens=trained,
             seconds=0.0,
             training_seconds=working,
         )
         checkpoints.save(Checkpoint(round, state, engine.states()), announce=partial(_announce, done, began, emit))
     return state
+
+
+@dataclass
+class _Timed:
+    """Answers, and the seconds that waiting for them took."""
+
+    answers: Iterator[Answer]
+    seconds: float = 0.0
+
+    def __iter__(self) -> Iterator[Answer]:
+        while True:
+            start = time.perf_counter()
+            answer = next(self.answers, None)
+            self.seconds += time.perf_counter() - start
+            if answer is None:
+                return
+            yield answer
 
 
 def _announce(done: RoundDone, began: float, emit: Callable[[Event], None]) -> None:

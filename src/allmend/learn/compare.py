@@ -29,9 +29,10 @@ class ModelScores:
 
 
 def utility_table(models: Sequence[ModelScores], *, main: str, seed: int) -> UtilityTable:
-    """The table, with differences of `main` to the base model and to every other arm.
+    """The table, with differences of `main` to the base model and every other arm, and of each arm to the base model.
 
-    Against an arm of personal models, the difference on a client's own records is to that client's model, and on the
+    Where `main` makes personal models, the arms with one model for all are compared with it. Against an arm of
+    personal models, the difference on a client's own records is to that client's model, and on the
     pooled records to the mean over the members' models.
     """
     rows = [
@@ -48,7 +49,8 @@ def utility_table(models: Sequence[ModelScores], *, main: str, seed: int) -> Uti
     for name, first in shared.items():
         if name == BASE:
             continue
-        others = [BASE] if name != main else [other for other in (*shared, *personal) if other != main]
+        others = [other for other in (*shared, *personal) if other != main] if name == main else [BASE]
+        others += [main] if main in personal else []
         for other in others:
             if other in shared:
                 differences += _against(first, [shared[other]])

@@ -68,7 +68,7 @@ def score(
     total = torch.zeros(len(records), width, dtype=torch.float64)
     count = torch.zeros(len(records), width, dtype=torch.int64)
     for row in pack(encoded, tokens_per_pass):
-        values = log_likelihood(model, row.to(device)).double().cpu()
+        values = log_likelihood(model, row.to(device)).cpu().double()
         at = (row.owner, row.branch)
         total.index_put_(at, values, accumulate=True)
         count.index_put_(at, torch.ones_like(row.owner), accumulate=True)

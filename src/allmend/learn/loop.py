@@ -128,7 +128,10 @@ def train(
     parameters = trainable.parameters()
     device = next(iter(parameters.values())).device
     adam = torch.optim.AdamW(
-        list(parameters.values()), lr=settings.learning_rate, weight_decay=settings.weight_decay, foreach=True
+        list(parameters.values()),
+        lr=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        foreach=_foreach(device),
     )
     if optimizer:
         _restore(adam, parameters, optimizer)
@@ -169,8 +172,7 @@ def _step(
         part.backward()  # type: ignore[no-untyped-call]
         loss += part.item()
     parameters = list(trainable.parameters().values())
-    limit = settings.clip_norm if settings.clip_norm is not None else math.inf
-    norm = torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=True).item()
+    norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm, foreach=_foreach(device)).item()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         adam.zero_grad(set_to_none=True)
         raise DivergedError(
@@ -183,6 +185,11 @@ def _step(
     adam.step()
     adam.zero_grad(set_to_none=True)
     return Step(number + 1, loss, rate, norm, sum(row.tokens for row in rows), targets)
+
+
+def _foreach(device: torch.device) -> bool | None:
+    """One kernel for many tensors, where the device has such kernels."""
+    return None if device.type == "mps" else True
 
 
 def _snapshot(adam: torch.optim.AdamW, parameters: dict[str, torch.nn.Parameter]) -> Tensors:

@@ -53,6 +53,7 @@ class _LogLikelihood(torch.autograd.Function):
         return logits[source_of, targets] - normaliser[source_of]
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         logits, normaliser, source_of, targets = ctx.saved_tensors
         weight = torch.zeros_like(normaliser).index_add_(0, source_of, gradient)

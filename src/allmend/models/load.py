@@ -56,7 +56,7 @@ def load_model(
         UserError: the source cannot be resolved; the architecture is unknown or needs its publisher's code; weights
             do not fit the configuration; the tokenizer has no offsets; the device is not there.
     """
-    device = _device(device)
+    device = usable_device(device)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     folder = resolve(source)
     tokenizer = _load_tokenizer(folder)
@@ -94,7 +94,12 @@ def load_model(
     return LoadedModel(model, tokenizer, source, folder, weights_digest(folder))
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def usable_device(device: str | torch.device | None) -> torch.device:
+    """The device, once it has been tried; CUDA, else MPS, else the CPU when None.
+
+    Raises:
+        UserError: it cannot be used.
+    """
     if device is None:
         if torch.cuda.is_available():
             return torch.device("cuda")

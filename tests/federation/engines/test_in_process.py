@@ -24,7 +24,6 @@ def test_answers_come_in_the_order_of_names_and_only_from_those_asked(
     answers = list(engine.work(strategy, tasks))
     assert [answer.member for answer in answers] == ["a", "c"]
     assert heard == ["a", "a", "c", "c"]
-    assert all(answer.seconds > 0 for answer in answers)
     assert engine.states()["b"] == State()
 
 

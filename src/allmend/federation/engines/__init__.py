@@ -9,11 +9,10 @@ from allmend.strategy import Reply, State, Strategy, Task
 
 @dataclass(frozen=True)
 class Answer:
-    """A member's reply and the seconds that its work took."""
+    """A member's reply."""
 
     member: str
     reply: Reply
-    seconds: float
 
 
 class Engine(Protocol):

@@ -135,11 +135,11 @@ class WorkerEngine:
             case "error":
                 raise content[0]
             case "reply":
-                message, seconds = content
+                (message,) = content
                 tensors, facts = parse(message)
                 reply = Reply(of_group("summed", tensors), facts["summed"], of_group("seen", tensors), facts["seen"])
                 self._states[worker.member] = State(of_group("state", tensors), facts["state"])
-                answers[worker.member] = Answer(worker.member, reply, seconds)
+                answers[worker.member] = Answer(worker.member, reply)
                 worker.member = None
 
 
@@ -183,7 +183,7 @@ def _serve(pipe: Connection, trainable: Trainable, members: Sequence[Member], se
 
 def _reply(
     engine: InProcessEngine, strategy: Strategy, turn: Turn, tensors: dict[str, torch.Tensor], facts: dict[str, Any]
-) -> tuple[str, bytes, float]:
+) -> tuple[str, bytes]:
     member = facts["member"]
     engine.restore({member: State(of_group("state", tensors), facts["state"])})
     (answer,) = engine.work(strategy, {member: Task(turn, of_group("task", tensors), facts["facts"])})
@@ -192,7 +192,7 @@ def _reply(
         grouped("summed", reply.summed) | grouped("seen", reply.seen) | grouped("state", state.tensors),
         {"summed": reply.summed_facts, "seen": reply.seen_facts, "state": state.facts},
     )
-    return "reply", message, answer.seconds
+    return "reply", message
 
 
 def _own(parameters: Mapping[str, nn.Parameter]) -> None:

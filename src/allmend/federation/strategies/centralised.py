@@ -14,6 +14,7 @@ class Centralised:
     name = "centralised"
     legs = 1
     pooled = True
+    shares = True
 
     def declare(self) -> Declaration:
         return Declaration(

@@ -41,6 +41,7 @@ class FedAvg:
     name = "fedavg"
     legs = 1
     pooled = False
+    shares = True
 
     def __post_init__(self) -> None:
         if not 0 < self.participation <= 1:

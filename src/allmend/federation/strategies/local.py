@@ -25,6 +25,7 @@ class Local:
     name = "local"
     legs = 1
     pooled = False
+    shares = False
 
     def declare(self) -> Declaration:
         return Declaration(
