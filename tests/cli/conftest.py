@@ -70,7 +70,9 @@ def workplace(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
     threads = torch.get_num_threads()  # the recipe sets them
     (tmp_path / "model").symlink_to(tiny_folder)
     for client, count in (("north", 6), ("south", 9)):
-        rows = [{"id": f"{client}-{i}", "prompt": f"{client}: {i} plus {i}?", "response": f"{2 * i}"} for i in range(count)]
+        rows = [
+            {"id": f"{client}-{i}", "prompt": f"{client}: {i} plus {i}?", "response": f"{2 * i}"} for i in range(count)
+        ]
         (tmp_path / f"{client}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "recipe.toml").write_text(RECIPE)
     monkeypatch.chdir(tmp_path)
