@@ -4,6 +4,7 @@ The `tiny_*` fixtures serve a whole session: do not change them. `make_tiny_mode
 objects of a test's own.
 """
 
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,6 +23,12 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SPECIAL = ("<eos>", "<pad>", "<|im_start|>", "<|im_end|>")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interruptible() -> None:
+    """Ctrl-C works here and in the processes that tests start, also where the tests run as a background job."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
