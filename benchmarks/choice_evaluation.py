@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer questions and runs")
     quick = parser.parse_args().quick
     print(machine())
-    settings = {"data": {"template": "plain", "icd10cm": {"train": 4, "held_out": 10 if quick else 40}}}
+    settings = {"data": {"template": "plain", "icd10cm": {"train": 16, "held_out": 10 if quick else 40}}}
     prepared = prepare(make_recipe(settings), Path())
     records = [record for client in sorted(prepared.held_out) for record in prepared.held_out[client]]
     encoded = [one for client in sorted(prepared.held_out) for one in prepared.held_out_encoded[client]]

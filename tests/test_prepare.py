@@ -185,7 +185,7 @@ def test_canaries_for_a_client_that_is_not_there(tmp_path: Path, tiny_folder: Pa
         {
             "model": {"source": str(tiny_folder)},
             "adapter": {"rank": 2},
-            "data": {"icd10cm": {"train": 8, "held_out": 1}},
+            "data": {"icd10cm": {"train": 16, "held_out": 1}},
             "canaries": {"clients": ["nobody"]},
         }
     )

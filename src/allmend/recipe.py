@@ -59,7 +59,7 @@ class Fields(Section):
 class Icd10cm(Section):
     """The built-in federation of four clients: coding questions made from ICD-10-CM."""
 
-    train: Annotated[int, Field(ge=4)] = 600
+    train: Annotated[int, Field(ge=16)] = 600
     """Training questions in all, shared unequally among the clients."""
     held_out: Annotated[int, Field(ge=1)] = 60
     """Held-out questions of each client."""
