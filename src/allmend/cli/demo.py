@@ -15,7 +15,7 @@ from allmend.cli.recipe import packaged
 def demo(
     out: Annotated[Path | None, typer.Option(help="The run folder; runs/demo when absent.")] = None,
     thorough: Annotated[
-        bool, typer.Option("--thorough", help="About 25 minutes: train longer, compare full fine-tuning with LoRA.")
+        bool, typer.Option("--thorough", help="About 20 minutes: train longer, compare full fine-tuning with LoRA.")
     ] = False,
     centralised: Annotated[
         bool, typer.Option("--centralised", help="Train on all records in one place too, as a further baseline.")
