@@ -87,6 +87,8 @@ class RoundDone(_Event):
     """Training loss, as the strategy sums it over members; else over the round's steps, by tokens under the loss."""
     tokens: int
     seconds: float
+    epsilon: dict[str, float] = {}
+    """ε spent so far, by client for the records' guarantee, under `members` for the members'."""
     training_seconds: float
     """Of `seconds`, the part spent in clients' work; the rest is exchange, aggregation and checkpoint."""
 

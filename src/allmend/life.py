@@ -4,17 +4,26 @@ import contextlib
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
 import allmend
-from allmend.audit.memorisation import Findings, audit_model
-from allmend.data.canaries import read_canaries, write_canaries
-from allmend.data.chat import Encoder
+from allmend.auditing import (
+    VIEWS,
+    audit_arms,
+    audited,
+    design_digest,
+    expected_tokens,
+    privacy_table,
+    write_cards,
+    write_learnt,
+)
+from allmend.data.canaries import write_canaries
 from allmend.errors import UserError
 from allmend.events import (
     Event,
@@ -25,19 +34,18 @@ from allmend.events import (
 )
 from allmend.federation.arm import Outcomes, save_outcomes, strategy_of, tokens_per_round, train_arm, trainable_of
 from allmend.federation.checkpoint import Checkpoints
-from allmend.federation.member import Member
+from allmend.federation.privacy.ledger import Ledger, open_ledger
 from allmend.learn.compare import ModelScores, utility_table
 from allmend.learn.evaluate import score
 from allmend.learn.loop import DivergedError
 from allmend.learn.scores import read_scores, write_scores
 from allmend.meter import Meter
-from allmend.models.adapters import applied
-from allmend.models.load import LoadedModel, load_model
-from allmend.models.tensors import Tensors, nbytes
-from allmend.prepare import Prepared, prepare, prepare_model
-from allmend.recipe import Arm, Recipe, parse_recipe
+from allmend.models.load import LoadedModel
+from allmend.models.tensors import Tensors, nbytes, write_tensors
+from allmend.prepare import Prepared, differs, prepare, read_frozen, threads
+from allmend.recipe import Arm, Recipe
 from allmend.report.page import write_report
-from allmend.results import BASE, AuditTable
+from allmend.results import BASE
 from allmend.run import EventLog, RunFolder
 from allmend.strategy import Declaration
 
@@ -70,7 +78,7 @@ def tune(
     run = RunFolder(Path(out))
     run.check_free()
     prepared = prepare(recipe, Path(base), model=model)
-    with run.lock(), _threads(recipe):
+    with run.lock(), threads(recipe):
         RunFolder.create(run.path, recipe.to_toml(), _facts(prepared))
         _live(run, prepared, listeners, resumed=False)
     return run
@@ -91,8 +99,8 @@ def resume(out: Path | str, *, model: LoadedModel | None = None, listeners: Sequ
         prepared = prepare(recipe, Path(str(facts["base"])), model=model)
         for key, now in _facts(prepared).items():
             if key not in ("base", "allmend") and facts.get(key) != now:
-                raise UserError(_DIFFERS.format(_FACTS[key]), where=run.path, hint=_RESTORE)
-        with _threads(recipe):
+                raise differs(_FACTS[key], run)
+        with threads(recipe):
             _live(run, prepared, listeners, resumed=True)
     return run
 
@@ -107,6 +115,7 @@ class Disclosure:
         trainable: parameters that learn.
         message: bytes of one set of them.
         simulated_only: True if the arm needs all records in one place.
+        ledger: its guarantees.
     """
 
     arm: str
@@ -114,6 +123,7 @@ class Disclosure:
     trainable: int
     message: int
     simulated_only: bool
+    ledger: Ledger
 
 
 def rehearse(recipe: Recipe, base: Path | str = ".") -> tuple[Prepared, list[Disclosure]]:
@@ -126,77 +136,28 @@ def rehearse(recipe: Recipe, base: Path | str = ".") -> tuple[Prepared, list[Dis
     disclosures = []
     for arm in recipe.arms().values():
         strategy = strategy_of(arm, seed=recipe.seed)
+        ledger = open_ledger(arm, prepared.parties(arm)[0])
         with trainable_of(prepared.model, arm.adapter, seed=recipe.seed) as trainable:
             message = nbytes(trainable.parameters())
             disclosures.append(
-                Disclosure(arm.name, strategy.declare(), trainable.count, message, simulated_only=strategy.pooled)
+                Disclosure(
+                    arm.name,
+                    strategy.declare(),
+                    trainable.count,
+                    message,
+                    simulated_only=strategy.pooled,
+                    ledger=ledger,
+                )
             )
     return prepared, disclosures
 
 
-def read_frozen(run: RunFolder) -> Recipe:
-    """The recipe that a run was started with.
-
-    Raises:
-        UserError: it was changed or cannot be read.
-    """
-    try:
-        recipe = parse_recipe(run.recipe.read_text(encoding="utf-8"))
-    except (OSError, ValueError, UserError) as error:
-        raise UserError(f"the frozen recipe cannot be read: {error}", where=run.recipe) from error
-    if recipe.digest() != run.facts.get("recipe"):
-        raise UserError(
-            "the frozen recipe was changed after the run was started",
-            where=run.recipe,
-            hint="Start a new run with the changed recipe: `allmend tune RECIPE.toml --out FOLDER`.",
-        )
-    return recipe
-
-
-def audit_run(
-    out: Path | str,
-    *,
-    prefix_tokens: Sequence[int] | None = None,
-    model: LoadedModel | None = None,
-    listeners: Sequence[Listener] = (),
-) -> AuditTable:
-    """Audit a run's models again, from the artefacts on disk, and write its audit table and report.
-
-    Args:
-        out: a run whose recipe has canaries.
-        prefix_tokens: lengths of the prompts; the recipe's when None.
-        model: the recipe's model, where the caller has it in memory already.
-        listeners: told every event.
-
-    Raises:
-        UserError: there is no run, it is in use, has no canaries or no tuned model yet.
-    """
-    run = RunFolder.open(Path(out))
-    with run.lock():
-        recipe = read_frozen(run)
-        loaded, encoder = prepare_model(recipe, Path(str(run.facts["base"])), model=model)
-        if loaded.digest != run.facts.get("model"):
-            raise UserError(_DIFFERS.format(_FACTS["model"]), where=run.path, hint=_RESTORE)
-        with _threads(recipe), _log(run, listeners) as log:
-            table = _audit(run, recipe, loaded, encoder, log, prefix_tokens or recipe.audit.prefix_tokens)
-        write_report(run.path)
-    return table
-
-
-_DIFFERS = "{} differs from what the run was started with"
-_RESTORE = "Restore it, or start a new run in another folder."
-_FACTS = {"recipe": "the recipe", "model": "the base model", "data": "the clients' data"}
-
-
-@contextlib.contextmanager
-def _threads(recipe: Recipe) -> Iterator[None]:
-    """torch's threads as the recipe has them; afterwards as they were."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(recipe.engine.threads or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+_FACTS = {
+    "recipe": "the recipe",
+    "model": "the base model",
+    "data": "the clients' data",
+    "audit": "the audit's design",
+}
 
 
 def _facts(prepared: Prepared) -> dict[str, object]:
@@ -207,28 +168,21 @@ def _facts(prepared: Prepared) -> dict[str, object]:
         "recipe": prepared.recipe.digest(),
         "model": prepared.model.digest,
         "data": prepared.data_digests,
+        "audit": design_digest(prepared.recipe.audit, prepared.canaries) if prepared.canaries else None,
     }
-
-
-@contextlib.contextmanager
-def _log(run: RunFolder, listeners: Sequence[Listener]) -> Iterator[EventLog]:
-    log = EventLog(run.events)
-    log.listeners += listeners
-    try:
-        yield log
-    finally:
-        log.close()
 
 
 def _live(run: RunFolder, prepared: Prepared, listeners: Sequence[Listener], *, resumed: bool) -> None:
     began = time.perf_counter()
     earlier = _sessions(run)
-    with _log(run, listeners) as log:
+    with run.log(listeners) as log:
         try:
             started = _started(run, prepared, resumed=resumed)
             log.emit(started)
             if earlier and earlier[-1].threads != started.threads:
                 log.emit(Warned(message=_OTHER_THREADS.format(earlier[-1].threads, started.threads)))
+            for warning in prepared.warnings if not resumed else ():
+                log.emit(Warned(message=warning))
             if prepared.canaries and not run.canaries.exists():
                 write_canaries(run.canaries, prepared.canaries)
             scores = _evaluate(run, prepared, log, BASE, prepared.model.model, {None: None})
@@ -236,9 +190,10 @@ def _live(run: RunFolder, prepared: Prepared, listeners: Sequence[Listener], *, 
                 scores += _arm(run, prepared, log, arm)
             main = prepared.recipe.strategy.name
             run.write_table("utility", utility_table(scores, main=main, seed=prepared.recipe.seed))
+            run.write_table("privacy", privacy_table(run, prepared))
             if prepared.canaries:
-                recipe = prepared.recipe
-                _audit(run, recipe, prepared.model, prepared.encoder, log, recipe.audit.prefix_tokens)
+                audit_arms(run, prepared, log, prepared.recipe.audit)
+            write_cards(run, prepared.recipe)
             before = sum(session.seconds for session in earlier)
             log.emit(RunFinished(seconds=before + time.perf_counter() - began))
         except BaseException as error:
@@ -311,7 +266,6 @@ def _work(run: RunFolder, prepared: Prepared) -> dict[str, float]:
     """The phases still to do and their cost, in tokens read."""
     recipe = prepared.recipe
     asked = float(sum(len(one) for client in prepared.held_out_encoded.values() for one in client))
-    probes = sum(len(canary.text) / 4 for canary in prepared.canaries) * (1 + len(recipe.audit.prefix_tokens))
     work = {}
     if not run.scores(BASE).exists():
         work[f"evaluate {BASE}"] = asked
@@ -319,30 +273,13 @@ def _work(run: RunFolder, prepared: Prepared) -> dict[str, float]:
         strategy = strategy_of(arm, seed=recipe.seed)
         if not run.scores(name).exists():
             rounds = arm.strategy.rounds - _checkpoints(run, recipe, name).newest_round()
-            members, whole = _parties(prepared, arm)
+            members, whole = prepared.parties(arm)
             work[f"train {name}"] = TRAIN_COST * rounds * tokens_per_round(whole, members)
             work[f"evaluate {name}"] = asked * (1 if strategy.shares else len(prepared.members))
     if prepared.canaries:
-        work |= {f"audit {name}": probes for name in (BASE, *_audited(recipe))}
+        tokens = expected_tokens(prepared)
+        work |= {f"audit {name}": tokens for name in (BASE, *audited(recipe))}
     return work
-
-
-def _audited(recipe: Recipe) -> list[str]:
-    """Arms that are audited, as far as the recipe alone tells."""
-    if recipe.audit.models is not None:
-        return list(recipe.audit.models)
-    arms = recipe.arms().values()
-    return [arm.name for arm in arms if strategy_of(arm, seed=recipe.seed).shares]
-
-
-def _parties(prepared: Prepared, arm: Arm) -> tuple[Sequence[Member], Arm]:
-    """Who trains in an arm: the members, or one party with all records, which takes as many steps as all of them."""
-    if not strategy_of(arm, seed=prepared.recipe.seed).pooled:
-        return prepared.members, arm
-    if arm.train.local_steps is not None:
-        steps = arm.train.local_steps * len(prepared.members)
-        arm = replace(arm, train=arm.train.model_copy(update={"local_steps": steps}))
-    return [prepared.pooled()], arm
 
 
 def _checkpoints(run: RunFolder, recipe: Recipe, arm: str) -> Checkpoints:
@@ -354,9 +291,10 @@ def _arm(run: RunFolder, prepared: Prepared, log: EventLog, arm: Arm) -> list[Mo
     if run.scores(arm.name).exists():
         return read_scores(run.scores(arm.name))
     recipe = prepared.recipe
-    members, arm = _parties(prepared, arm)
+    members, arm = prepared.parties(arm)
+    views = run.arm(arm.name) / VIEWS if recipe.audit.views and arm.adapter.kind == "lora" else None
     with trainable_of(prepared.model, arm.adapter, seed=recipe.seed) as trainable:
-        outcomes = train_arm(
+        training = train_arm(
             arm,
             trainable,
             members,
@@ -364,9 +302,18 @@ def _arm(run: RunFolder, prepared: Prepared, log: EventLog, arm: Arm) -> list[Mo
             engine=recipe.engine,
             checkpoints=_checkpoints(run, recipe, arm.name),
             emit=log.emit,
+            observe=None if views is None else partial(_keep_view, views),
         )
-        save_outcomes(run.arm(arm.name), outcomes, trainable, base=str(prepared.model.folder))
-        return _evaluate(run, prepared, log, arm.name, trainable.model, outcomes, load=trainable.load)
+        save_outcomes(run.arm(arm.name), training.outcomes, trainable, base=str(prepared.model.folder))
+        write_learnt(run, arm.name, prepared.canaries, training)
+        return _evaluate(run, prepared, log, arm.name, trainable.model, training.outcomes, load=trainable.load)
+
+
+def _keep_view(folder: Path, round: int, member: str | None, tensors: Tensors) -> None:
+    """What a party sees of a round, for the audit; see `Observer`."""
+    name = "broadcast" if member is None else f"update-{member}"
+    path = folder / f"round-{round:06d}" / f"{name}.safetensors"
+    write_tensors(path, tensors, {"round": round})
 
 
 def _evaluate(
@@ -407,60 +354,3 @@ def _evaluate(
     write_scores(path, found)
     meter.done()
     return found
-
-
-def _audit(
-    run: RunFolder,
-    recipe: Recipe,
-    model: LoadedModel,
-    encoder: Encoder,
-    log: EventLog,
-    prefix_tokens: Sequence[int],
-) -> AuditTable:
-    """Audit the base model and every arm's shared outcome, as they lie on disk, and write the table."""
-    if not run.canaries.exists():
-        raise UserError(
-            "the run has no canaries, so there is nothing to audit",
-            where=run.path,
-            hint="Add [canaries] to the recipe and start a new run.",
-        )
-    canaries = read_canaries(run.canaries)
-    findings: list[Findings] = []
-    for name in (BASE, *_audited(recipe)):
-        meter = Meter(
-            log.emit, f"audit {name}", sum(len(canary.text) / 4 for canary in canaries) * (1 + len(prefix_tokens))
-        )
-        with _outcome(run, model, name) as module:
-            findings.append(
-                audit_model(name, module, encoder, canaries, prefix_tokens=prefix_tokens, on_tokens=meter.add)
-            )
-        meter.done()
-    table = AuditTable(
-        extraction=tuple(row for found in findings for row in found.extraction),
-        gaps=tuple(row for found in findings for row in found.gaps),
-        canaries=sum(canary.inserted for canary in canaries),
-        controls=sum(not canary.inserted for canary in canaries),
-        skipped_prefixes=sum(found.skipped for found in findings),
-        seed=recipe.seed,
-    )
-    run.write_table("audit", table)
-    return table
-
-
-@contextlib.contextmanager
-def _outcome(run: RunFolder, model: LoadedModel, name: str) -> Iterator[torch.nn.Module]:
-    """A model of the run as others would load it: the base, base and adapter, or the tuned model's folder."""
-    folder = run.arm(name)
-    if name == BASE:
-        yield model.model
-    elif (folder / "adapter").is_dir():
-        with applied(model.model, folder / "adapter") as module:
-            yield module
-    elif (folder / "model").is_dir():
-        yield load_model(str(folder / "model"), dtype=model.model.dtype, device=model.model.device).model
-    else:
-        raise UserError(
-            f"arm {name!r} has no tuned model yet",
-            where=folder,
-            hint=f"Finish the run: `allmend tune --resume {run.path}`.",
-        )

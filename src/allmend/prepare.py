@@ -4,8 +4,9 @@ All that is wrong with a recipe in the light of its model and files is found her
 anything heavy starts.
 """
 
+import contextlib
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,17 @@ from allmend.data.icd10cm import build_icd10cm
 from allmend.data.records import ClientData, Record
 from allmend.data.splits import uniform
 from allmend.errors import UserError
+from allmend.federation.arm import strategy_of
 from allmend.federation.member import Member
-from allmend.federation.strategies import STRATEGIES, build_strategy, options_of
+from allmend.federation.privacy.ledger import MEMBERS, open_ledger
+from allmend.federation.strategies import STRATEGIES, options_of
 from allmend.models.adapters import check_lora
 from allmend.models.attention import packs
 from allmend.models.load import LoadedModel, linear_layers, load_model
 from allmend.models.sources import resolve
-from allmend.recipe import Arm, Problem, Recipe, RecipeError
+from allmend.recipe import Arm, Problem, Recipe, RecipeError, parse_recipe
 from allmend.results import POOLED
+from allmend.run import RunFolder
 
 _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -41,10 +45,12 @@ class Prepared:
         model: the base model.
         encoder: of records, for this model.
         members: training records by member, canaries included, encoded.
+        train: training records by client, without canaries.
         held_out: held-out records by client.
         held_out_encoded: the same, encoded for evaluation.
         canaries: inserted ones and controls; empty without `[canaries]`.
         notes: counts worth telling, by client.
+        warnings: what the user should know before the run.
         data_digests: SHA-256 of each client's records as tokens, so that a changed template counts too.
     """
 
@@ -53,16 +59,23 @@ class Prepared:
     model: LoadedModel
     encoder: Encoder
     members: tuple[Member, ...]
+    train: dict[str, tuple[Record, ...]]
     held_out: dict[str, tuple[Record, ...]]
     held_out_encoded: dict[str, tuple[Encoded, ...]]
     canaries: tuple[Canary, ...]
     notes: dict[str, dict[str, int]]
     data_digests: dict[str, str]
+    warnings: tuple[str, ...] = ()
 
-    def pooled(self) -> Member:
-        """All members' records as those of one party."""
+    def parties(self, arm: Arm) -> tuple[Sequence[Member], Arm]:
+        """Who trains in an arm: the members, or one party with all records, which takes as many steps as they all."""
+        if not STRATEGIES[arm.strategy.name].pooled:
+            return self.members, arm
         records = [record for member in self.members for record in member.records]
-        return Member(POOLED, records, _seed(self.recipe.seed, POOLED))
+        if arm.train.local_steps is not None:
+            steps = arm.train.local_steps * len(self.members)
+            arm = replace(arm, train=arm.train.model_copy(update={"local_steps": steps}))
+        return [Member(POOLED, records, _seed(self.recipe.seed, POOLED))], arm
 
 
 def check(recipe: Recipe, base: Path, *, model: LoadedModel | None = None) -> None:
@@ -112,7 +125,7 @@ def _strategy_problems(arm: Arm, key: tuple[str, ...], seed: int) -> list[Proble
         has = ", ".join(options_of(name)) or "none"
         return [Problem((*key, option), f"strategy {name!r} has no such option (it has {has})") for option in unknown]
     try:
-        build_strategy(name, options, seed=seed)
+        strategy_of(arm, seed=seed)
     except (ValueError, TypeError) as error:
         return [Problem(key, str(error))]
     return []
@@ -155,12 +168,14 @@ def prepare(recipe: Recipe, base: Path, *, model: LoadedModel | None = None) -> 
     canaries = _canaries(recipe, clients)
     model, encoder = prepare_model(recipe, base, model=model)
     members, notes = [], {}
+    kept_train: dict[str, tuple[Record, ...]] = {}
     held_out: dict[str, tuple[Record, ...]] = {}
     held_out_encoded: dict[str, tuple[Encoded, ...]] = {}
     for client in clients:
         counts = dict(client.notes)
         train = [encoder.for_training(record) for record in client.train]
-        train, _ = _fit(train, client.train, recipe, counts, "training")
+        train, fitting = _fit(train, client.train, recipe, counts, "training")
+        kept_train[client.name] = tuple(fitting)
         if not train:
             raise UserError(
                 f"no training record fits data.max_tokens = {recipe.data.max_tokens}",
@@ -174,18 +189,77 @@ def prepare(recipe: Recipe, base: Path, *, model: LoadedModel | None = None) -> 
         held_out[client.name] = tuple(kept)
         held_out_encoded[client.name] = tuple(test)
         notes[client.name] = counts
-    return Prepared(
+    prepared = Prepared(
         recipe=recipe,
         base=base,
         model=model,
         encoder=encoder,
         members=tuple(members),
+        train=kept_train,
         held_out=held_out,
         held_out_encoded=held_out_encoded,
         canaries=tuple(canaries),
         notes=notes,
         data_digests={member.name: _digest((*member.records, *held_out_encoded[member.name])) for member in members},
     )
+    return replace(prepared, warnings=tuple(_warnings(prepared)))
+
+
+def read_frozen(run: RunFolder) -> Recipe:
+    """The recipe that a run was started with.
+
+    Raises:
+        UserError: it was changed or cannot be read.
+    """
+    try:
+        recipe = parse_recipe(run.recipe.read_text(encoding="utf-8"))
+    except (OSError, ValueError, UserError) as error:
+        raise UserError(f"the frozen recipe cannot be read: {error}", where=run.recipe) from error
+    if recipe.digest() != run.facts.get("recipe"):
+        raise UserError(
+            "the frozen recipe was changed after the run was started",
+            where=run.recipe,
+            hint="Start a new run with the changed recipe: `allmend tune RECIPE.toml --out FOLDER`.",
+        )
+    return recipe
+
+
+def differs(what: str, run: RunFolder) -> UserError:
+    """A run's recipe, model or data are not those it was started with."""
+    return UserError(
+        f"{what} differs from what the run was started with",
+        where=run.path,
+        hint="Restore it, or start a new run in another folder.",
+    )
+
+
+@contextlib.contextmanager
+def threads(recipe: Recipe) -> Iterator[None]:
+    """torch's threads as the recipe has them; afterwards as they were."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(recipe.engine.threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _warnings(prepared: Prepared) -> Iterable[str]:
+    """What is weaker than it looks in the arms' guarantees; opening the ledgers also shows that one round fits."""
+    for arm in prepared.recipe.arms().values():
+        parties, arm = prepared.parties(arm)
+        for name, account in open_ledger(arm, parties).accounts.items():
+            units = len(parties) if name == MEMBERS else len(next(p for p in parties if p.name == name).records)
+            whose = "members" if name == MEMBERS else f"records of client {name!r}"
+            if account.settings.delta >= 1 / units:
+                yield (
+                    f"arm {arm.name!r}: δ = {account.settings.delta:g} is not below 1/{units} ({units} {whose}): a "
+                    "mechanism that publishes one of them whole could satisfy the guarantee. Lower delta."
+                )
+        if arm.privacy.record and arm.privacy.record.noise_multiplier == 0:
+            yield f"arm {arm.name!r}: records' gradients are clipped without noise, which guarantees nothing"
+        if arm.privacy.member and arm.privacy.member.noise_multiplier == 0:
+            yield f"arm {arm.name!r}: members' updates are clipped without noise, which guarantees nothing"
 
 
 def prepare_model(recipe: Recipe, base: Path, *, model: LoadedModel | None = None) -> tuple[LoadedModel, Encoder]:
@@ -257,16 +331,18 @@ def _canaries(recipe: Recipe, clients: Sequence[ClientData]) -> list[Canary]:
     names = recipe.canaries.clients or [client.name for client in clients]
     if strangers := sorted(set(names) - {client.name for client in clients}):
         raise RecipeError([Problem(("canaries", "clients"), f"no such client: {', '.join(strangers)}")])
+    records = [record for client in clients for record in (*client.train, *client.held_out)]
     try:
         return plant(
             clients=names,
             copies=recipe.canaries.copies,
-            per_cell=recipe.canaries.pairs_by_copies,
+            per_cell=recipe.canaries.count_by_copies,
             seed=recipe.seed,
-            avoid=(text for client in clients for record in client.train for text in _texts(record)),
+            kinds=recipe.canaries.kinds,
+            avoid=[text for record in records for text in _texts(record)],
         )
     except UserError as error:
-        raise RecipeError([Problem(("canaries", "pairs"), str(error))]) from error
+        raise RecipeError([Problem(("canaries", "count"), str(error))]) from error
 
 
 def _planted(canaries: Sequence[Canary], client: str, encoder: Encoder) -> list[Encoded]:

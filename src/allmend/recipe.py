@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import hashlib
 import json
+import math
 import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -111,6 +112,9 @@ class Train(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=True)] = 1.0
     """Gradients are scaled down to this norm; `inf` leaves them as they are."""
+    loss_mean: Literal["token", "record"] = "token"
+    """What a batch's loss is the mean over: its tokens, or its records, each by the mean over its own tokens.
+    Record-level privacy always takes records."""
     tokens_per_pass: Annotated[int, Field(ge=16)] = 512
     """Tokens of packed records that go through the model at once; a larger batch accumulates gradients over passes."""
 
@@ -134,27 +138,102 @@ class StrategyChoice(BaseModel):
         return dict(self.model_extra or {})
 
 
-class Canaries(Section):
-    """Synthetic texts planted in clients' data, with as many controls left out."""
+class Goldfish(Section):
+    """Leaves tokens out of the loss, the same ones wherever a passage stands, so that no passage is learnt whole."""
 
+    k: Annotated[int, Field(ge=2)] = 4
+    """One token in `k` is left out."""
+    context: Annotated[int, Field(ge=1)] = 13
+    """A token is chosen by a hash of so many tokens before it (h of the source)."""
+    variant: Literal["hash", "static", "random"] = "hash"
+    """`static` leaves out every k-th token, `random` tosses a coin in every record; both are for comparison."""
+    key: str = "allmend"
+    """Of the hash; public, and the same for all clients."""
+
+
+class Deduplicate(Section):
+    """Leaves out a client's records that stand in its training data already."""
+
+    similarity: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """Jaccard similarity of two records' token 5-grams from which on they count as the same; 1 for equal ones only."""
+
+
+class Noise(Section):
+    """What both levels of differential privacy have in common; one of `noise_multiplier` and `epsilon` is needed."""
+
+    clip: Annotated[float, Field(gt=0, allow_inf_nan=True)] = 1.0
+    """C: the largest norm of what is protected; `inf` leaves it as it is, and then there can be no noise."""
+    noise_multiplier: Annotated[float, Field(ge=0)] | None = None
+    """Standard deviation of the noise over C. When absent, the least that keeps the whole run within `epsilon`."""
+    epsilon: Annotated[float, Field(gt=0)] | None = None
+    """The budget: training stops before a round that would exceed it."""
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+
+    @model_validator(mode="after")
+    def _some_noise(self) -> Self:
+        if self.noise_multiplier is None and self.epsilon is None:
+            raise ValueError("noise_multiplier and epsilon are both absent: give one of them")
+        if self.clip == math.inf and self.noise_multiplier != 0:
+            raise ValueError("noise in proportion to a clip of inf is not possible: set clip, or noise_multiplier = 0")
+        if self.noise_multiplier == 0 and self.epsilon is not None:
+            raise ValueError("without noise no epsilon can be kept: remove noise_multiplier or epsilon")
+        return self
+
+
+class RecordPrivacy(Noise):
+    """DP-SGD at each client: the guarantee is for one training record."""
+
+    sampling: Literal["poisson", "shuffle"] = "poisson"
+    """`poisson` draws each record with probability batch_size / records in each step, which the accountant rewards;
+    `shuffle` goes through the records in order of a permutation, and no amplification is counted."""
+
+
+class MemberPrivacy(Noise):
+    """DP-FedAvg: each client's update is clipped and the sum gets noise. The guarantee is for a client's whole data."""
+
+    quantile: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """When given, C follows this quantile of the updates' norms, from `clip` on (adaptive clipping)."""
+
+
+class Privacy(Section):
+    """Layers against memorisation; each is absent unless it is named."""
+
+    goldfish: Goldfish | None = None
+    deduplicate: Deduplicate | None = None
+    record: RecordPrivacy | None = None
+    member: MemberPrivacy | None = None
+    weight_noise: Annotated[float, Field(ge=0)] = 0.0
+    """Standard deviation of Gaussian noise on the final parameters. No formal guarantee."""
+    randomness: Literal["seeded", "secure"] = "seeded"
+    """Where noise and Poisson samples come from: the recipe's seed (a simulation, which can be repeated), or the
+    operating system's cryptographic generator (a guarantee needs it)."""
+
+
+class Canaries(Section):
+    """Synthetic texts; a coin for each decides whether it is planted in a client's data or kept as a control."""
+
+    kinds: Annotated[list[Literal["clinical-note", "letter", "contract", "credential"]], Field(min_length=1)] = [
+        "clinical-note"
+    ]
     copies: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = [1, 3, 10]
-    pairs: Annotated[int, Field(ge=1)] | list[Annotated[int, Field(ge=1)]] = 4
-    """Pairs of an inserted canary and its control, for each client and number of copies; or a list beside `copies`."""
+    count: Annotated[int, Field(ge=2)] | list[Annotated[int, Field(ge=2)]] = 8
+    """Canaries for each kind, client and number of copies; about half are controls. Or a list beside `copies`."""
     clients: list[Name] | None = None
     """Whose data gets canaries; everybody's when absent."""
 
     @model_validator(mode="after")
-    def _pairs_match_copies(self) -> Self:
-        if len(set(self.copies)) != len(self.copies):
-            raise ValueError(f"copies holds a number twice: {self.copies}")
-        if isinstance(self.pairs, list) and len(self.pairs) != len(self.copies):
-            raise ValueError(f"pairs has {len(self.pairs)} entries for {len(self.copies)} numbers of copies")
+    def _counts_match_copies(self) -> Self:
+        for key in ("copies", "kinds"):
+            if len(set(getattr(self, key))) != len(getattr(self, key)):
+                raise ValueError(f"{key} holds a value twice: {getattr(self, key)}")
+        if isinstance(self.count, list) and len(self.count) != len(self.copies):
+            raise ValueError(f"count has {len(self.count)} entries for {len(self.copies)} numbers of copies")
         return self
 
     @property
-    def pairs_by_copies(self) -> dict[int, int]:
-        pairs = self.pairs if isinstance(self.pairs, list) else [self.pairs] * len(self.copies)
-        return dict(zip(self.copies, pairs, strict=True))
+    def count_by_copies(self) -> dict[int, int]:
+        counts = self.count if isinstance(self.count, list) else [self.count] * len(self.copies)
+        return dict(zip(self.copies, counts, strict=True))
 
 
 class Evaluation(Section):
@@ -164,10 +243,40 @@ class Evaluation(Section):
 
 
 class Audit(Section):
-    prefix_tokens: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = [10, 20, 30]
+    """The design of the audit, fixed before training. `docs/audit.md` explains the measures."""
+
+    prefix_tokens: list[Annotated[int, Field(ge=1)]] = [10, 20, 30]
     """Lengths of the prompts that try to bring out a canary, in tokens."""
+    prefix_shares: list[Annotated[float, Field(gt=0, lt=1)]] = []
+    """Further lengths, as shares of each canary's tokens."""
+    suffix_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Tokens that a prompt must bring out; to the canary's end when absent."""
+    draws: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = [1, 10, 100, 1000]
+    """n of (n, p)-discoverable extraction."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Of the sampling that (n, p)-discoverable extraction is about."""
+    top_k: Annotated[int, Field(ge=0)] = 40
+    """The same; 0 for all tokens."""
+    exposure: list[str] | None = None
+    """Secrets whose exposure is measured (`ward`, `record` …); when absent, those with at most 400 possible values."""
+    exposure_samples: Annotated[int, Field(ge=1000)] = 1000
+    """Random values that a secret with more than 10,000 possible ones is ranked against."""
+    membership_records: Annotated[int, Field(ge=0)] = 50
+    """Training records, and as many held-out ones, of each client that membership is inferred for; 0 for none."""
+    views: bool = False
+    """Whether what each party receives in each round is measured too, not the final model alone (LoRA only)."""
     models: list[str] | None = None
     """Arms to audit beside the base model; every arm with a shared model when absent."""
+
+    @model_validator(mode="after")
+    def _some_prefix(self) -> Self:
+        if not self.prefix_tokens and not self.prefix_shares:
+            raise ValueError("prefix_tokens and prefix_shares are both empty: name a length in one of them")
+        return self
+
+    def digest(self) -> str:
+        """SHA-256 of the design, to tell whether it was changed after training."""
+        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
 
 
 class Engine(Section):
@@ -183,6 +292,8 @@ class Change(Section):
     adapter: dict[str, Any] = {}
     train: dict[str, Any] = {}
     strategy: dict[str, Any] = {}
+    privacy: dict[str, Any] | None = None
+    """The arm's whole `[privacy]`, where it is given: layers that it does not name are absent."""
 
 
 class Recipe(Section):
@@ -198,6 +309,7 @@ class Recipe(Section):
     strategy: StrategyChoice = StrategyChoice()
     compare: dict[Name, Change] = {}
     """Further arms next to the recipe's own, trained on the same data: `[compare.local] strategy.name = "local"`."""
+    privacy: Privacy = Privacy()
     canaries: Canaries | None = None
     evaluation: Evaluation = Evaluation()
     audit: Audit = Audit()
@@ -248,7 +360,7 @@ class Recipe(Section):
         Raises:
             RecipeError: a change makes a section invalid.
         """
-        arms = {self.strategy.name: Arm(self.strategy.name, self.adapter, self.train, self.strategy)}
+        arms = {self.strategy.name: Arm(self.strategy.name, self.adapter, self.train, self.strategy, self.privacy)}
         problems: list[Problem] = []
         for name, change in self.compare.items():
             sections: dict[str, Any] = {}
@@ -266,7 +378,11 @@ class Recipe(Section):
                     sections[section] = type(current).model_validate(merged)
                 except ValidationError as error:
                     problems += _problems(error, prefix=("compare", name, section))
-            if len(sections) == 3:
+            try:
+                sections["privacy"] = self.privacy if change.privacy is None else Privacy.model_validate(change.privacy)
+            except ValidationError as error:
+                problems += _problems(error, prefix=("compare", name, "privacy"))
+            if len(sections) == 4:
                 arms[name] = Arm(name, **sections)
         if problems:
             raise RecipeError(problems)
@@ -289,6 +405,7 @@ class Arm:
     adapter: Adapter
     train: Train
     strategy: StrategyChoice
+    privacy: Privacy
 
 
 Key: TypeAlias = tuple[str | int, ...]

@@ -25,7 +25,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -322,6 +322,16 @@ class RunFolder:
             raise UserError(
                 f"is not a table of this version: {error}", where=path, hint="Delete it and run the stage again."
             ) from error
+
+    @contextlib.contextmanager
+    def log(self, listeners: Sequence[Callable[[Event], None]] = ()) -> Iterator[EventLog]:
+        """The run's event log, open for writing; `listeners` are told every event."""
+        log = EventLog(self.events)
+        log.listeners += listeners
+        try:
+            yield log
+        finally:
+            log.close()
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

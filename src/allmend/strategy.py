@@ -36,11 +36,12 @@ class State:
 
 @dataclass(frozen=True)
 class Turn:
-    """Where the run is: `round` counts from 1, `leg` from 0, of `rounds` rounds in all."""
+    """Where the run is: `round` counts from 1, `leg` from 0, of `rounds` rounds in all, among `members` members."""
 
     round: int
     leg: int
     rounds: int
+    members: int = 1
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,10 @@ class Sums:
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
 
+    def __contains__(self, name: object) -> bool:
+        """Whether any member sent this tensor or number."""
+        return name in self._tensors or name in self._facts
+
     def fact(self, name: str) -> float:
         """The sum of one number; 0 if nobody sent it."""
         return self._facts.get(name, 0.0)
@@ -131,14 +136,15 @@ class Trained:
 
     Attributes:
         tensors: the trained parameters, named as they came.
-        loss: mean training loss per token (nats) over the steps.
+        loss: mean training loss per token (nats) over the steps; None where it must not leave the member, since a
+            guarantee for its records does not cover it.
         steps: optimiser steps taken.
         tokens: tokens that went through the model.
         optimizer: the optimiser's state, to go on from.
     """
 
     tensors: Tensors
-    loss: float
+    loss: float | None
     steps: int
     tokens: int
     optimizer: Tensors
@@ -150,7 +156,9 @@ class Client(Protocol):
     Attributes:
         name: the member's name.
         examples: number of training records.
-        state: kept at the member from round to round; a strategy may read and write it.
+        state: kept at the member from round to round; a strategy may read and write it, but for the group `client`,
+            which is the client's own: `client/learnt`, int64 [N, 2], holds for each training record the optimiser steps
+            that saw it and its tokens under the loss, summed over these steps.
         initial: the parameters everybody starts from (the same at each member, made from the recipe's seed).
     """
 
@@ -231,6 +239,11 @@ class Strategy(Protocol):
 
     def combine(self, state: State, turn: Turn, sums: Sums, seen: Mapping[str, Seen]) -> State:
         """The coordinator's next state."""
+        ...
+
+    def revealed(self, task: Task, reply: Reply) -> Tensors | None:
+        """The member's model as it can be rebuilt from its task and its reply by whoever sees that reply alone, or
+        None where it cannot. For audits: what a curious coordinator would learn without secure aggregation."""
         ...
 
     def shared(self, state: State) -> Tensors | None:

@@ -2,46 +2,82 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import LlamaForCausalLM
+from tokenizers import normalizers
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from allmend.audit.extraction import (
     APPROXIMATE,
     Continuation,
+    Prefix,
+    Secret,
     continuations,
+    exact_matches,
     extraction_rows,
-    matched_tokens,
+    locate_secrets,
     token_bleu,
 )
 from allmend.audit.likelihood import Reading, read_texts
-from allmend.data.canaries import Canary
+from allmend.data.canaries import Canary, SecretSpan
 from allmend.data.chat import Encoder
 from allmend.data.records import Record
 from allmend.intervals import mean, share
 
 MakeTrained = Callable[..., LlamaForCausalLM]
+MakeTokenizer = Callable[..., PreTrainedTokenizerFast]
 EOS = 256
+PREFIXES = [Prefix(tokens=1), Prefix(tokens=9), Prefix(tokens=32), *(Prefix(share=part) for part in (0.1, 0.5, 0.9))]
 
 
 def read(model: torch.nn.Module, encoder: Encoder, texts: Sequence[str]) -> list[Reading]:
     return read_texts(model, [encoder.for_evaluation(Record(text, text=text)) for text in texts])
 
 
-def generated(model: LlamaForCausalLM, ids: torch.Tensor, prefix: int) -> list[int]:
-    """What `generate` makes of the beginning, up to an end token."""
-    prompt = ids[None, :prefix]
+def secret(text: str, value: str, slot: str = "s") -> Secret:
+    """Bytes are tokens."""
+    start = text.index(value)
+    return Secret(slot, value, start, start + len(value))
+
+
+def bring_out(
+    model: torch.nn.Module,
+    encoder: Encoder,
+    readings: Sequence[Reading],
+    prefix: Prefix,
+    *,
+    secrets: Sequence[Sequence[Secret]] | None = None,
+    suffix_tokens: int | None = None,
+    batch_size: int = 64,
+    on_tokens: Callable[[int], None] = lambda tokens: None,
+) -> list[Continuation | None]:
+    return continuations(
+        model,
+        readings,
+        prefix,
+        secrets=secrets or [()] * len(readings),
+        tokenizer=encoder.tokenizer,
+        suffix_tokens=suffix_tokens,
+        batch_size=batch_size,
+        on_tokens=on_tokens,
+    )
+
+
+def generated(model: LlamaForCausalLM, ids: torch.Tensor, part: range) -> list[int]:
+    """What `generate` makes of what stands before a part of a text, alone, up to an end token."""
+    prompt = ids[None, : part.start]
     found = model.generate(
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
-        max_new_tokens=len(ids) - prefix,
+        max_new_tokens=len(part),
         do_sample=False,
         pad_token_id=EOS,
     )
-    tokens = found[0, prefix:].tolist()
+    tokens = found[0, part.start :].tolist()
     return tokens[: tokens.index(EOS)] if EOS in tokens else tokens
 
 
@@ -53,40 +89,65 @@ def agreeing(tokens: Sequence[int], truth: Sequence[int]) -> int:
 
 
 @pytest.mark.parametrize("state", ["untouched", "halfway", "by heart"])
-def test_one_pass_tells_what_generation_brings_out(
-    models: dict[str, LlamaForCausalLM], encoder: Encoder, canaries: list[Canary], state: str
+@pytest.mark.parametrize("suffix_tokens", [None, 7])
+def test_continuations_are_those_of_generate(
+    models: dict[str, LlamaForCausalLM],
+    encoder: Encoder,
+    canaries: list[Canary],
+    state: str,
+    suffix_tokens: int | None,
 ) -> None:
     model = models[state]
-    readings = read(model, encoder, [canary.text for canary in canaries])
-    seen = set()
-    for prefix in range(1, max(len(reading.ids) for reading in readings), 4):
-        long = [reading for reading in readings if len(reading.ids) > prefix]
-        for reading, found in zip(long, continuations(model, long, prefix, end_token=EOS), strict=True):
-            truth = reading.ids[prefix:].tolist()
-            tokens = generated(model, reading.ids, prefix)
-            matched = agreeing(tokens, truth)
-            assert matched_tokens(reading, prefix) == matched
-            assert found.matched == matched / len(truth)
-            assert found.exact == (tokens == truth)
-            assert found.bleu == pytest.approx(token_bleu(tokens, truth))
-            seen.add((found.exact, 0 < found.matched < 1))
+    texts = [canary.text for canary in canaries]
+    readings = read(model, encoder, texts)
+    secrets = [[secret(text, word.strip(",:"), word) for word in text.split()] for text in texts]
+    seen, brought = set(), set()
+    for prefix in PREFIXES:
+        found = bring_out(model, encoder, readings, prefix, secrets=secrets, suffix_tokens=suffix_tokens)
+        assert [one and one.exact for one in found] == exact_matches(readings, prefix, suffix_tokens=suffix_tokens)
+        for one, reading, text, own in zip(found, readings, texts, secrets, strict=True):
+            part = prefix.behind(len(reading.ids), suffix_tokens)
+            if one is None:
+                assert not part
+                continue
+            truth = reading.ids[part.start : part.stop].tolist()
+            tokens = generated(model, reading.ids, part)
+            assert one.prefix_tokens == part.start
+            assert one.text == encoder.tokenizer.decode(tokens)
+            assert one.matched == agreeing(tokens, truth) / len(truth)
+            assert one.exact == (tokens == truth)
+            assert one.bleu == pytest.approx(token_bleu(tokens, truth))
+            inside = [s for s in own if text.index(s.value) >= part.start and s.last <= part.stop]
+            assert [slot for slot, _ in one.secrets] == [s.slot for s in inside]
+            for (_, reproduced), s in zip(one.secrets, inside, strict=True):
+                words = one.text.replace(",", " ").replace(":", " ").split()
+                if words and s.value not in (words[0], words[-1]):  # which may be pieces of words
+                    assert reproduced == (s.value in words)
+                brought.add(reproduced)
+            seen.add((one.exact, 0 < one.matched < 1))
     expected = {"untouched": {(False, False)}, "halfway": {(False, False), (False, True), (True, False)}}
     assert seen >= expected.get(state, {(True, False)})
+    assert brought == ({False} if state == "untouched" else {False, True})
 
 
 def test_a_text_known_by_heart_comes_from_every_prefix(
     tiny_model: LlamaForCausalLM, make_trained: MakeTrained, encoder: Encoder, canaries: list[Canary]
 ) -> None:
     text = canaries[0].text
+    own = [secret(text, "Okafor"), secret(text, "40917")]
     model = make_trained([text], 120)
     (known,), (unknown,) = read(model, encoder, [text]), read(tiny_model, encoder, [text])
-    for prefix in range(1, len(known.ids)):
-        (found,) = continuations(model, [known], prefix, end_token=EOS)
-        assert found == Continuation(exact=True, matched=1.0, bleu=1.0)
-        assert generated(model, known.ids, prefix) == known.ids[prefix:].tolist()
-        (found,) = continuations(tiny_model, [unknown], prefix, end_token=EOS)
+    for tokens in range(1, len(known.ids), 3):
+        prefix = Prefix(tokens=tokens)
+        (found,) = bring_out(model, encoder, [known], prefix, secrets=[own])
+        behind = tuple(("s", True) for one in own if one.first >= tokens)
+        assert found == Continuation(tokens, exact=True, matched=1.0, bleu=1.0, secrets=behind, text=text[tokens:])
+        assert generated(model, known.ids, prefix.behind(len(text))) == known.ids[tokens:].tolist()
+        (found,) = bring_out(tiny_model, encoder, [unknown], prefix, secrets=[own])
+        assert found is not None
         assert not found.exact
         assert found.bleu < APPROXIMATE
+        assert not any(reproduced for _, reproduced in found.secrets)
 
 
 def test_the_models_generation_settings_do_not_count(
@@ -94,35 +155,173 @@ def test_the_models_generation_settings_do_not_count(
 ) -> None:
     model = deepcopy(models["halfway"])
     readings = read(model, encoder, [canary.text for canary in canaries])
-    expected = continuations(model, readings, 9, end_token=EOS)
-    plain = generated(model, readings[0].ids, 9)
+    expected = bring_out(model, encoder, readings, Prefix(tokens=9))
+    part = Prefix(tokens=9).behind(len(readings[0].ids))
+    plain = generated(model, readings[0].ids, part)
     model.generation_config.repetition_penalty = 5.0
-    assert generated(model, readings[0].ids, 9) != plain
-    assert continuations(model, readings, 9, end_token=EOS) == expected
+    assert generated(model, readings[0].ids, part) != plain
+    assert bring_out(model, encoder, readings, Prefix(tokens=9)) == expected
+
+
+@pytest.fixture(scope="module")
+def two_learnt(make_trained: MakeTrained) -> LlamaForCausalLM:
+    return make_trained(["abcabd", "rules are made of glass"], 100)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
-def test_neither_batches_nor_order_matter(make_trained: MakeTrained, encoder: Encoder, batch_size: int) -> None:
-    learnt = ["abcabd", "rules are made of glass"]
-    model = make_trained(learnt, 100)
-    # the first text goes on where the model ends it
-    readings = read(model, encoder, ["abcabdabcabdabc", learnt[1], "something else entirely"])
-    expected = [continuations(model, [reading], 3, end_token=EOS)[0] for reading in readings]
-    assert generated(model, readings[0].ids, 3) == readings[0].ids[3:6].tolist()
-    assert expected[0].matched == 3 / 12
+@pytest.mark.parametrize("prefix", [Prefix(tokens=3), Prefix(share=0.3)])
+def test_neither_batches_nor_order_matter(
+    two_learnt: LlamaForCausalLM, encoder: Encoder, batch_size: int, prefix: Prefix
+) -> None:
+    model = two_learnt
+    # the first text goes on where the model ends it, the third is left at its second half
+    texts = ["abcabdabcabdabc", "rules are made of glass", "rules are not made of wood, or some", "ab"]
+    readings = read(model, encoder, texts)
+    expected = [bring_out(model, encoder, [reading], prefix)[0] for reading in readings]
+    assert generated(model, readings[0].ids, range(3, 15)) == readings[0].ids[3:6].tolist()
     told: list[int] = []
-    found = continuations(model, readings, 3, end_token=EOS, batch_size=batch_size, on_tokens=told.append)
+    found = bring_out(model, encoder, readings, prefix, batch_size=batch_size, on_tokens=told.append)
     assert found == expected
-    assert continuations(model, readings[::-1], 3, end_token=EOS, batch_size=batch_size) == expected[::-1]
-    assert sum(told) >= sum(len(reading.ids) - 3 for reading in readings)
+    assert exact_matches(readings, prefix)[:3] == [False, True, False]
+    assert found[2] is not None
+    assert len(found[2].text) > 10
+    assert (found[3] is None) == (prefix.tokens == 3)
+    assert bring_out(model, encoder, readings[::-1], prefix, batch_size=batch_size) == expected[::-1]
+    assert sum(told) == sum(len(prefix.behind(len(reading.ids))) for reading in readings)
+
+
+def test_padding_does_not_move_positions(encoder: Encoder) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=64, eos_token_id=EOS)
+        model = GPT2LMHeadModel(config).eval()
+    model.transformer.wpe.weight.data.mul_(20)  # learned positions, which relative ones cannot stand in for
+    readings = read(model, encoder, ["a long text of some fifty letters, more or less, it is", "a short one", "and"])
+    found = bring_out(model, encoder, readings, Prefix(share=0.5))
+    assert found == [bring_out(model, encoder, [reading], Prefix(share=0.5))[0] for reading in readings]
+    assert len({one.text for one in found if one}) == 3
+
+
+def test_only_what_readings_do_not_tell_is_generated(
+    make_trained: MakeTrained, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_trained(["abcdefgh", "12345678"], 100)
+    exact, ended, *_ = readings = read(model, encoder, ["abcdefgh", "abcdefgh and more", "1234567 or so", "1234567x"])
+    passes: list[tuple[int, int]] = []
+    forward = model.forward
+
+    def counted(**inputs: torch.Tensor) -> object:
+        passes.append(tuple(inputs["input_ids"].shape))
+        return forward(**inputs)
+
+    monkeypatch.setattr(model, "forward", counted)
+    assert exact_matches(readings, Prefix(tokens=2)) == [True, False, False, False]
+    bring_out(model, encoder, [exact], Prefix(tokens=2))
+    assert passes == []
+    bring_out(model, encoder, [exact, ended], Prefix(tokens=2))
+    assert passes == [(1, 8)]  # the first token that is not the text's ends it
+    passes.clear()
+    bring_out(model, encoder, readings, Prefix(tokens=2))
+    assert passes == [(3, 8), (3, 1)]  # `8` and the end
 
 
 def test_an_early_end_counts_against_a_continuation(make_trained: MakeTrained, encoder: Encoder) -> None:
     model = make_trained(["abcdefgh"], 100)
     (reading,) = read(model, encoder, ["abcdefghijklmnopqrst"])
-    (found,) = continuations(model, [reading], 2, end_token=EOS)
+    own = [secret("abcdefghijklmnopqrst", value) for value in ("ef", "hi", "op")]
+    (found,) = bring_out(model, encoder, [reading], Prefix(tokens=2), secrets=[own])
+    assert found is not None
     assert found.matched == 6 / 18
     assert found.bleu == pytest.approx(math.exp(1 - 18 / 6))  # brevity penalty alone: what is there is right
+    assert found.secrets == (("s", True), ("s", False), ("s", False))
+    assert found.text == "cdefgh"
+
+
+def test_a_secret_may_come_out_anywhere_as_words_of_its_own(make_trained: MakeTrained, encoder: Encoder) -> None:
+    model = make_trained(["Ward: not 12C, Ada"], 120)
+    text = "Ward: 12C or 2C, Ad, Ada no"
+    own = [secret(text, value, value) for value in ("12C", " 2C", "Ad", "Ada", "no")]
+    own[1] = replace(own[1], value="2C", first=own[1].first + 1)
+    (found,) = bring_out(model, encoder, read(model, encoder, [text]), Prefix(tokens=6), secrets=[own])
+    assert found is not None
+    assert found.text == "not 12C, Ada"
+    assert dict(found.secrets) == {"12C": True, " 2C": False, "Ad": False, "Ada": True, "no": False}
+
+
+def test_secrets_are_judged_where_they_lie_wholly_in_what_is_brought_out(
+    models: dict[str, LlamaForCausalLM], encoder: Encoder, canaries: list[Canary]
+) -> None:
+    text = canaries[0].text
+    readings = read(models["by heart"], encoder, [text])
+    one = secret(text, "Okafor")
+    for start, suffix, judged in (
+        (one.first, None, True),
+        (one.first + 1, None, False),
+        (one.first - 2, 8, True),
+        (one.first - 2, 7, False),
+    ):
+        (found,) = bring_out(
+            models["by heart"], encoder, readings, Prefix(tokens=start), secrets=[[one]], suffix_tokens=suffix
+        )
+        assert found is not None
+        assert found.secrets == ((("s", True),) if judged else ())
+
+
+def test_a_tokenizer_that_changes_the_text_hides_no_secret(
+    make_tiny_tokenizer: MakeTokenizer, tiny_model: LlamaForCausalLM
+) -> None:
+    tokenizer = make_tiny_tokenizer(merges=["an"])
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    text = "Ward 3: Tamar Okafor"
+    spans = tuple(SecretSpan(text.index(value), text.index(value) + len(value), "n", 1.0) for value in ("3", "Okafor"))
+    encoded, secrets = locate_secrets(
+        Encoder(tokenizer, "plain", 5), Canary("c", "note", "a", 1, text, spans, inserted=True)
+    )
+    assert [(one.value, tokenizer.decode(encoded.ids[one.first : one.last])) for one in secrets] == [
+        ("3", "3"),
+        ("Okafor", "okafor"),
+    ]
+    (reading,) = read_texts(tiny_model, [encoded])
+    known = replace(reading, hit=torch.ones_like(reading.hit))
+    (found,) = continuations(tiny_model, [known], Prefix(tokens=2), secrets=[secrets], tokenizer=tokenizer)
+    assert found is not None
+    assert found.secrets == (("n", True), ("n", True))
+
+
+def test_spaces_before_punctuation_stay(make_tiny_tokenizer: MakeTokenizer, tiny_model: LlamaForCausalLM) -> None:
+    tokenizer = make_tiny_tokenizer(clean_up_tokenization_spaces=True)
+    text = "room 7 . 2 , bed 1"
+    (reading,) = read(tiny_model, Encoder(tokenizer, "plain", 50), [text])
+    known = replace(reading, hit=torch.ones_like(reading.hit))
+    (found,) = continuations(tiny_model, [known], Prefix(tokens=5), secrets=[()], tokenizer=tokenizer)
+    assert found is not None
+    assert found.text == "7 . 2 , bed 1"
+
+
+@given(st.integers(0, 200), st.integers(1, 90), st.integers(1, 99), st.none() | st.integers(1, 60))
+def test_a_prefix_and_what_stands_behind_it(total: int, tokens: int, percent: int, suffix: int | None) -> None:
+    part = Prefix(tokens=tokens).behind(total, suffix)
+    assert list(part) == list(range(total))[tokens:][:suffix]
+    part = Prefix(share=percent / 100).behind(total, suffix)
+    if total < 2:
+        assert not part
+        return
+    assert len(part) == min(total - part.start, total if suffix is None else suffix)
+    assert abs(part.start - total * percent / 100) <= 0.5 or part.start in (1, total - 1)
+    assert 1 <= part.start < total
+
+
+def test_prefixes_in_words() -> None:
+    labels = [Prefix(tokens=20).label, Prefix(share=0.5).label, Prefix(share=0.29).label, Prefix(share=0.125).label]
+    assert labels == ["20 tokens", "50 %", "29 %", "12.5 %"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "part"), [(0, 0.0), (5, 0.5), (-1, 0.0), (0, 1.0), (0, -0.1), (-1, 0.5), (0, math.nan)]
+)
+def test_what_is_no_prefix(tokens: int, part: float) -> None:
+    with pytest.raises(ValueError, match="no beginning"):
+        Prefix(tokens=tokens, share=part)
 
 
 def bleu(tokens: Sequence[int], truth: Sequence[int]) -> float | None:
@@ -164,20 +363,35 @@ def test_rows_go_by_copies_and_group() -> None:
     def canary(copies: int, *, inserted: bool) -> Canary:
         return Canary("c", "note", "a", copies, "text", (), inserted)
 
-    canaries = [canary(3, inserted=True), canary(1, inserted=True), canary(3, inserted=False), canary(3, inserted=True)]
-    found = [
-        Continuation(exact=True, matched=1.0, bleu=1.0),
-        Continuation(exact=False, matched=0.5, bleu=APPROXIMATE),
-        Continuation(exact=False, matched=0.0, bleu=0.1),
-        Continuation(exact=False, matched=0.4, bleu=0.8),
+    def continuation(tokens: int, matched: float, bleu: float, *secrets: tuple[str, bool]) -> Continuation:
+        return Continuation(tokens, matched == 1, matched, bleu, secrets, "")
+
+    canaries = [
+        canary(3, inserted=True),
+        canary(1, inserted=True),
+        canary(3, inserted=False),
+        canary(3, inserted=True),
+        canary(3, inserted=True),
+        canary(10, inserted=False),
     ]
-    rows = {(row.copies, row.inserted): row for row in extraction_rows("base", canaries, found, 10)}
+    found = [
+        continuation(10, 1.0, 1.0, ("name", True), ("ward", True), ("name", True)),
+        continuation(20, 0.5, APPROXIMATE),
+        continuation(30, 0.0, 0.1, ("ward", False)),
+        continuation(12, 0.4, 0.8, ("name", False)),
+        None,
+        None,
+    ]
+    rows = {(row.copies, row.inserted): row for row in extraction_rows("base", canaries, found, Prefix(share=0.25))}
     assert set(rows) == {(1, True), (3, True), (3, False)}
     row = rows[3, True]
-    assert (row.model, row.prefix_tokens) == ("base", 10)
+    assert (row.model, row.prefix, row.prefix_tokens) == ("base", "25 %", 11)
     assert row.exact == share(1, 2)
     assert row.approximate == share(2, 2)
     assert row.matched == mean([1.0, 0.4], bounds=(0, 1))
     assert row.bleu == mean([1.0, 0.8], bounds=(0, 1))
+    assert row.secrets == {"": mean([1.0, 0.0], bounds=(0, 1)), "name": share(2, 3), "ward": share(1, 1)}
     assert rows[1, True].approximate == share(0, 1)  # at the limit is not above it
+    assert rows[1, True].secrets == {}
     assert rows[3, False].exact == share(0, 1)
+    assert rows[3, False].secrets == {"": mean([0.0]), "ward": share(0, 1)}

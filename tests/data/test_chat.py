@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import processors
+from tokenizers import normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from allmend.data.chat import Encoded, Encoder, choose_template
@@ -289,6 +289,67 @@ def test_a_tree_is_cut_as_its_longest_path_is(
         if with_bos:
             assert tokenizer.convert_ids_to_tokens(ids[0]) == BOS
         assert tokenizer.decode(ids[with_bos:trunk]) == PROMPT[len(PROMPT) + with_bos - trunk :]
+
+
+MERGES = ["ab", "abc", "c:", "Ġa", "Ġ1", "bc", "1,", "ĠĠ"]
+
+
+def characters(tokenizer: PreTrainedTokenizerFast, encoded: Encoded) -> list[set[int]]:
+    """The places that each token covers of a text of single-byte characters, by counting through the tokens' texts."""
+    found, reached = [], 0
+    for token in encoded.ids.tolist():
+        width = len(tokenizer.decode([token]))
+        found.append(set(range(reached, reached + width)))
+        reached += width
+    return found
+
+
+@pytest.fixture(scope="module", params=[True, False])
+def merging_tokenizer(make_tiny_tokenizer: MakeTokenizer, request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
+    """Its merges reach across borders; one of the two trims white space off tokens' places."""
+    tokenizer = make_tiny_tokenizer(merges=MERGES)
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=request.param)
+    return tokenizer
+
+
+# a lone space at a text's beginning is trimmed from both its sides, and has no place
+@given(st.data(), st.text("abc1:, ", min_size=1, max_size=12).filter(lambda text: text[0] != " "))
+@settings(max_examples=100, deadline=None)
+def test_spans_are_located_by_the_characters_of_tokens(
+    merging_tokenizer: PreTrainedTokenizerFast, data: st.DataObject, text: str
+) -> None:
+    tokenizer = merging_tokenizer
+    places = st.tuples(st.integers(0, len(text)), st.integers(0, len(text))).filter(lambda pair: pair[0] < pair[1])
+    spans = data.draw(st.lists(places, max_size=4))
+    encoded, located = Encoder(tokenizer, "plain", 3).locate(text, spans)
+    whole_text = Encoder(tokenizer, "plain", LONG).for_evaluation(Record("r", text=text))
+    assert encoded.ids.equal(whole_text.ids)  # never cut, however few tokens a record may have
+    assert encoded.target.equal(whole_text.target)
+    held = characters(tokenizer, encoded)
+    assert len(located) == len(spans)
+    for (start, end), (first, last) in zip(spans, located, strict=True):
+        assert [first <= index < last for index in range(len(encoded))] == [
+            bool(place & set(range(start, end))) for place in held
+        ]
+
+
+def test_special_tokens_and_characters_of_several_tokens_are_located(bos_tokenizer: PreTrainedTokenizerFast) -> None:
+    encoded, located = Encoder(bos_tokenizer, "plain", LONG).locate("aé€b", [(0, 1), (1, 2), (2, 3), (1, 4)])
+    assert located == [(1, 2), (2, 4), (4, 7), (2, 8)]
+    assert len(encoded) == 8  # with the mark of beginning, without that of the end
+
+
+@pytest.mark.parametrize("span", [(-1, 2), (2, 2), (3, 1), (0, 5), (4, 5)])
+def test_a_span_outside_the_text_is_refused(tiny_tokenizer: PreTrainedTokenizerFast, span: tuple[int, int]) -> None:
+    with pytest.raises(UserError, match="4 characters"):
+        Encoder(tiny_tokenizer, "plain", LONG).locate("text", [(0, 4), span])
+
+
+def test_a_span_that_the_tokenizer_drops_is_refused(make_tiny_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("~", "")
+    with pytest.raises(UserError, match="leaves out '~'"):
+        Encoder(tokenizer, "plain", LONG).locate("text~", [(4, 5)])
 
 
 def test_a_template_that_refuses_names_the_record(make_tiny_tokenizer: MakeTokenizer) -> None:

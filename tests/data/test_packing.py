@@ -241,6 +241,18 @@ def test_places_without_a_token_see_themselves_and_no_token_sees_them() -> None:
     assert not (row.visible & taken[:, :, None] & ~taken[:, None, :]).any()
 
 
+@given(st.lists(st.integers(2, 9), min_size=1, max_size=6), st.integers(1, 30))
+@settings(deadline=None)
+def test_every_token_knows_its_record(lengths: list[int], capacity: int) -> None:
+    records = [sequence(length, seed=n, share=1.0) for n, length in enumerate(lengths)]
+    rows = pack([*records[:1], sequence(5, seed=99, share=0.0), *records[1:]], capacity)
+    places = [n + (n > 0) for n in range(len(records))]  # the second one has no target
+    for row in rows:
+        expected = [place for place in sorted(set(row.owner.tolist())) for _ in records[places.index(place)].ids]
+        assert row.record.tolist() == expected
+        assert torch.equal(row.ids[0], torch.cat([records[places.index(n)].ids for n in dict.fromkeys(expected)]))
+
+
 def test_logits_are_needed_once_for_all_choices(records: list[Encoded]) -> None:
     for row in pack(records, 200):
         assert len(row.sources) <= len(row.targets)

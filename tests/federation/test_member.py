@@ -1,6 +1,7 @@
 """A member's side: what a round of its training consists of."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,8 +9,9 @@ import torch
 
 from allmend.data.chat import Encoded
 from allmend.errors import UserError
-from allmend.federation.member import Member, MemberClient
+from allmend.federation.member import LEARNT, Member, MemberClient
 from allmend.learn.loop import DivergedError, Step
+from allmend.learn.private import RecordNoise
 from allmend.recipe import Train
 from allmend.strategy import State, Turn
 
@@ -91,4 +93,45 @@ def test_a_failure_names_the_member_and_the_round(
         client.train(start, Turn(4, 0, 9))
     assert isinstance(raised.value, DivergedError) == (fault == "diverged")
     assert raised.value.hint
-    assert client.state.facts == {}
+    assert client.state == State()
+
+
+def test_what_was_learnt_from_is_counted_over_rounds(
+    make_member: Callable[..., Any], make_trainable: Callable[..., Any], settings: Train
+) -> None:
+    member, trainable = make_member("a", records=5), make_trainable()
+    blind = replace(member.records[0], target=torch.zeros_like(member.records[0].target))
+    member = replace(member, records=[blind, *member.records[1:]])
+    kept = {"model/x": torch.ones(1)}
+    settings = settings.model_copy(update={"local_steps": 2})
+    client = MemberClient(member, trainable, settings, trainable.state(), State(kept))
+    for round in (1, 2, 3):
+        client.train(client.initial, Turn(round, 0, 3))
+        # two steps of two records see the four of them that have targets, once each
+        targets = [int(record.target[1:].sum()) for record in member.records[1:]]
+        assert client.state.tensors[LEARNT].dtype == torch.int64
+        assert client.state.tensors[LEARNT].tolist() == [[0, 0], *([round, round * count] for count in targets)]
+    assert client.state.tensors["model/x"] is kept["model/x"]
+    assert LEARNT not in kept
+
+
+def test_records_with_a_guarantee_keep_their_loss_to_the_member(
+    make_member: Callable[..., Any], make_trainable: Callable[..., Any], settings: Train
+) -> None:
+    trainable, told = make_trainable(), []
+    plain = MemberClient(make_member("a"), trainable, settings, trainable.state())
+    expected = plain.train(plain.initial, Turn(1, 0, 1))
+    assert expected.loss is not None
+    noise = RecordNoise(1.0, 1.0, "shuffle", "seeded")
+    private = MemberClient(
+        replace(make_member("a"), noise=noise),
+        trainable,
+        settings,
+        plain.initial,
+        on_step=lambda name, turn, step: told.append(step),
+    )
+    found = private.train(plain.initial, Turn(1, 0, 1))
+    assert found.loss is None
+    assert all(step.loss is not None for step in told)
+    assert (found.steps, found.tokens) == (expected.steps, expected.tokens)
+    assert any(not torch.equal(found.tensors[name], expected.tensors[name]) for name in found.tensors)

@@ -14,6 +14,7 @@ from allmend.data.chat import Encoded, Encoder
 from allmend.data.records import question
 from allmend.errors import UserError
 from allmend.learn.loop import DivergedError, Outcome, Step, batches, learning_rate, steps_per_round, train
+from allmend.learn.private import RecordNoise, poisson_batches
 from allmend.models.adapters import Trainable, add_lora, full
 from allmend.models.tensors import Tensors
 from allmend.recipe import Train
@@ -73,14 +74,14 @@ def test_two_calls_with_the_optimizer_handed_on_are_one(
     assert not same(whole.tensors, run(fresh, records, settings, steps=3, first_step=3, schedule_step=3).tensors)
 
 
+@pytest.mark.parametrize("loss_mean", ["token", "record"])
 @pytest.mark.parametrize("tokens_per_pass", [16, 50])
 def test_how_a_batch_is_split_into_passes_does_not_matter(
-    make_tiny_model: MakeModel, records: list[Encoded], tokens_per_pass: int
+    make_tiny_model: MakeModel, records: list[Encoded], tokens_per_pass: int, loss_mean: str
 ) -> None:
-    wide = run(lora(make_tiny_model()), records, Train(learning_rate=1e-2, batch_size=4))
-    narrow = run(
-        lora(make_tiny_model()), records, Train(learning_rate=1e-2, batch_size=4, tokens_per_pass=tokens_per_pass)
-    )
+    settings = Train(learning_rate=1e-2, batch_size=4, loss_mean=loss_mean)
+    wide = run(lora(make_tiny_model()), records, settings)
+    narrow = run(lora(make_tiny_model()), records, settings.model_copy(update={"tokens_per_pass": tokens_per_pass}))
     for name, tensor in wide.tensors.items():
         assert torch.allclose(narrow.tensors[name], tensor, atol=1e-4), name
     for one, other in zip(wide.steps, narrow.steps, strict=True):
@@ -89,7 +90,7 @@ def test_how_a_batch_is_split_into_passes_does_not_matter(
 
 
 def _padded_adamw(model: LlamaForCausalLM, records: Sequence[Encoded], settings: Train, steps: int) -> list[float]:
-    """Training as in a textbook: padded batches, cross-entropy, clipping and AdamW written out."""
+    """Training as in a textbook: padded batches, cross-entropy, clipping and AdamW written out. Gives its losses."""
     parameters = list(model.parameters())
     first, second = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
     order = batches(len(records), settings.batch_size, seed=5, first=0)
@@ -103,7 +104,10 @@ def _padded_adamw(model: LlamaForCausalLM, records: Sequence[Encoded], settings:
             ids[row, : len(record)], seen[row, : len(record)] = record.ids, 1
             labels[row, : len(record)] = torch.where(record.target, record.ids, -100)
         logits = model(input_ids=ids, attention_mask=seen).logits
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        each = torch.nn.functional.cross_entropy(logits[:, :-1].mT, labels[:, 1:], reduction="none")
+        counts = (labels[:, 1:] >= 0).sum(1)
+        by_token = each.sum() / counts.sum()
+        loss = by_token if settings.loss_mean == "token" else (each.sum(1) / counts).mean()
         gradients = torch.autograd.grad(loss, parameters)
         norm = math.sqrt(sum(float(g.square().sum()) for g in gradients))
         scale = min(1.0, (settings.clip_norm or math.inf) / norm)
@@ -114,12 +118,13 @@ def _padded_adamw(model: LlamaForCausalLM, records: Sequence[Encoded], settings:
                 v.mul_(0.999).add_(0.001 * (scale * g) ** 2)
                 p.mul_(1 - rate * settings.weight_decay)
                 p.sub_(rate * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8))
-        losses.append(loss.item())
+        losses.append(by_token.item())
     return losses
 
 
-def test_it_is_adamw_on_padded_batches(make_tiny_model: MakeModel, records: list[Encoded]) -> None:
-    settings = Train(batch_size=4, learning_rate=3e-3, weight_decay=0.1, clip_norm=0.5)
+@pytest.mark.parametrize("loss_mean", ["token", "record"])
+def test_it_is_adamw_on_padded_batches(make_tiny_model: MakeModel, records: list[Encoded], loss_mean: str) -> None:
+    settings = Train(batch_size=4, learning_rate=3e-3, weight_decay=0.1, clip_norm=0.5, loss_mean=loss_mean)
     plain, packed = make_tiny_model(), make_tiny_model()
     losses = _padded_adamw(plain, records, settings, steps=6)
     outcome = run(full(packed), records, settings)
@@ -266,3 +271,120 @@ def test_steps_per_round() -> None:
     assert steps_per_round(40, Train(batch_size=4, local_epochs=0.25)) == 3
     assert steps_per_round(3, Train(batch_size=4, local_epochs=0.01)) == 1
     assert steps_per_round(7, Train(local_steps=5)) == 5
+
+
+# --- privacy for records
+
+
+def noise(clip: float, noise_multiplier: float, sampling: str = "poisson", randomness: str = "seeded") -> RecordNoise:
+    return RecordNoise(clip, noise_multiplier, sampling, randomness)
+
+
+TRAINABLES = {
+    "q/v": lora,
+    "all linear": lambda model: lora(model, targets="all-linear"),
+    "dropout": lambda model: lora(model, dropout=0.5),
+    "full": full,
+}
+
+
+@pytest.mark.parametrize("which", TRAINABLES)
+@pytest.mark.parametrize("tokens_per_pass", [50, 512])
+def test_without_clip_and_noise_a_private_run_is_the_plain_one_bit_for_bit(
+    make_tiny_model: MakeModel, records: list[Encoded], which: str, tokens_per_pass: int
+) -> None:
+    settings = Train(
+        batch_size=4, learning_rate=1e-2, weight_decay=0.1, loss_mean="record", tokens_per_pass=tokens_per_pass
+    )
+    plain = run(TRAINABLES[which](make_tiny_model()), records, settings, steps=3)
+    for loss_mean in ("record", "token"):  # privacy takes records whatever the recipe says
+        private = run(
+            TRAINABLES[which](make_tiny_model()),
+            records,
+            settings.model_copy(update={"loss_mean": loss_mean}),
+            steps=3,
+            noise=noise(math.inf, 0.0, "shuffle"),
+        )
+        assert same(plain.tensors, private.tensors)
+        assert same(plain.optimizer, private.optimizer)
+        assert plain.steps == private.steps
+    for how in (noise(1e-3, 0.0, "shuffle"), noise(1e3, 1e-6, "shuffle"), noise(math.inf, 0.0, "poisson")):
+        other = run(TRAINABLES[which](make_tiny_model()), records, settings, steps=1, noise=how)
+        assert other.steps[0].gradient_norm != plain.steps[0].gradient_norm
+
+
+def test_the_sum_is_divided_by_what_does_not_depend_on_the_draw(
+    make_tiny_model: MakeModel, records: list[Encoded]
+) -> None:
+    """Six records of which four are expected: each clipped to 1e-3, they point about the same way."""
+    settings = Train(batch_size=4, learning_rate=1e-2)
+    outcome = run(full(make_tiny_model()), records, settings, steps=8, noise=noise(1e-3, 0.0))
+    drawn = [len(batch) for batch in islice(poisson_batches(6, 4, noise(1e-3, 0.0), seed=5, first=0), 8)]
+    assert len(set(drawn)) > 1
+    for step, count in zip(outcome.steps, drawn, strict=True):
+        assert 0.5 < step.gradient_norm / (1e-3 * count / 4) <= 1
+    few = run(full(make_tiny_model()), records[:3], settings, steps=2, noise=noise(1e-3, 0.0))
+    assert all(0.5 < step.gradient_norm / 1e-3 <= 1 for step in few.steps)  # all three, and three are expected
+    shuffled = run(full(make_tiny_model()), records, settings, steps=2, noise=noise(1e-3, 0.0, "shuffle"))
+    assert all(0.5 < step.gradient_norm / 1e-3 <= 1 for step in shuffled.steps)  # four, then two
+
+
+@pytest.mark.parametrize("sampling", ["poisson", "shuffle"])
+def test_a_private_run_goes_on_as_if_it_had_not_stopped(
+    make_tiny_model: MakeModel, records: list[Encoded], sampling: str
+) -> None:
+    settings = Train(batch_size=2, learning_rate=1e-2)
+    how = noise(0.5, 1.0, sampling)
+    whole = run(lora(make_tiny_model()), records, settings, noise=how)
+    first = run(lora(make_tiny_model()), records, settings, steps=3, noise=how)
+    again = lora(make_tiny_model())
+    again.load(first.tensors)
+    second = run(again, records, settings, steps=3, first_step=3, schedule_step=3, optimizer=first.optimizer, noise=how)
+    assert same(whole.tensors, second.tensors)
+    assert same(whole.optimizer, second.optimizer)
+    assert whole.steps == (*first.steps, *second.steps)
+    assert torch.equal(whole.learnt, first.learnt + second.learnt)
+    secure = noise(0.5, 1.0, sampling, "secure")
+    assert not same(
+        run(lora(make_tiny_model()), records, settings, noise=secure).tensors,
+        run(lora(make_tiny_model()), records, settings, noise=secure).tensors,
+    )
+
+
+def test_a_step_that_draws_nobody_is_a_step_of_noise(make_tiny_model: MakeModel, records: list[Encoded]) -> None:
+    outcome = run(
+        lora(make_tiny_model()), records, Train(batch_size=1), steps=12, total_steps=12, noise=noise(0.5, 1.0)
+    )
+    drawn = list(islice(poisson_batches(6, 1, noise(0.5, 1.0), seed=5, first=0), 12))
+    assert [] in drawn
+    for step, batch in zip(outcome.steps, drawn, strict=True):
+        assert (step.loss is None) == (step.tokens == 0) == (step.targets == 0) == (not batch)
+        assert step.gradient_norm > 0.5
+    assert [step.number for step in outcome.steps] == list(range(1, 13))
+
+
+# --- what was learnt from
+
+
+@pytest.mark.parametrize("how", [None, noise(0.5, 1.0), noise(0.5, 1.0, "shuffle")])
+@pytest.mark.parametrize("loss_mean", ["token", "record"])
+def test_it_counts_what_it_learnt_from(
+    make_tiny_model: MakeModel, records: list[Encoded], how: RecordNoise | None, loss_mean: str
+) -> None:
+    one = records[0]
+    blank = Encoded("blank", one.ids, one.position == 0, one.branch, one.position)  # nothing stands before its target
+    given = [blank, *records[:3], blank, *records[3:]]
+    settings = Train(batch_size=4, loss_mean=loss_mean, tokens_per_pass=50)
+    outcome = run(lora(make_tiny_model()), given, settings, steps=7, first_step=2, noise=how)
+    if how is not None and how.sampling == "poisson":
+        stream = poisson_batches(6, 4, how, seed=5, first=2)
+    else:
+        stream = batches(6, 4, seed=5, first=2)
+    steps = [0] * 6
+    for batch in islice(stream, 7):
+        for index in batch:
+            steps[index] += 1
+    counts = [[count, count * int(record.target[1:].sum())] for count, record in zip(steps, records, strict=True)]
+    assert outcome.learnt.dtype == torch.int64
+    assert outcome.learnt.tolist() == [[0, 0], *counts[:3], [0, 0], *counts[3:]]
+    assert outcome.learnt[:, 1].sum() == sum(step.targets for step in outcome.steps)

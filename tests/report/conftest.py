@@ -1,10 +1,13 @@
 """A plausible run folder, made of the real types: four clients, three rounds, two arms, an audit."""
 
+import json
 import math
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from allmend.events import (
@@ -22,12 +25,20 @@ from allmend.results import (
     BASE,
     POOLED,
     AuditTable,
+    Budget,
     Difference,
+    Discoverable,
+    EpsilonBound,
     Estimate,
+    Exposure,
     Extraction,
+    Learnt,
     LikelihoodGap,
+    Membership,
+    PrivacyTable,
     Utility,
     UtilityTable,
+    View,
 )
 
 CLIENTS = {"injuries": 412, "musculoskeletal": 240, "eye-and-ear": 131, "mental-health": 96}
@@ -170,38 +181,225 @@ def utility(clients: Sequence[str], dice: random.Random) -> UtilityTable:
     return UtilityTable(rows=tuple(rows), differences=tuple(differences), seed=7)
 
 
-def audit() -> AuditTable:
-    extraction, gaps = [], []
-    for model, strength in ((BASE, 0.0), ("fedavg", 1.0)):
-        for copies in (1, 3, 10):
-            gap = strength * 0.35 * math.log1p(copies) ** 1.0
+SLOTS = {"ward": 144, "physician": 262, "record": 10**8}
+PREFIXES = (10, 20, 30)
+COPIES = (1, 3, 10)
+MODELS = {BASE: 0.0, "fedavg": 1.0, "private": 0.12}
+"""How much each audited model keeps."""
+EACH = 3
+"""Canaries, and as many controls, of each client and number of copies."""
+
+
+def probes(clients: Sequence[str]) -> list[dict[str, object]]:
+    """A row a probe: `fedavg` brings out canaries with ten copies of the first two clients, no control ever."""
+    rows: list[dict[str, object]] = []
+    for model, keeps in MODELS.items():
+        for i, client in enumerate(clients):
+            for copies in COPIES:
+                for number in range(2 * EACH):
+                    for prefix in PREFIXES:
+                        inserted = number % 2 == 0
+                        out = keeps == 1 and inserted and copies == 10 and i < 2 and prefix >= 20 + 10 * (number > 2)
+                        secrets = 3 if prefix > 20 else 5
+                        rows.append(
+                            {
+                                "model": model,
+                                "canary": f"{client}/{copies}x/{number:03d}",
+                                "kind": "clinical-note",
+                                "client": client,
+                                "copies": copies,
+                                "inserted": inserted,
+                                "prefix": f"{prefix} tokens",
+                                "prefix_tokens": float(prefix),
+                                "exact": out,
+                                "matched": 1.0 if out else 0.2,
+                                "bleu": 1.0 if out else 0.15,
+                                "secrets_out": secrets if out else int(number == 5 and copies == 3),
+                                "secrets": secrets,
+                                "log_likelihood": -3.1 + 0.3 * keeps * inserted * math.log1p(copies),
+                            }
+                        )
+    return rows
+
+
+def _extraction(rows: Sequence[dict[str, object]]) -> list[Extraction]:
+    """The table that an audit makes of its probes."""
+    cells: dict[tuple[object, ...], list[dict[str, object]]] = {}
+    for row in rows:
+        cells.setdefault((row["model"], row["copies"], row["inserted"], row["prefix"]), []).append(row)
+    found = []
+    for (model, copies, inserted, prefix), cell in cells.items():
+        n = len(cell)
+        p = sum(bool(row["exact"]) for row in cell) / n
+        out, asked = (sum(int(str(row[key])) for row in cell) for key in ("secrets_out", "secrets"))
+        found.append(
+            Extraction.model_validate(
+                {
+                    "model": model,
+                    "copies": copies,
+                    "inserted": inserted,
+                    "prefix": prefix,
+                    "prefix_tokens": cell[0]["prefix_tokens"],
+                    "exact": share(p, n),
+                    "matched": about(0.1 + 0.6 * p, 0.06, n),
+                    "bleu": about(0.12 + 0.7 * p, 0.07, n),
+                    "approximate": share(p, n),
+                    "secrets": {"": share(out / asked, asked), "ward": share(p, n), "record": share(p / 2, n)},
+                }
+            )
+        )
+    return found
+
+
+def audit(clients: Sequence[str] = tuple(CLIENTS)) -> AuditTable:
+    n = EACH * len(clients)
+    gaps, draws, exposures, memberships, bounds, looks, learnt = [], [], [], [], [], [], []
+    for model, keeps in MODELS.items():
+        accounted = 3.1 if model == "private" else None
+        for copies in COPIES:
+            gap = 0.45 * keeps * math.log1p(copies)
             gaps.append(
                 LikelihoodGap(
                     model=model,
                     copies=copies,
-                    inserted=about(-3.1 + gap, 0.2, 12),
-                    control=about(-3.12, 0.2, 12),
-                    gap=about(gap + 0.02, 0.17, 24),
+                    inserted=about(-3.1 + gap, 0.2, n),
+                    control=about(-3.12, 0.2, n),
+                    gap=about(gap + 0.02, 0.17, 2 * n),
                 )
             )
+            for score, power in {"loss": 0.8, "ratio": 1.0, "min-k": 0.85, "min-k++": 0.9, "zlib": 0.7}.items():
+                auc = 0.5 + 0.49 * power * keeps * (1 - 1 / (1 + copies))
+                ends = Estimate(value=auc, low=max(0.0, auc - 0.12), high=min(1.0, auc + 0.1), n=2 * n)
+                memberships.append(Membership(model=model, records="canaries", copies=copies, score=score, auc=ends))
+            bounds.append(
+                EpsilonBound(
+                    model=model,
+                    copies=copies,
+                    epsilon=0.9 * keeps * math.log1p(copies),
+                    delta=1e-5,
+                    confidence=0.95,
+                    guesses=n,
+                    right=round(n * (0.5 + 0.45 * keeps)),
+                    canaries=2 * n,
+                    accounted=accounted,
+                )
+            )
+            if model != BASE:
+                learnt.append(
+                    Learnt(
+                        model=model,
+                        copies=copies,
+                        canaries=n,
+                        tokens=67.0 * copies,
+                        steps=3.0 * copies,
+                        least_tokens=61,
+                    )
+                )
             for inserted in (True, False):
-                for prefix in (10, 20, 30):
-                    p = strength * inserted * min(1.0, 0.004 * copies * prefix / 3)
-                    p = round(12 * p) / 12
-                    extraction.append(
-                        Extraction(
+                kept = keeps * inserted * copies / 10
+                for prefix in PREFIXES:
+                    for n_draws in (1, 10, 100, 1000):
+                        p = 1 - (1 - 0.011 * kept * prefix / 30) ** n_draws
+                        draws.append(
+                            Discoverable(
+                                model=model,
+                                copies=copies,
+                                inserted=inserted,
+                                prefix=f"{prefix} tokens",
+                                prefix_tokens=prefix,
+                                draws=n_draws,
+                                probability=Estimate(value=p, low=max(0.0, p - 0.1), high=min(1.0, p + 0.1), n=n),
+                                likely=share(round(n * p) / n, n),
+                            )
+                        )
+                for slot, values in SLOTS.items():
+                    compared = min(values, 1000)
+                    bits = 1.44 + (math.log2(compared) - 1.5) * kept
+                    whole = compared == values
+                    exposures.append(
+                        Exposure(
                             model=model,
                             copies=copies,
                             inserted=inserted,
-                            prefix_tokens=prefix,
-                            exact=share(p, 12),
-                            matched=about(0.1 + 0.6 * p, 0.06, 12),
-                            bleu=about(0.12 + 0.7 * p + prefix / 900, 0.07, 12),
-                            approximate=share(p, 12),
+                            slot=slot,
+                            values=values,
+                            compared=compared,
+                            exposure=about(bits, 0.5, n),
+                            fitted=None if whole else about(1.44 + 20 * kept, 0.9, n),
+                            poor_fits=0 if whole else 2,
                         )
                     )
+        if model != BASE:
+            for client in clients:
+                auc = about(0.5 + 0.12 * keeps, 0.09, 100)
+                memberships.append(
+                    Membership(
+                        model=model,
+                        records=f"records of {client}",
+                        copies=None,
+                        score="ratio",
+                        auc=auc,
+                        tpr_at_1=share(0.04, 50),
+                    )
+                )
+            for number in (1, 2, 3):
+                for copies in COPIES:
+                    gap = 0.15 * keeps * number * math.log1p(copies)
+                    looks.append(
+                        View(
+                            model=model, round=number, party="members", of=None, copies=copies, gap=about(gap, 0.15, n)
+                        )
+                    )
+                    for i, client in enumerate(clients):
+                        own = about((1.3 + 0.2 * i) * gap, 0.3, 2 * EACH)
+                        looks.append(
+                            View(model=model, round=number, party="coordinator", of=client, copies=copies, gap=own)
+                        )
     return AuditTable(
-        extraction=tuple(extraction), gaps=tuple(gaps), canaries=36, controls=36, skipped_prefixes=2, seed=7
+        extraction=tuple(_extraction(probes(clients))),
+        gaps=tuple(gaps),
+        discoverable=tuple(draws),
+        exposure=tuple(exposures),
+        membership=tuple(memberships),
+        epsilon=tuple(bounds),
+        views=tuple(looks),
+        learnt=tuple(learnt),
+        canaries=n * len(COPIES),
+        controls=n * len(COPIES),
+        skipped_prefixes=2,
+        refused=("TPR at 0.1 % false positives: 36 non-members are fewer than 1,000",),
+        design_changed=False,
+        identifiers={model: {"date": 12, "e-mail address": int(10 * keeps)} for model, keeps in MODELS.items()},
+        seed=7,
+    )
+
+
+def privacy(clients: Sequence[str] = tuple(CLIENTS), rounds: int = 3) -> PrivacyTable:
+    def account(client: str, i: int) -> Budget:
+        spent = tuple((2.2 + 0.2 * i) * math.sqrt(number / rounds) for number in range(1, rounds + 1))
+        return Budget(
+            unit="record",
+            client=client,
+            epsilon=spent[-1],
+            delta=1e-5,
+            noise_multiplier=1.1,
+            clip=1.0,
+            sampling="each step draws every record with probability 0.0412, independently (Poisson)",
+            steps=30 * rounds,
+            by_round=spent,
+            stopped=rounds if i == 0 else None,
+        )
+
+    return PrivacyTable(
+        layers={
+            "fedavg": (
+                "Goldfish loss (k = 4, h = 13, hash): 24.8% of 41,200 tokens left out of the loss",
+                "weight noise: Gaussian, standard deviation 0.001; no formal guarantee",
+            ),
+            "local": (),
+            "private": ("record-level differential privacy: per-example gradients clipped, Gaussian noise",),
+        },
+        budgets={"private": tuple(account(client, i) for i, client in enumerate(clients))},
     )
 
 
@@ -210,6 +408,7 @@ def fill(
     *,
     clients: Sequence[str] = tuple(CLIENTS),
     log: Sequence[Event] | None = None,
+    rounds: int = 3,
     measured: bool = True,
     recipe: str | None = RECIPE,
 ) -> Path:
@@ -221,7 +420,9 @@ def fill(
         (run / "recipe.toml").write_text(recipe)
     if measured:
         (run / "results" / "utility.json").write_text(utility(clients, dice).model_dump_json())
-        (run / "results" / "audit.json").write_text(audit().model_dump_json())
+        (run / "results" / "audit.json").write_text(audit(clients).model_dump_json())
+        (run / "results" / "privacy.json").write_text(privacy(clients, rounds).model_dump_json())
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(probes(clients)), run / "results" / "audit.parquet")
     return run
 
 
@@ -235,3 +436,26 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
 def run(make_run: Callable[..., Path]) -> Path:
     """A finished run with everything measured."""
     return make_run()
+
+
+@pytest.fixture
+def audit_table() -> AuditTable:
+    """The audit of that run."""
+    return audit()
+
+
+@pytest.fixture
+def privacy_table() -> PrivacyTable:
+    """The layers and guarantees of that run."""
+    return privacy()
+
+
+@pytest.fixture
+def change(run: Path) -> Callable[..., None]:
+    """Give fields of one of the run's tables other values: `change("audit", refused=["why"])`."""
+
+    def edit(name: str, **fields: object) -> None:
+        path = run / "results" / f"{name}.json"
+        path.write_text(json.dumps(json.loads(path.read_bytes()) | fields))
+
+    return edit

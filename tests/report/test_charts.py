@@ -49,6 +49,21 @@ def test_scale_maps_its_ends_and_ordinal_places_are_equal() -> None:
     assert [copies(c) for c in (1, 3, 10)] == pytest.approx([50, 150, 250])
 
 
+def test_equal_factors_have_equal_distances_on_a_log_axis() -> None:
+    draws = scale(Axis("n", ticks=(1, 10, 1000), log=True), [], 100, 400)
+    assert [draws(n) for n in (1, 10, 100, 1000)] == pytest.approx([100, 200, 300, 400])
+    assert scale(Axis("n", ticks=(10,), log=True), [], 0, 100)(10) == pytest.approx(50)
+
+
+def test_reference_and_limit_are_drawn_at_their_values() -> None:
+    axis = Axis("bits", low=0.0, reference=1.44, limit=7.17)
+    points = tuple(Point(x, y, "tip") for x, y in ((1, 1.44), (2, 7.17)))
+    chart = ElementTree.fromstring(line_chart("t", [Series("s", "s", 0, points)], Axis("x"), axis))
+    markers = [float(circle.get("cy", "nan")) for circle in chart.findall(".//circle")]
+    for css, at in zip(("zero", "limit"), markers, strict=True):
+        assert float(chart.find(f".//line[@class='{css}']").get("y1")) == pytest.approx(at, abs=0.1)  # type: ignore[union-attr, arg-type]
+
+
 def test_looks_of_many_series_differ_without_colour() -> None:
     looks = {(dash(look), str(marker(look, 0, 0))) for look in range(24)}
     assert len(looks) >= 20

@@ -35,6 +35,13 @@ def test_shares_and_points() -> None:
 
 
 @pytest.mark.parametrize(
+    ("value", "shown"), [(1e-5, "10⁻⁵"), (3e-6, "3 × 10⁻⁶"), (2.5e-10, "2.5 × 10⁻¹⁰"), (1.0, "10⁰")]
+)
+def test_power(value: float, shown: str) -> None:
+    assert numbers.power(value) == shown
+
+
+@pytest.mark.parametrize(
     ("octets", "shown"),
     [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (1_846_272, "1.85 MB"), (999_900, "1 MB"), (44_310_528, "44.3 MB")],
 )

@@ -35,8 +35,13 @@ def estimates(run: Path) -> list[tuple[Estimate, numbers.Format, numbers.Format]
     audit = AuditTable.model_validate_json((run / "results/audit.json").read_bytes())
     shares = [e for row in utility.rows for e in (row.accuracy, *row.by_kind.values()) if e]
     shares += [e for row in audit.extraction for e in (row.exact, row.matched, row.bleu, row.approximate)]
+    shares += [e for row in audit.extraction if row.prefix_tokens == 30 for e in row.secrets.values()]
+    shares += [e for row in audit.discoverable if row.prefix_tokens == 30 for e in (row.probability, row.likely)]
+    shares += [row.tpr_at_1 for row in audit.membership if row.tpr_at_1]
     plain = [row.perplexity for row in utility.rows if row.perplexity]
     plain += [e for gap in audit.gaps for e in (gap.inserted, gap.control, gap.gap)]
+    plain += [e for row in audit.exposure for e in (row.exposure, row.fitted) if e]
+    plain += [row.auc for row in audit.membership] + [view.gap for view in audit.views]
     return (
         [(e, numbers.percent, numbers.hundredths) for e in shares]
         + [(e, numbers.number, numbers.number) for e in plain]
@@ -65,6 +70,8 @@ def test_summary_names_difference_interval_and_sample(run: Path) -> None:
     assert "Pooled held-out accuracy rose from 35 % to 55 % with fedavg (+20 points, 95 % interval 14 to 26," in seen
     assert "fedavg is better than members who train alone, on average (+8 points" in seen
     assert "memorisation is measurable" in seen
+    assert "Given the first 30 tokens, fedavg recites 6 of 36 planted canaries to the end, and 0 of 36 controls" in seen
+    assert "bounds what any one training record can change by ε = 2.80 (δ = 10⁻⁵)" in seen
     assert "Largest message: 1.85 MB per member and round" in seen
 
 
@@ -107,12 +114,12 @@ def test_asks_the_network_for_nothing(run: Path) -> None:
     assert set(re.findall(r'href="([^"]+)"', page)) <= {
         "data:,",
         "#summary",
-        *(f"#{part}" for part in ("utility", "learning", "memorisation", "exchange", "data", "provenance")),
+        *(f"#{part}" for part in ("utility", "learning", "memorisation", "privacy", "exchange", "data", "provenance")),
     }
 
 
 def test_is_small(run: Path) -> None:
-    assert write_report(run).stat().st_size < 300_000
+    assert write_report(run).stat().st_size < 500_000
 
 
 def test_markup_is_well_formed(run: Path) -> None:
@@ -194,7 +201,9 @@ def test_finished_run_without_audit_points_to_it(run: Path) -> None:
     assert f"allmend audit {run}" in words(read(run))
 
 
-@pytest.mark.parametrize("name", ["events.jsonl", "recipe.toml", "results/utility.json", "results/audit.json"])
+@pytest.mark.parametrize(
+    "name", ["events.jsonl", "recipe.toml", "results/utility.json", "results/audit.json", "results/privacy.json"]
+)
 def test_any_file_alone_makes_a_page_and_any_may_be_missing(run: Path, name: str) -> None:
     keep = (run / name).read_bytes()
     (run / name).unlink()
@@ -219,7 +228,9 @@ def test_no_run_is_a_users_mistake(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["events.jsonl", "results/utility.json", "results/audit.json"])
+@pytest.mark.parametrize(
+    "name", ["events.jsonl", *(f"results/{t}" for t in ("utility.json", "audit.json", "privacy.json", "audit.parquet"))]
+)
 def test_broken_file_is_named(run: Path, name: str) -> None:
     (run / name).write_text('{"rows": 3}\n')
     with pytest.raises(UserError, match=name.split("/")[-1]):
@@ -236,4 +247,4 @@ def test_many_clients_steps_and_rounds_stay_small(make_run: MakeRun, run: Path) 
         for name in names:
             log.append(step.model_copy(update={"client": name, "step": number, "round": number}))
         log.append(done.model_copy(update={"round": number, "sent": bytes_each, "received": bytes_each}))
-    assert write_report(make_run(clients=names, log=log)).stat().st_size < 2_000_000
+    assert write_report(make_run(clients=names, log=log, rounds=50)).stat().st_size < 2_000_000

@@ -1,4 +1,4 @@
-"""What a model thinks of a text it may have seen: token log-likelihoods in one teacher-forced pass."""
+"""What a model thinks of a text it may have seen: every token's likelihood in one teacher-forced pass."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,23 +10,51 @@ from allmend.data.canaries import Canary
 from allmend.data.chat import Encoded
 from allmend.data.packing import pack
 from allmend.intervals import difference, mean
-from allmend.learn.objective import log_likelihood_and_hit
+from allmend.learn.objective import logits_at_sources
 from allmend.results import LikelihoodGap
 
 
 @dataclass(frozen=True)
+class Scheme:
+    """How continuations are sampled: from the softmax of logits / `temperature`, over the `top_k` largest logits.
+
+    Exactly `top_k` tokens stay; of tokens that tie for the last place, those with the lowest ids, as in an argmax. So
+    `top_k` = 1 is greedy decoding. 0 stands for all tokens.
+
+    Raises:
+        ValueError: the temperature is not positive, or `top_k` is negative.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0 or self.top_k < 0:
+            raise ValueError(f"no sampling with temperature {self.temperature} and top_k {self.top_k}")
+
+
+@dataclass(frozen=True)
 class Reading:
-    """One text under one model.
+    """One text under one model, at its N targets in order: N = T − 1 in a running text, all tokens but the first.
+
+    p is the model's distribution over the vocabulary in a target's place.
 
     Attributes:
-        ids: its tokens, int64 [T].
-        log_likelihood: of the tokens from the second on (nats), float64 [T − 1].
-        hit: whether each of them is the model's most likely token, bool [T − 1].
+        ids: the text's tokens, int64 [T].
+        log_likelihood: log p of the targets (nats), float64 [N].
+        hit: whether each of them is the model's most likely token, bool [N].
+        mean: Σ_v p_v log p_v, what log p is expected to be (nats), float64 [N].
+        deviation: standard deviation of log p under p (nats), float64 [N].
+        sampled: log-probability of the targets under the sampling scheme (nats); −inf of what is never sampled.
+            float64 [N].
     """
 
     ids: torch.Tensor
     log_likelihood: torch.Tensor
     hit: torch.Tensor
+    mean: torch.Tensor
+    deviation: torch.Tensor
+    sampled: torch.Tensor
 
 
 @torch.inference_mode()
@@ -34,28 +62,77 @@ def read_texts(
     model: Any,
     encoded: Sequence[Encoded],
     *,
+    scheme: Scheme = Scheme(),
     tokens_per_pass: int = 512,
     on_tokens: Callable[[int], None] = lambda tokens: None,
 ) -> list[Reading]:
-    """Read running texts once each, packed.
+    """Read texts once each, packed.
 
     Args:
         model: a causal language model in evaluation mode.
-        encoded: texts whose every token is a target.
+        encoded: running texts, whose every token is a target, or records as in training.
+        scheme: what `Reading.sampled` is about.
         tokens_per_pass: capacity of a packed row.
         on_tokens: told the tokens of each pass.
     """
     device = next(model.parameters()).device
-    values = [torch.zeros(max(0, len(text) - 1), dtype=torch.float64) for text in encoded]
-    hits = [torch.zeros(max(0, len(text) - 1), dtype=torch.bool) for text in encoded]
+    none = torch.zeros(0, dtype=torch.float64)
+    readings = [Reading(text.ids, none, none.bool(), none, none, none) for text in encoded]
     for row in pack(encoded, tokens_per_pass):
-        likelihood, hit = (part.cpu() for part in log_likelihood_and_hit(model, row.to(device)))
+        there = row.to(device)
+        values = _values(logits_at_sources(model, there), there.source_of, there.targets, scheme)
         for owner in sorted(set(row.owner.tolist())):
-            mine = row.owner == owner
-            values[owner][row.target_at[mine] - 1] = likelihood[mine].double()
-            hits[owner][row.target_at[mine] - 1] = hit[mine]
+            readings[owner] = Reading(encoded[owner].ids, *(value[row.owner == owner] for value in values))
         on_tokens(row.tokens)
-    return [Reading(text.ids, value, hit) for text, value, hit in zip(encoded, values, hits, strict=True)]
+    return readings
+
+
+_NEVER = -200.0
+"""A log-probability whose exponential is 0 in float32: it keeps 0 · log 0 at 0 where a logit is as good as −inf."""
+
+
+def _values(
+    logits: torch.Tensor, source_of: torch.Tensor, targets: torch.Tensor, scheme: Scheme
+) -> tuple[torch.Tensor, ...]:
+    """What a `Reading` holds besides ids, on the CPU: logits [U, V], two indices [N], to five values [N]."""
+    # several passes over so wide a tensor cost about one if a block of it stays in the processor's cache
+    size = max(1, (2**18 if logits.device.type == "cpu" else 2**24) // logits.shape[-1])
+    blocks = (slice(start, start + size) for start in range(0, len(targets), size))
+    parts = [_block(logits[source_of[block]], targets[block], scheme) for block in blocks]
+    return tuple(
+        value.cpu() if value.dtype == torch.bool else value.cpu().double()
+        for value in (torch.cat(column) for column in zip(*parts, strict=True))
+    )
+
+
+def _block(logits: torch.Tensor, targets: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, ...]:
+    """`_values` of targets with logits [B, V] of their own, which are overwritten."""
+    largest, best = logits.max(-1, keepdim=True)
+    z = logits.sub_(largest)
+    chosen = z.gather(1, targets[:, None])[:, 0]
+    sampled = _sampled(z, chosen, targets, scheme)
+    p = z.exp()
+    total = p.sum(-1, keepdim=True)
+    p.div_(total)
+    log_p = z.sub_(total.log()).clamp_(min=_NEVER)
+    mean = torch.linalg.vecdot(p, log_p)
+    from_mean = log_p.sub_(mean[:, None])
+    deviation = torch.linalg.vecdot(p.mul_(from_mean), from_mean).sqrt()
+    return chosen - total[:, 0].log(), best[:, 0] == targets, mean, deviation, sampled
+
+
+def _sampled(z: torch.Tensor, chosen: torch.Tensor, targets: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """Log-probabilities [B] of `targets`, whose logits are `chosen`, under the scheme; z [B, V] has maximum 0."""
+    if not 0 < scheme.top_k < z.shape[-1]:
+        return chosen / scheme.temperature - (z / scheme.temperature).logsumexp(-1)
+    kept = z.topk(scheme.top_k).values
+    inside = chosen > kept[:, -1]
+    # a target with the smallest logit that is kept stays if the tokens before it leave room
+    last = (chosen == kept[:, -1]).nonzero()[:, 0]
+    others, own = z[last], chosen[last, None]
+    lower_id = torch.arange(z.shape[-1], device=z.device) < targets[last, None]
+    inside[last] = ((others > own) | ((others == own) & lower_id)).sum(-1) < scheme.top_k
+    return torch.where(inside, chosen / scheme.temperature - (kept / scheme.temperature).logsumexp(-1), -torch.inf)
 
 
 def likelihood_gaps(model: str, canaries: Sequence[Canary], readings: Sequence[Reading]) -> list[LikelihoodGap]:

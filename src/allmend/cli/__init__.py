@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 import allmend
-from allmend.cli import audit, demo, doctor, model, recipe, report, tune
+from allmend.cli import audit, demo, doctor, model, privacy, recipe, report, tune
 from allmend.errors import UserError
 
 app = typer.Typer(
@@ -22,9 +22,10 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.command("tune")(tune.tune)
-app.command("audit")(audit.audit)
 app.command("report")(report.report)
 app.command("doctor")(doctor.doctor)
+app.add_typer(audit.app, name="audit")
+app.add_typer(privacy.app, name="privacy")
 app.add_typer(recipe.app, name="recipe")
 app.add_typer(model.app, name="model")
 

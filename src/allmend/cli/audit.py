@@ -1,26 +1,115 @@
-"""`allmend audit`: measure again what a run's models memorised."""
+"""`allmend audit`: what models memorised, of a run, of a model made elsewhere, of one's own records, side by side."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
+from allmend.cli.comparison import show_comparison
 from allmend.cli.outcome import show_audit
-from allmend.cli.progress import shown
+from allmend.cli.own import show_own
+from allmend.cli.progress import counting, shown
+from allmend.errors import UserError
+from allmend.run import RunFolder, write_atomic
 
 
+class _AuditUnlessNamed(TyperGroup):
+    """`allmend audit RUN` is `allmend audit run RUN`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_AuditUnlessNamed,
+    help="What models memorised. `allmend audit RUN` is short for `allmend audit run RUN`.",
+    no_args_is_help=True,
+)
+
+Prefix = Annotated[
+    list[int] | None, typer.Option(help="Length of the prompts in tokens; may be given several times.", min=1)
+]
+
+
+@app.command("run")
 def audit(
-    run: Annotated[Path, typer.Argument(help="A run folder whose recipe has canaries.")],
-    prefix: Annotated[
-        list[int] | None, typer.Option(help="Length of the prompts in tokens; may be given several times.", min=1)
-    ] = None,
+    what: Annotated[
+        str, typer.Argument(help="A run folder whose recipe has canaries, or a model.", metavar="RUN|MODEL")
+    ],
+    canaries: Annotated[Path | None, typer.Option(help="The canaries planted in the data of a model.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="A PEFT adapter on the model.")] = None,
+    reference: Annotated[str | None, typer.Option(help="The model before tuning.")] = None,
+    prefix: Prefix = None,
+    out: Annotated[Path, typer.Option(help="Where the audit of a model goes.")] = Path("audit"),
 ) -> None:
-    """Ask a run's models for its canaries, controls beside them, and write the audit and the report."""
-    from allmend import life
+    """Ask models for canaries, controls beside them, and write the audit and the report."""
+    from allmend import auditing
+    from allmend.recipe import Audit
 
     console = Console()
-    with shown(console, run) as listen:
-        table = life.audit_run(run, prefix_tokens=prefix, listeners=[listen])
+    changes = {"prefix_tokens": prefix} if prefix else {}
+    if RunFolder(Path(what)).marker.exists():
+        run = Path(what)
+        for name, value in (("--adapter", adapter), ("--reference", reference)):
+            if value is not None:
+                raise UserError(f"{name} is for a model, and this is a run", where=run, hint="Leave it out.")
+        with shown(console, run) as listen:
+            table = auditing.audit_run(run, canaries=canaries, changes=changes, listeners=[listen])
+        report = run / "report.html"
+    else:
+        if canaries is None:
+            raise UserError(
+                "is no run, and to audit a model its canaries are needed",
+                where=what,
+                hint="Name a run folder, or the canaries that were planted: --canaries canaries.jsonl.",
+            )
+        with counting(console) as on_tokens:
+            table = auditing.audit_folder(
+                what,
+                canaries,
+                out=out,
+                adapter=adapter,
+                reference=reference,
+                settings=Audit(**changes),
+                on_tokens=on_tokens,
+            )
+        report = out / "report.html"
     show_audit(console, table)
-    console.print(f"Report  {(run / 'report.html').resolve()}", highlight=False, soft_wrap=True)
+    console.print(f"Report  {report.resolve()}", highlight=False, soft_wrap=True)
+
+
+@app.command("compare")
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="Run folders, or FOLDER:ARM.", metavar="RUN...")],
+    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON, too.")] = None,
+) -> None:
+    """Put audited models side by side: utility, memorisation, privacy; each against the first."""
+    from allmend import auditing
+
+    comparison = auditing.compare_runs(runs)
+    show_comparison(Console(), comparison)
+    if out is not None:
+        write_atomic(out, comparison.model_dump_json(indent=1).encode())
+
+
+@app.command("mine")
+def mine(
+    run: Annotated[Path, typer.Argument(help="A run, or a copy of its folder.")],
+    data: Annotated[Path, typer.Option(help="Your own records, in a form that recipes take.")],
+    controls: Annotated[Path | None, typer.Option(help="Records of the same kind that nobody trained on.")] = None,
+    suffix: Annotated[int, typer.Option(help="Most tokens that a model is asked for.", min=1)] = 50,
+    out: Annotated[Path | None, typer.Option(help="Write the figures, record by record, as JSON.")] = None,
+) -> None:
+    """Ask a run's models for your own records, on your own machine. Nothing leaves it."""
+    from allmend import auditing
+
+    console = Console()
+    with counting(console) as on_tokens:
+        table = auditing.mine(run, data, controls=controls, suffix_tokens=suffix, on_tokens=on_tokens)
+    show_own(console, table)
+    if out is not None:
+        write_atomic(out, table.model_dump_json(indent=1).encode())

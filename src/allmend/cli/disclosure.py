@@ -1,14 +1,17 @@
 """What leaves each member, shown before a run."""
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from allmend.cli.progress import size
 
 if TYPE_CHECKING:
+    from allmend.federation.privacy.ledger import Account
     from allmend.life import Disclosure
     from allmend.prepare import Prepared
 
@@ -47,6 +50,23 @@ def show_disclosures(console: Console, prepared: "Prepared", disclosures: "Seque
             if declaration.sent
             else "The coordinator sends nothing."
         )
+        for name, account in disclosure.ledger.accounts.items():
+            console.print(_guarantee(name, account), highlight=False)
         where = " All records stand in one place: a simulation." if disclosure.simulated_only else ""
         console.print(f"{sent} {disclosure.trainable:,} parameters learn.{where}\n", highlight=False)
     console.print("Everything fits; nothing was trained or written. All clients are simulated in this process.")
+    for warning in prepared.warnings:
+        console.print(f"[yellow]Warning[/yellow] {escape(warning)}", highlight=False)
+
+
+def _guarantee(name: str, account: "Account") -> str:
+    """One guarantee and what it costs over the whole run, in a sentence."""
+    whose = "each client as a whole" if account.unit == "member" else f"each record of {name}"
+    spent = account.whole
+    cost = (
+        f"ε = {spent:.2f} at δ = {account.settings.delta:g}" if math.isfinite(spent) else "no guarantee without noise"
+    )
+    return (
+        f"For {whose}: {cost} after all rounds; clip {account.settings.clip:g}, noise multiplier "
+        f"{account.release.noise_multiplier:.3g}; {account.sampling}."
+    )

@@ -3,7 +3,8 @@
 from rich.console import Console
 from rich.table import Table
 
-from allmend.results import POOLED, AuditTable, Estimate, UtilityTable
+from allmend.cli.figures import count, plain, points, share
+from allmend.results import POOLED, AuditTable, UtilityTable
 from allmend.run import RunFolder
 
 
@@ -24,61 +25,59 @@ def _show_utility(console: Console, utility: UtilityTable) -> None:
     for row in utility.rows:
         if row.held_out == POOLED:
             name = f"{row.model} of {row.member}" if row.member else row.model
-            table.add_row(name, _share(row.accuracy), _plain(row.perplexity))
+            table.add_row(name, share(row.accuracy, absent="no questions"), plain(row.perplexity))
     console.print(table)
     for difference in utility.differences:
         if difference.held_out == POOLED:
             other = f"the mean of members' {difference.other}" if difference.other_is_member_mean else difference.other
-            console.print(f"{difference.model} against {other}: {_points(difference.accuracy)}", highlight=False)
+            console.print(f"{difference.model} against {other}: {points(difference.accuracy)}", highlight=False)
 
 
 def show_audit(console: Console, audit: AuditTable) -> None:
-    """Print the likelihood gap and exact extraction by model and number of copies."""
+    """Print, by model and number of copies, the likelihood gap, exact extraction, exposure and membership."""
     table = Table(
         "model",
         "copies",
         "gap (nats per token)",
-        "exact, inserted",
-        "exact, controls",
+        "exact",
+        "of controls",
+        "exposure (bits)",
+        "AUC",
+        "ε at least",
         title="Memorisation of canaries",
     )
     longest = max((row.prefix_tokens for row in audit.extraction), default=0)
-    exact = {
-        (row.model, row.copies, row.inserted): row.exact for row in audit.extraction if row.prefix_tokens == longest
+    prefix = next((row.prefix for row in audit.extraction if row.prefix_tokens == longest), None)
+    exact = {(row.model, row.copies, row.inserted): row.exact for row in audit.extraction if row.prefix == prefix}
+    auc = {
+        (row.model, row.copies): row.auc
+        for score in ("loss", "ratio")  # the stronger one, where there is a base model to compare with
+        for row in audit.membership
+        if row.score == score
     }
+    bounds = {(row.model, row.copies): row.epsilon for row in audit.epsilon}
     for gap in audit.gaps:
-        cells = [_count(exact.get((gap.model, gap.copies, inserted))) for inserted in (True, False)]
-        table.add_row(gap.model, str(gap.copies), _plain(gap.gap, "+.2f"), *cells)
+        cell = (gap.model, gap.copies)
+        bits = [row.exposure.value for row in audit.exposure if (row.model, row.copies, row.inserted) == (*cell, True)]
+        table.add_row(
+            gap.model,
+            str(gap.copies),
+            plain(gap.gap, "+.2f"),
+            count(exact.get((*cell, True))),
+            count(exact.get((*cell, False))),
+            f"{sum(bits) / len(bits):.1f}" if bits else "none",
+            plain(auc.get(cell)),
+            f"{bounds[cell]:.2f}" if cell in bounds else "none",
+        )
     console.print(table)
-    exact_means = f"Exact: the whole rest of a canary after a prefix of {longest} tokens."
-    if not longest:
-        exact_means = "No prefix was tried: every canary is shorter."
+    words = f"Exact: the whole rest of a canary after a prefix of {prefix}."
+    if prefix is None:
+        words = "No prefix was tried: every canary is shorter."
     elif audit.skipped_prefixes:
-        exact_means += f" {audit.skipped_prefixes:,} prefixes were left out: they are longer than their canaries."
-    console.print(f"Intervals are 95 %. {exact_means}", highlight=False)
-
-
-def _share(estimate: Estimate | None) -> str:
-    if estimate is None:
-        return "no questions"
-    if estimate.low is None or estimate.high is None:
-        return f"{estimate.value:.0%}"
-    return f"{estimate.value:.1%} ({estimate.low:.1%} to {estimate.high:.1%}, n = {estimate.n:,})"
-
-
-def _points(estimate: Estimate) -> str:
-    if estimate.low is None or estimate.high is None:
-        return f"{100 * estimate.value:+.1f} points"
-    return f"{100 * estimate.value:+.1f} points ({100 * estimate.low:+.1f} to {100 * estimate.high:+.1f})"
-
-
-def _plain(estimate: Estimate | None, form: str = ".2f") -> str:
-    if estimate is None:
-        return "none"
-    if estimate.low is None or estimate.high is None:
-        return f"{estimate.value:{form}}"
-    return f"{estimate.value:{form}} ({estimate.low:{form}} to {estimate.high:{form}})"
-
-
-def _count(estimate: Estimate | None) -> str:
-    return "none" if estimate is None else f"{round(estimate.value * estimate.n)} of {estimate.n}"
+        words += f" {audit.skipped_prefixes:,} prefixes were left out: they are longer than their canaries."
+    words += " Exposure of what was never seen is 1.44 bits, AUC 0.5."
+    console.print(f"Intervals are 95 %. {words}", highlight=False)
+    if audit.design_changed:
+        console.print("[yellow]The audit's design was changed after training.[/yellow]", highlight=False)
+    for reason in audit.refused:
+        console.print(f"Not given: {reason}.", highlight=False)

@@ -121,6 +121,20 @@ def shown(console: Console, run: Path) -> Iterator[Callable[[Event], None]]:
         yield listen
 
 
+@contextmanager
+def counting(console: Console) -> Iterator[Callable[[int], None]]:
+    """A function to be told of tokens, which shows how many there were: for work whose length is not known."""
+    total = 0
+    with console.status("loading") as status:
+
+        def add(tokens: int) -> None:
+            nonlocal total
+            total += tokens
+            status.update(f"{total:,} tokens read")
+
+        yield add
+
+
 def _line(event: Event) -> str:
     """What stays on the screen of an event; empty for most."""
     match event:
@@ -138,9 +152,12 @@ def _line(event: Event) -> str:
             return f"[bold]{event.arm}[/bold] ({event.strategy}): {rounds}, {event.trainable:,} parameters learn"
         case RoundDone():
             loss = f"training loss {event.loss:.3f}, " if event.loss is not None else ""
+            spent = f", ε {max(event.epsilon.values()):.2f} so far" if event.epsilon else ""
             largest = max(event.received.values(), default=0)
             exchanged = f"{size(largest)} from each client" if largest else "nothing exchanged"
-            return f"  round {event.round}: {loss}{event.tokens:,} tokens in {duration(event.seconds)}, {exchanged}"
+            return (
+                f"  round {event.round}: {loss}{event.tokens:,} tokens in {duration(event.seconds)}, {exchanged}{spent}"
+            )
         case PhaseDone() if not event.phase.startswith("train "):
             return f"  {event.phase}: {duration(event.seconds)}"
         case Warned():

@@ -42,6 +42,11 @@ class Encoded:
     def __len__(self) -> int:
         return self.ids.numel()
 
+    @property
+    def learns(self) -> bool:
+        """Whether there is a token to learn from: a target with a token before it to be predicted from."""
+        return bool((self.target & (self.position > 0)).any())
+
 
 @dataclass(frozen=True)
 class Encoder:
@@ -73,6 +78,32 @@ class Encoder:
             text, spans = self._render(replace(record, messages=messages), end=False)
             options.append(self._tokenize(record, text[: spans[-1][1]], spans[-1:]))
         return self._cut(_tree(record.id, options))
+
+    def locate(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[Encoded, list[tuple[int, int]]]:
+        """A running text as `for_evaluation` reads it, but never cut, and which of its tokens hold parts of it.
+
+        Args:
+            text: the running text.
+            spans: places in it, in characters: `text[start:end]`.
+
+        Returns:
+            The text, and for each span the tokens `[first, last)` that hold a character of it. A token across the
+            span's border is one of them.
+
+        Raises:
+            UserError: a span is empty, lies outside the text, or holds nothing that the tokenizer keeps.
+        """
+        for low, high in spans:
+            if not 0 <= low < high <= len(text):
+                raise UserError(f"the span {low}–{high} lies outside the text of {len(text)} characters", where="spans")
+        ids, places = self._places(text, special=True)
+        found = []
+        for low, high in spans:
+            held = [index for index, place in enumerate(places) if _overlap(place, (low, high))]
+            if not held:
+                raise UserError(f"the tokenizer leaves out {text[low:high]!r}", where=f"characters {low}–{high}")
+            found.append((held[0], held[-1] + 1))
+        return _trunk("", *_targets(ids, places, [(0, len(text))])), found
 
     def _render(self, record: Record, *, end: bool) -> tuple[str, list[tuple[int, int]]]:
         """The text, and the character spans that the loss looks at."""
@@ -116,14 +147,17 @@ class Encoder:
     def _tokenize(self, record: Record, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[bool]]:
         """Ids up to the last target, and which of them are targets."""
         by_template = self.template == "chat" and bool(record.messages)  # it brings its own special tokens
-        encoded = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=not by_template, verbose=False)
-        target, reached = [], 0
+        return _targets(*self._places(text, special=not by_template), spans)
+
+    def _places(self, text: str, *, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids, and where in the text each of them stands; special tokens of the tokenizer's own have no width."""
+        encoded = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=special, verbose=False)
+        places, reached = [], 0
         for start, stop in encoded["offset_mapping"]:
             # some tokenizers trim white space off a token's place, down to nothing: it begins where the last one ended
-            start, reached = min(start, reached), max(stop, reached)
-            target.append(start < stop and any(start < high and stop > low for low, high in spans))
-        length = max((index for index, is_target in enumerate(target, start=1) if is_target), default=len(target))
-        return encoded["input_ids"][:length], target[:length]
+            places.append((min(start, reached), stop))
+            reached = max(stop, reached)
+        return encoded["input_ids"], places
 
     def _cut(self, encoded: Encoded) -> Encoded:
         """Cut the trunk from its left (a mark of beginning stays), then everything from its right, to `max_tokens`."""
@@ -163,6 +197,19 @@ def choose_template(wanted: Literal["auto", "chat", "plain"], tokenizer: Any) ->
             hint='Set it to "plain" or "auto", or use an instruction-tuned model.',
         )
     return wanted if wanted != "auto" else "chat" if has else "plain"
+
+
+def _targets(
+    ids: list[int], places: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]
+) -> tuple[list[int], list[bool]]:
+    """Ids up to the last one that holds a part of a span, and which of them do."""
+    target = [any(_overlap(place, span) for span in spans) for place in places]
+    length = max((index for index, is_target in enumerate(target, start=1) if is_target), default=len(target))
+    return ids[:length], target[:length]
+
+
+def _overlap(place: tuple[int, int], span: tuple[int, int]) -> bool:
+    return place[0] < place[1] and place[0] < span[1] and place[1] > span[0]
 
 
 def _render_plain(messages: Sequence[Message], eos: str, *, end: bool) -> tuple[str, list[tuple[int, int]]]:

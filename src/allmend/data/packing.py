@@ -21,6 +21,7 @@ class Row:
     Attributes:
         ids: int64 [1, T].
         position: int64 [1, T].
+        record: int64 [T]: index, among the records given to `pack`, of the record that a token belongs to, increasing.
         visible: bool [R, L, L]: R records of L places, the longest's; True where the token in the place of the first
             index may attend to that in the second. A record's tokens are in its first places; no token attends to a
             place without one, and every place attends to itself. One record of T places where that is less work.
@@ -35,6 +36,7 @@ class Row:
 
     ids: torch.Tensor
     position: torch.Tensor
+    record: torch.Tensor
     visible: torch.Tensor
     slots: torch.Tensor
     sources: torch.Tensor
@@ -86,12 +88,13 @@ def _predictable(record: Encoded) -> torch.Tensor:
 
 
 def _row(records: Iterable[tuple[int, Encoded]]) -> Row:
-    ids, position, branch = [], [], []
+    ids, position, record_of, branch = [], [], [], []
     source, targets, owner, target_branch, target_at = [], [], [], [], []
     offset = 0
     for index, record in records:
         ids.append(record.ids)
         position.append(record.position)
+        record_of.append(torch.full_like(record.ids, index))
         branch.append(record.branch)
         at = _predictable(record).nonzero()[:, 0]
         # the first token of a branch is predicted from the trunk's last, every other one from the token before it
@@ -108,6 +111,7 @@ def _row(records: Iterable[tuple[int, Encoded]]) -> Row:
     return Row(
         ids=torch.cat(ids)[None],
         position=torch.cat(position)[None],
+        record=torch.cat(record_of),
         visible=visible,
         slots=slots,
         sources=sources,

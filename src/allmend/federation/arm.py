@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -11,20 +11,41 @@ from allmend.federation.checkpoint import Checkpoint, Checkpoints
 from allmend.federation.engines import Engine
 from allmend.federation.engines.in_process import InProcessEngine
 from allmend.federation.engines.workers import WorkerEngine
-from allmend.federation.member import Member
-from allmend.federation.rounds import run_rounds
+from allmend.federation.member import LEARNT, Member
+from allmend.federation.privacy.layers import noisy, protected
+from allmend.federation.privacy.ledger import Ledger, member_account, open_ledger
+from allmend.federation.rounds import Observer, run_rounds
 from allmend.federation.strategies import build_strategy
+from allmend.federation.strategies.fedavg import FedAvg
+from allmend.federation.strategies.private_fedavg import PrivateFedAvg
 from allmend.learn.loop import Step, steps_per_round
+from allmend.learn.private import RecordNoise
 from allmend.meter import Meter
 from allmend.models.adapters import Trainable, add_lora, full, remove_lora
 from allmend.models.load import LoadedModel
 from allmend.models.tensors import Tensors
-from allmend.recipe import Adapter, Arm
+from allmend.recipe import Adapter, Arm, Privacy
 from allmend.recipe import Engine as EngineSettings
 from allmend.strategy import Strategy, Turn
 
 Outcomes: TypeAlias = dict[str | None, Tensors | None]
 """What an arm comes to: the model that all share under None, or each member's own under its name."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """An arm's training, over all rounds.
+
+    Attributes:
+        outcomes: the models.
+        learnt: by record id, over all members: optimiser steps that saw the record, and its tokens under the loss,
+            summed over the steps. A record that no step saw is not there.
+        layers: what each layer of protection did, in words.
+    """
+
+    outcomes: Outcomes
+    learnt: dict[str, tuple[int, int]]
+    layers: tuple[str, ...]
 
 
 @contextlib.contextmanager
@@ -54,12 +75,26 @@ def trainable_of(model: LoadedModel, adapter: Adapter, *, seed: int) -> Iterator
 
 
 def strategy_of(arm: Arm, *, seed: int) -> Strategy:
-    """The arm's strategy.
+    """The arm's strategy, in its private form where the recipe asks for the members' guarantee.
 
     Raises:
-        ValueError: there is no such strategy or option.
+        ValueError: there is no such strategy or option, or no private form of it.
+        UserError: no noise is enough for the budget.
     """
-    return build_strategy(arm.strategy.name, arm.strategy.options, seed=seed)
+    strategy = build_strategy(arm.strategy.name, arm.strategy.options, seed=seed)
+    layer = arm.privacy.member
+    if layer is None:
+        return strategy
+    if not isinstance(strategy, FedAvg):
+        raise ValueError(f"privacy.member is for fedavg, and this is {strategy.name!r}: remove one of the two")
+    return PrivateFedAvg(
+        clip=layer.clip,
+        noise_multiplier=member_account(arm, layer).release.noise_multiplier,
+        participation=strategy.participation,
+        quantile=layer.quantile,
+        randomness=arm.privacy.randomness,
+        seed=seed,
+    )
 
 
 def tokens_per_round(arm: Arm, members: Sequence[Member]) -> float:
@@ -81,8 +116,9 @@ def train_arm(
     engine: EngineSettings,
     checkpoints: Checkpoints,
     emit: Callable[[Event], None],
-) -> Outcomes:
-    """Run an arm's rounds from its newest checkpoint on.
+    observe: Observer | None = None,
+) -> Training:
+    """Run an arm's rounds from its newest checkpoint on, with the layers of protection that it names.
 
     Args:
         arm: strategy and settings.
@@ -92,11 +128,15 @@ def train_arm(
         engine: worker processes and threads.
         checkpoints: of this arm.
         emit: writes events.
+        observe: told what each party can see in each round.
 
     Raises:
         UserError: a member's training diverged or a checkpoint cannot be read or written; the last one is whole.
     """
     strategy = strategy_of(arm, seed=seed)
+    members, layers = protected(members, arm.privacy)
+    ledger = open_ledger(arm, members)
+    members = [_with_noise(member, arm.privacy, ledger) for member in members]
     rounds = arm.strategy.rounds
     start = checkpoints.newest() or Checkpoint(0, strategy.init(trainable.state()), {})
     emit(
@@ -108,7 +148,7 @@ def train_arm(
     watch = _Watch(arm.name, emit, Meter(emit, f"train {arm.name}", expected))
     carrier = _engine(engine, trainable, members, arm, watch)
     try:
-        state = run_rounds(
+        last = run_rounds(
             strategy,
             carrier,
             start,
@@ -117,14 +157,46 @@ def train_arm(
             checkpoints=checkpoints,
             emit=emit,
             tokens=watch.trained,
+            ledger=ledger,
+            observe=observe,
         )
-        states = carrier.states()
     finally:
         carrier.close()
     watch.meter.done()
-    if (shared := strategy.shared(state)) is not None:
-        return {None: shared}
-    return {name: strategy.personal(state, states[name]) for name in carrier.members}
+    shared = strategy.shared(last.server)
+    outcomes: Outcomes = {None: shared} if shared is not None else _personal(strategy, last)
+    if arm.privacy.weight_noise:
+        outcomes = {name: noisy(tensors, arm.privacy, seed, name) for name, tensors in outcomes.items()}
+    return Training(outcomes, _learnt(members, last), layers)
+
+
+def _personal(strategy: Strategy, last: Checkpoint) -> Outcomes:
+    return {name: strategy.personal(last.server, state) for name, state in sorted(last.members.items())}
+
+
+def _learnt(members: Sequence[Member], last: Checkpoint) -> dict[str, tuple[int, int]]:
+    found: dict[str, tuple[int, int]] = {}
+    for member in members:
+        counts = last.members[member.name].tensors.get(LEARNT)
+        for record, (steps, tokens) in zip(member.records, counts.tolist() if counts is not None else (), strict=False):
+            if steps:
+                before = found.get(record.id, (0, 0))
+                found[record.id] = before[0] + steps, before[1] + tokens
+    return found
+
+
+def _with_noise(member: Member, privacy: Privacy, ledger: Ledger) -> Member:
+    if privacy.record is None:
+        return member
+    return replace(
+        member,
+        noise=RecordNoise(
+            clip=privacy.record.clip,
+            noise_multiplier=ledger.accounts[member.name].release.noise_multiplier,
+            sampling=privacy.record.sampling,
+            randomness=privacy.randomness,
+        ),
+    )
 
 
 def save_outcomes(folder: Path, outcomes: Mapping[str | None, Tensors | None], trainable: Trainable, base: str) -> None:

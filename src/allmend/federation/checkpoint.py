@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ _SERVER = "server.safetensors"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """States after `round`."""
+    """States after `round`, and in how many rounds each member took part."""
 
     round: int
     server: State
     members: dict[str, State]
+    took_part: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class Checkpoints:
         older = self._folders()
         with folder_atomic(self.folder / f"round-{checkpoint.round:06d}") as beside:
             names = sorted(checkpoint.members)
-            self._write(beside / _SERVER, checkpoint.server, {"round": checkpoint.round, "members": names})
+            about = {"round": checkpoint.round, "members": names, "took_part": checkpoint.took_part}
+            self._write(beside / _SERVER, checkpoint.server, about)
             for name, state in checkpoint.members.items():
                 self._write(_of_member(beside, name), state, {"round": checkpoint.round})
             announce()
@@ -72,7 +74,7 @@ class Checkpoints:
         newest = folders[-1]
         server, metadata = self._read(newest / _SERVER)
         members = {name: self._read(_of_member(newest, name))[0] for name in metadata["members"]}
-        return Checkpoint(metadata["round"], server, members)
+        return Checkpoint(metadata["round"], server, members, metadata["took_part"])
 
     def _folders(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("round-*") if path.is_dir())

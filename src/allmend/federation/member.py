@@ -3,13 +3,19 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from allmend.data.chat import Encoded
 from allmend.errors import UserError
-from allmend.learn.loop import Step, steps_per_round, train
+from allmend.learn.loop import Step, mean_loss, steps_per_round, train
+from allmend.learn.private import RecordNoise
 from allmend.models.adapters import Trainable
 from allmend.models.tensors import Tensors
 from allmend.recipe import Train
 from allmend.strategy import State, Trained, Turn
+
+LEARNT = "client/learnt"
+"""Name, in a member's state, of what was learnt from each of its records (`Outcome.learnt`), over all rounds."""
 
 OnStep = Callable[[str, Turn, Step], None]
 """Told the member's name, the turn and the step, after each optimiser step."""
@@ -17,11 +23,19 @@ OnStep = Callable[[str, Turn, Step], None]
 
 @dataclass(frozen=True)
 class Member:
-    """A member's encoded training records and the seed of their order."""
+    """What a member trains on.
+
+    Attributes:
+        name: of the member.
+        records: encoded for training.
+        seed: of their order and of seeded noise; another one for each member.
+        noise: makes the member's steps private for each of its records.
+    """
 
     name: str
     records: Sequence[Encoded]
     seed: int
+    noise: RecordNoise | None = None
 
 
 @dataclass
@@ -32,7 +46,8 @@ class MemberClient:
         trainable: holds whatever was trained last; every call of `train` loads its own start into it.
         settings: of local training.
         initial: the parameters everybody starts from.
-        state: the member's, kept from round to round. `facts["steps"]` counts its optimiser steps.
+        state: the member's, kept from round to round. `facts["steps"]` counts its optimiser steps; `tensors[LEARNT]`
+            is what they learnt from.
     """
 
     member: Member
@@ -71,12 +86,15 @@ class MemberClient:
                 total_steps=turn.rounds * steps,
                 seed=self.member.seed,
                 optimizer=optimizer,
+                noise=self.member.noise,
                 on_step=lambda step: self.on_step(self.name, turn, step),
             )
         except UserError as error:
             raise type(error)(error.what, where=f"client {self.name!r}, round {turn.round}", hint=error.hint) from error
         self.state.facts["steps"] = taken + steps
+        before = self.state.tensors.get(LEARNT, torch.zeros_like(outcome.learnt))
+        self.state.tensors = self.state.tensors | {LEARNT: before + outcome.learnt}
         tokens = sum(step.tokens for step in outcome.steps)
-        targets = sum(step.targets for step in outcome.steps)
-        loss = sum(step.loss * step.targets for step in outcome.steps) / targets
+        # without noise of its own, the loss would be a release that no guarantee covers
+        loss = mean_loss(outcome.steps) if self.member.noise is None else None
         return Trained(outcome.tensors, loss, steps, tokens, outcome.optimizer)

@@ -4,13 +4,19 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeAlias
 
 from allmend.errors import UserError
-from allmend.events import Event, RoundDone
+from allmend.events import Event, RoundDone, Warned
 from allmend.federation.checkpoint import Checkpoint, Checkpoints
 from allmend.federation.engines import Answer, Engine
-from allmend.models.tensors import nbytes
-from allmend.strategy import Reply, Seen, State, Strategy, Sums, Turn
+from allmend.federation.privacy.ledger import NO_LEDGER, Ledger
+from allmend.models.tensors import Tensors, nbytes
+from allmend.strategy import Reply, Seen, Strategy, Sums, Turn
+
+Observer: TypeAlias = Callable[[int, str | None, Tensors], None]
+"""Told what can be seen of a round: the round, a member, and its model as its reply reveals it; or None and the model
+that is sent to all after the round."""
 
 
 def run_rounds(
@@ -23,8 +29,10 @@ def run_rounds(
     checkpoints: Checkpoints,
     emit: Callable[[Event], None],
     tokens: Callable[[], tuple[int, float | None]],
-) -> State:
-    """Run the rounds after `start.round` and return the coordinator's state after the last.
+    ledger: Ledger = NO_LEDGER,
+    observe: Observer | None = None,
+) -> Checkpoint:
+    """Run the rounds after `start.round`, as far as the ledger can afford them, and return the last one's outcome.
 
     Args:
         strategy: what coordinator and members do.
@@ -35,12 +43,14 @@ def run_rounds(
         checkpoints: where each round's states go.
         emit: writes events.
         tokens: tokens trained on since it was last asked, and the mean loss over them.
+        ledger: of the arm's guarantees.
+        observe: told what each party can see, for an audit.
 
     Raises:
         UserError: a member's training diverged, a reply is not finite, or a checkpoint cannot be written. The last
             checkpoint is whole.
     """
-    state = start.server
+    state, took_part = start.server, dict(start.took_part)
     engine.restore(start.members)
     declaration = strategy.declare()
     for round in range(start.round + 1, rounds + 1):
@@ -50,8 +60,11 @@ def run_rounds(
         working = 0.0
         summed_loss: float | None = None
         for leg in range(strategy.legs):
-            turn = Turn(round, leg, rounds)
+            turn = Turn(round, leg, rounds, len(engine.members))
             tasks = strategy.plan(state, turn, engine.members)
+            if leg == 0 and (spent := ledger.exhausted(took_part, round - 1, tasks)):
+                emit(Warned(message=_BUDGET.format(arm, round - 1, rounds, ", ".join(spent))))
+                return Checkpoint(round - 1, state, engine.states(), took_part)
             sums, seen = Sums(), {}
             answers = _Timed(engine.work(strategy, tasks))
             for answer in answers:
@@ -62,10 +75,16 @@ def run_rounds(
                 seen[name] = Seen(reply.seen, reply.seen_facts)
                 sent[name] = sent.get(name, 0) + nbytes(tasks[name].tensors)
                 received[name] = received.get(name, 0) + nbytes(reply.summed) + nbytes(reply.seen)
+                if observe and (revealed := strategy.revealed(tasks[name], reply)) is not None:
+                    observe(round, name, revealed)
             working += answers.seconds
             state = strategy.combine(state, turn, sums, seen)
             if weight := sums.fact("weight"):
-                summed_loss = sums.fact("loss") / weight
+                summed_loss = sums.fact("loss") / weight if "loss" in sums else None
+        if observe and (shared := strategy.shared(state)) is not None:
+            observe(round, None, shared)
+        for name in sent:
+            took_part[name] = took_part.get(name, 0) + 1
         trained, loss = tokens()
         done = RoundDone(
             arm=arm,
@@ -73,13 +92,19 @@ def run_rounds(
             clients=sorted(sent),
             sent=sent,
             received=received,
-            loss=loss if summed_loss is None else summed_loss,
+            # a loss without noise would be a release of its own
+            loss=None if ledger.accounts else loss if summed_loss is None else summed_loss,
             tokens=trained,
             seconds=0.0,
             training_seconds=working,
+            epsilon=ledger.spent(took_part, round),
         )
-        checkpoints.save(Checkpoint(round, state, engine.states()), announce=partial(_announce, done, began, emit))
-    return state
+        checkpoint = Checkpoint(round, state, engine.states(), took_part)
+        checkpoints.save(checkpoint, announce=partial(_announce, done, began, emit))
+    return Checkpoint(rounds, state, engine.states(), took_part)
+
+
+_BUDGET = "{}: the privacy budget ends the training after round {} of {} (another would exceed that of {})"
 
 
 @dataclass

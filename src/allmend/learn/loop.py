@@ -1,19 +1,22 @@
 """The local training loop: AdamW over packed batches, the same for every strategy.
 
-A step's gradient is that of the mean negative log-likelihood over all targets of its records, however they are
-packed into passes. Everything that happens follows from the arguments: the same call gives the same bits.
+A step's gradient is that of the mean negative log-likelihood over all targets of its records, or over the records of
+each one's mean, however they are packed into passes; or a private estimate of the latter. Everything that happens
+follows from the arguments, unless noise is from the cryptographic generator: the same call gives the same bits.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from allmend.data.chat import Encoded
-from allmend.data.packing import pack
+from allmend.data.packing import Row, pack
 from allmend.errors import UserError
 from allmend.learn.objective import log_likelihood
+from allmend.learn.per_example import record_loss, separable_rows
+from allmend.learn.private import RecordNoise, poisson_batches, private_gradient
 from allmend.models.adapters import Trainable
 from allmend.models.tensors import Tensors
 from allmend.recipe import Train
@@ -34,15 +37,16 @@ class Step:
 
     Attributes:
         number: counts from 1 over all rounds of a client.
-        loss: mean negative log-likelihood per target (nats), before the step.
+        loss: mean negative log-likelihood per target (nats), before the step and without noise, whatever the gradient
+            has; None where a Poisson sample is empty.
         learning_rate: used by the step.
-        gradient_norm: before clipping.
+        gradient_norm: with noise, before the gradient is scaled down to `clip_norm`.
         tokens: that went through the model.
         targets: tokens under the loss.
     """
 
     number: int
-    loss: float
+    loss: float | None
     learning_rate: float
     gradient_norm: float
     tokens: int
@@ -51,11 +55,26 @@ class Step:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Parameters, optimiser state and the steps of one call of `train`."""
+    """What came of one call of `train`.
+
+    Attributes:
+        tensors: the parameters.
+        optimizer: AdamW's state.
+        steps: in order.
+        learnt: for each of the N records given, the steps that saw it, and its targets under the loss, summed over
+            these steps; int64 [N, 2].
+    """
 
     tensors: Tensors
     optimizer: Tensors
     steps: tuple[Step, ...]
+    learnt: torch.Tensor
+
+
+def mean_loss(steps: Sequence[Step]) -> float | None:
+    """Mean negative log-likelihood per target over some steps (nats); None if they had none."""
+    losses = [(step.loss, step.targets) for step in steps if step.loss is not None]
+    return sum(loss * count for loss, count in losses) / sum(count for _, count in losses) if losses else None
 
 
 def steps_per_round(records: int, settings: Train) -> int:
@@ -101,6 +120,7 @@ def train(
     total_steps: int,
     seed: int,
     optimizer: Tensors | None = None,
+    noise: RecordNoise | None = None,
     on_step: Callable[[Step], None] = lambda step: None,
 ) -> Outcome:
     """Train what learns in `trainable`, in place, for some steps of a client's schedule.
@@ -113,8 +133,9 @@ def train(
         first_step: steps this client has taken before; places it in the order of its data.
         schedule_step: the step (from 0) of the learning rate's schedule to start at.
         total_steps: steps of the whole schedule.
-        seed: of data order and dropout.
+        seed: of data order, dropout and seeded noise.
         optimizer: AdamW's state from an earlier call; fresh when None.
+        noise: makes every step private for each record; the loss is the mean over records then.
         on_step: told after every step.
 
     Raises:
@@ -122,8 +143,8 @@ def train(
         UserError: no record has a token to learn from.
     """
     # a batch of nothing but records without targets would be a step without a loss
-    records = [record for record in records if (record.target & (record.position > 0)).any()]
-    if not records:
+    usable = [index for index, record in enumerate(records) if record.learns]
+    if not usable:
         raise UserError("no record has a token to learn from", hint="Look at data.max_tokens and the response fields.")
     parameters = trainable.parameters()
     device = next(iter(parameters.values())).device
@@ -135,8 +156,14 @@ def train(
     )
     if optimizer:
         _restore(adam, parameters, optimizer)
+    size: int | None = None
+    if noise is not None and noise.sampling == "poisson":
+        stream = poisson_batches(len(usable), settings.batch_size, noise, seed=seed, first=first_step)
+        size = min(settings.batch_size, len(usable))  # expected: how many are drawn must not show
+    else:
+        stream = batches(len(usable), settings.batch_size, seed=seed, first=first_step)
     done: list[Step] = []
-    stream = batches(len(records), settings.batch_size, seed=seed, first=first_step)
+    learnt = torch.zeros(len(records), 2, dtype=torch.int64)
     trainable.model.train()
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -144,39 +171,93 @@ def train(
                 number = first_step + index
                 torch.manual_seed((seed * 1_000_003 + number) % 2**63)  # dropout; the caller's generator is given back
                 rate = learning_rate(schedule_step + index, total_steps, settings)
-                batch = [records[index] for index in next(stream)]
-                done.append(_step(trainable, adam, batch, settings, rate, number, device))
+                batch = [usable[place] for place in next(stream)]
+                chosen = [records[place] for place in batch]
+                rows, loss = _gradient(
+                    trainable, chosen, settings, noise, size=size or len(batch), seed=seed, step=number
+                )
+                norm = _descend(adam, parameters, settings, rate, loss, number)
+                targets = torch.zeros(len(batch), dtype=torch.int64)
+                for row in rows:
+                    targets += row.owner.bincount(minlength=len(batch))
+                learnt[batch] += torch.stack([targets > 0, targets], dim=1)
+                done.append(Step(number + 1, loss, rate, norm, sum(row.tokens for row in rows), int(targets.sum())))
                 on_step(done[-1])
     finally:
         trainable.model.eval()
     state = trainable.state()
     if not all(tensor.isfinite().all() for tensor in state.values()):  # the last step's loss came before its update
         raise DivergedError(f"parameters are no longer finite after step {first_step + steps}", hint=_DIVERGED)
-    return Outcome(state, _snapshot(adam, parameters), tuple(done))
+    return Outcome(state, _snapshot(adam, parameters), tuple(done), learnt)
 
 
-def _step(
+def _gradient(
     trainable: Trainable,
-    adam: torch.optim.AdamW,
     batch: Sequence[Encoded],
     settings: Train,
-    rate: float,
-    number: int,
-    device: torch.device,
-) -> Step:
-    rows = pack(batch, settings.tokens_per_pass)
+    noise: RecordNoise | None,
+    *,
+    size: int,
+    seed: int,
+    step: int,
+) -> tuple[list[Row], float | None]:
+    """Leave the batch's gradient in the parameters' `grad`; gives its rows and their loss per target (nats).
+
+    `size` is what sums over records are divided by.
+    """
+    if noise is None and settings.loss_mean == "token":
+        rows = pack(batch, settings.tokens_per_pass)
+        return rows, _token_mean(trainable, rows)
+    rows = separable_rows(trainable, batch, settings.tokens_per_pass)
+    if noise is None:
+        losses = _record_mean(trainable, rows, size)
+    else:
+        losses = private_gradient(trainable, rows, noise, size=size, seed=seed, step=step)
+    targets = sum(row.targets.numel() for row in rows)
+    return rows, losses / targets if targets else None
+
+
+def _token_mean(trainable: Trainable, rows: Sequence[Row]) -> float:
+    device = next(iter(trainable.parameters().values())).device
     targets = sum(row.targets.numel() for row in rows)
     loss = 0.0
     for row in rows:
         part = -log_likelihood(trainable.model, row.to(device)).sum() / targets
         part.backward()  # type: ignore[no-untyped-call]
         loss += part.item()
-    parameters = list(trainable.parameters().values())
-    norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm, foreach=_foreach(device)).item()
-    if not (math.isfinite(loss) and math.isfinite(norm)):
+    return loss
+
+
+def _record_mean(trainable: Trainable, rows: Sequence[Row], size: int) -> float:
+    """Also gives the sum of the losses of all targets."""
+    parameters = trainable.parameters().values()
+    device = next(iter(parameters)).device
+    losses = 0.0
+    for row in rows:
+        part, of_targets = record_loss(trainable.model, row.to(device))
+        part.backward()  # type: ignore[no-untyped-call]
+        losses += of_targets
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.div_(size)
+    return losses
+
+
+def _descend(
+    adam: torch.optim.AdamW,
+    parameters: Mapping[str, torch.nn.Parameter],
+    settings: Train,
+    rate: float,
+    loss: float | None,
+    number: int,
+) -> float:
+    """Scale the gradient down to `clip_norm` and take AdamW's step with it; gives the norm before."""
+    device = next(iter(parameters.values())).device
+    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip_norm, foreach=_foreach(device)).item()
+    if not (math.isfinite(loss or 0.0) and math.isfinite(norm)):
         adam.zero_grad(set_to_none=True)
         raise DivergedError(
-            f"training diverged at step {number + 1}: loss {loss:.4g}, gradient norm {norm:.4g}, "
+            f"training diverged at step {number + 1}: loss {loss or 0.0:.4g}, gradient norm {norm:.4g}, "
             f"learning rate {rate:.3g}",
             hint=_DIVERGED,
         )
@@ -184,7 +265,7 @@ def _step(
         group["lr"] = rate
     adam.step()
     adam.zero_grad(set_to_none=True)
-    return Step(number + 1, loss, rate, norm, sum(row.tokens for row in rows), targets)
+    return norm
 
 
 def _foreach(device: torch.device) -> bool | None:

@@ -16,8 +16,10 @@ class Axis:
         form: how a tick is written.
         ticks: where ticks stand; None chooses round values.
         ordinal: ticks stand at equal distances whatever their values (1, 3, 10 copies).
+        log: equal factors have equal distances; needs `ticks`, and all values above 0.
         low: lowest value shown; None takes it from the data. Likewise `high`.
         reference: a value whose line is drawn stronger (no difference, no gap).
+        limit: a value that none can exceed, whose line is dashed.
     """
 
     label: str
@@ -27,6 +29,8 @@ class Axis:
     low: float | None = None
     high: float | None = None
     reference: float | None = None
+    limit: float | None = None
+    log: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,11 +43,14 @@ class Scale:
     end: float
     ticks: tuple[float, ...]
     ordinal: bool = False
+    log: bool = False
 
     def __call__(self, value: float) -> float:
         """Pixel of a value."""
         if self.ordinal:
             place = (self.ticks.index(value) + 0.5) / len(self.ticks)
+        elif self.log:
+            place = math.log(value / self.low) / math.log(self.high / self.low)
         else:
             place = (value - self.low) / (self.high - self.low)
         return self.start + place * (self.end - self.start)
@@ -69,15 +76,15 @@ def scale(axis: Axis, values: Iterable[float], start: float, end: float, about: 
     if axis.ordinal and axis.ticks:
         return Scale(0, 1, start, end, axis.ticks, ordinal=True)
     shown = [value for value in values if math.isfinite(value)]
-    shown += [value for value in (axis.low, axis.high, axis.reference) if value is not None]
-    shown = shown or [0.0, 1.0]
+    shown += [value for value in (axis.low, axis.high, axis.reference, axis.limit) if value is not None]
+    shown = shown or list(axis.ticks or (0.0, 1.0))
     low = min(shown) if axis.low is None else axis.low
     high = max(shown) if axis.high is None else axis.high
     if axis.ticks:
         low, high = min(low, axis.ticks[0]), max(high, axis.ticks[-1])
         if low == high:
-            low, high = low - 1, high + 1
-        return Scale(low, high, start, end, axis.ticks)
+            low, high = (low / 2, high * 2) if axis.log else (low - 1, high + 1)
+        return Scale(low, high, start, end, axis.ticks, log=axis.log)
     ticks = round_ticks(low, high, about)
     if tight and high > low:
         return Scale(low, high, start, end, tuple(tick for tick in ticks if low <= tick <= high))

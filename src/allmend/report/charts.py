@@ -107,6 +107,9 @@ def _across(y: Scale, axis: Axis, left: float, right: float) -> Html:
     if axis.reference is not None and axis.reference not in y.ticks:
         at = y(axis.reference)
         lines.append(tag("line", x1=left, y1=at, x2=right, y2=at, class_="zero"))
+    if axis.limit is not None:
+        at = y(axis.limit)
+        lines.append(tag("line", x1=left, y1=at, x2=right, y2=at, class_="limit"))
     return join([*lines, _words(axis.label, 0, 12, css="name")])
 
 

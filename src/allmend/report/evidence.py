@@ -1,9 +1,11 @@
 """What a run left behind, sorted for the page. Everything may be missing: a run can stop anywhere."""
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 from allmend.errors import UserError
 from allmend.events import (
@@ -19,8 +21,16 @@ from allmend.events import (
     WorkDone,
     read_events,
 )
-from allmend.results import BASE, POOLED, AuditTable, Difference, Utility, UtilityTable
+from allmend.report.probes import Probe, read_probes
+from allmend.results import BASE, POOLED, AuditTable, Difference, PrivacyTable, Utility, UtilityTable
 from allmend.run import RunFolder
+
+
+class Audited(Protocol):
+    """A row of the audit."""
+
+    @property
+    def model(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -40,7 +50,8 @@ class Evidence:
         phases: seconds by phase that is not training.
         progress: share done by phase, for a run without end.
         warnings: each once.
-        utility, audit, recipe: None when the file is not there.
+        utility, audit, privacy, recipe: None when the file is not there.
+        probes: of the audit, none when their file is not there.
     """
 
     run: Path
@@ -57,9 +68,11 @@ class Evidence:
     warnings: tuple[str, ...] = ()
     utility: UtilityTable | None = None
     audit: AuditTable | None = None
+    privacy: PrivacyTable | None = None
+    probes: tuple[Probe, ...] = ()
     recipe: str | None = None
 
-    @property
+    @cached_property
     def clients(self) -> list[str]:
         """Members in their order: as announced, then any other that left a trace."""
         known = dict.fromkeys(self.start.clients if self.start else ())
@@ -69,18 +82,31 @@ class Evidence:
             known |= dict.fromkeys(name for name in (row.held_out, row.member) if name and name != POOLED)
         return list(known)
 
-    @property
+    @cached_property
     def models(self) -> list[str]:
         """The base model and the arms, in the order of the results, then of the log."""
         rows = self.utility.rows if self.utility else ()
-        gaps = self.audit.gaps if self.audit else ()
-        return list(dict.fromkeys([BASE, *(row.model for row in rows), *(gap.model for gap in gaps), *self.arms]))
+        layers = self.privacy.layers if self.privacy else ()
+        return list(dict.fromkeys([BASE, *(row.model for row in rows), *self.audited, *self.arms, *layers]))
 
+    @cached_property
+    def audited(self) -> list[str]:
+        """Tuned models that the audit says anything about: those that all members share first."""
+        audit = self.audit
+        if audit is None:
+            return []
+        by_copies = (audit.gaps, audit.extraction, audit.discoverable, audit.exposure)
+        tables: tuple[Iterable[Audited], ...] = (*by_copies, audit.membership, audit.epsilon, audit.views, audit.learnt)
+        known = dict.fromkeys(row.model for table in tables for row in table if row.model != BASE)
+        return sorted(known, key=lambda model: model not in self.shared)
+
+    @cached_property
     def shared(self) -> list[str]:
         """Tuned models that all members have in common, in order."""
         rows = self.utility.rows if self.utility else ()
         return list(dict.fromkeys(row.model for row in rows if row.model != BASE and row.member is None))
 
+    @cached_property
     def personal(self) -> list[str]:
         """Arms in which each member has its own model, in order."""
         rows = self.utility.rows if self.utility else ()
@@ -116,7 +142,7 @@ def read_evidence(run: Path) -> Evidence:
         UserError: the folder is not there or holds nothing of a run, or a file in it cannot be read as what it is.
     """
     log, recipe = run / "events.jsonl", run / "recipe.toml"
-    results = [run / "results" / name for name in ("utility.json", "audit.json")]
+    results = [run / "results" / f"{name}.json" for name in ("utility", "audit", "privacy")]
     if not any(path.is_file() for path in (log, recipe, *results)):
         raise UserError(
             "no run is here" if run.is_dir() else "there is no such folder",
@@ -134,6 +160,8 @@ def read_evidence(run: Path) -> Evidence:
             run=run,
             utility=folder.read_table("utility", UtilityTable),
             audit=folder.read_table("audit", AuditTable),
+            privacy=folder.read_table("privacy", PrivacyTable),
+            probes=read_probes(run / "results" / "audit.parquet"),
             recipe=recipe.read_text(errors="replace") if recipe.is_file() else None,
         ),
     )
@@ -184,5 +212,7 @@ def _sorted(events: list[Event], files: Evidence) -> Evidence:
         warnings=tuple(dict.fromkeys(event.message for event in events if isinstance(event, Warned))),
         utility=files.utility,
         audit=files.audit,
+        privacy=files.privacy,
+        probes=files.probes,
         recipe=files.recipe,
     )

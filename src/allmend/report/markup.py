@@ -55,6 +55,9 @@ class Cell:
     value: float | None = None
 
 
+WORDY = 40
+"""Letters from which on a cell of words is kept wide, so that it does not become a column of single words."""
+
 Rows = list[list[str | Cell]]
 
 
@@ -72,7 +75,9 @@ def table(caption: str, head: Sequence[str], rows: Rows) -> Html:
             under = tag("small", cell.under) if cell.under else None
             value = repr(float(cell.value)) if cell.value is not None and isfinite(cell.value) else None
             kind, scope = ("th", "row") if i == 0 else ("td", None)
-            cells.append(tag(kind, cell.shown, under, scope=scope, class_="num" if figures[i] else None, data_v=value))
+            wordy = len(cell.shown) > WORDY and not isinstance(cell.shown, Html)
+            css = "num" if figures[i] else "wordy" if wordy else None
+            cells.append(tag(kind, cell.shown, under, scope=scope, class_=css, data_v=value))
         lines.append(tag("tr", *cells))
     whole = tag("table", tag("caption", tag("span", caption)), tag("thead", tag("tr", *heads)), tag("tbody", *lines))
     return tag("div", whole, class_="scroll", role="region", aria_label=caption, tabindex=0)
@@ -81,6 +86,16 @@ def table(caption: str, head: Sequence[str], rows: Rows) -> Html:
 def details(summary: str, *children: str) -> Html:
     """Something to unfold; printed unfolded."""
     return tag("details", tag("summary", summary), *children)
+
+
+def in_figures(whole: Html, rows: int) -> Html:
+    """A long table, to unfold."""
+    return details(f"In figures ({rows:,} {'row' if rows == 1 else 'rows'})", whole) if whole else whole
+
+
+def measure(title: str, headline: str, *children: str | None) -> Html:
+    """A measure to unfold, whose main figure is read without unfolding it."""
+    return tag("details", tag("summary", tag("strong", title), " ", tag("span", headline)), *children, class_="measure")
 
 
 def paragraph(*parts: str, class_: str | None = None) -> Html:

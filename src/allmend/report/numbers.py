@@ -63,6 +63,13 @@ def signed(value: float) -> str:
     return f"+{text}" if value > 0 and text.strip("0.") else text
 
 
+def power(value: float) -> str:
+    """A small figure as a power of ten: 0.00001 → 10⁻⁵, 0.000003 → 3 × 10⁻⁶."""
+    digits, _, exponent = f"{value:.1e}".partition("e")
+    raised = "10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return raised if float(digits) == 1 else f"{digits.removesuffix('.0')} × {raised}"
+
+
 def count(value: float) -> str:
     """A whole number with separated thousands: 460,800."""
     return f"{value:,.0f}"

@@ -14,6 +14,7 @@ from allmend.report.markup import Html, join, tag, text
 from allmend.report.sections.exchange import exchange
 from allmend.report.sections.learning import learning
 from allmend.report.sections.memorisation import memorisation
+from allmend.report.sections.privacy import privacy
 from allmend.report.sections.provenance import head, missing, name, provenance
 from allmend.report.sections.records import records
 from allmend.report.sections.utility import utility
@@ -21,10 +22,12 @@ from allmend.report.summary import summary
 from allmend.run import write_atomic
 
 FILE = "report.html"
+SECTIONS = (utility, learning, memorisation, privacy, exchange, records, provenance)
 CONTENTS = (
     ("utility", "Utility"),
     ("learning", "Learning"),
     ("memorisation", "Memorisation"),
+    ("privacy", "Privacy"),
     ("exchange", "Exchange"),
     ("data", "Data"),
     ("provenance", "Recipe"),
@@ -47,7 +50,7 @@ def write_report(run: Path | str) -> Path:
 
 def page(evidence: Evidence) -> str:
     """The whole page as text."""
-    parts = [section(evidence) for section in (utility, learning, memorisation, exchange, records, provenance)]
+    parts = [section(evidence) for section in SECTIONS]
     contents = [tag("li", tag("a", title, href=f"#{anchor}")) for anchor, title in CONTENTS]
     own = files("allmend.report")
     return Template(own.joinpath("page.html").read_text()).substitute(

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from allmend.report import numbers
+from allmend.report.base_rate import Verdict, hits, longest_prefix, outcomes
 from allmend.report.evidence import Evidence
 from allmend.report.markup import Html, join, tag
 from allmend.report.numbers import THIN
-from allmend.results import BASE, POOLED, Estimate, Extraction
+from allmend.results import BASE, POOLED, Estimate
 
 
 @dataclass(frozen=True)
@@ -105,16 +106,6 @@ def _alone_against_base(evidence: Evidence, alone: str) -> Finding | None:
     return Finding(reached, "pooled held-out accuracy, mean of members", sentence)
 
 
-def longest_prefix(evidence: Evidence, model: str, copies: int, inserted: bool) -> Extraction | None:
-    """Extraction in one cell at the longest prefix that was tried."""
-    rows = [
-        e
-        for e in (evidence.audit.extraction if evidence.audit else ())
-        if (e.model, e.copies, e.inserted) == (model, copies, inserted)
-    ]
-    return max(rows, key=lambda e: e.prefix_tokens, default=None)
-
-
 def _memorised(evidence: Evidence, model: str) -> Finding | None:
     gaps = [gap for gap in (evidence.audit.gaps if evidence.audit else ()) if gap.model == model]
     if not gaps:
@@ -131,15 +122,46 @@ def _memorised(evidence: Evidence, model: str) -> Finding | None:
         f"{cell} are {numbers.number(value)} nats per token likelier than controls under {model}, a factor of "
         f"{numbers.number(math.exp(min(value, 50.0)))} per token ({behind}): {measured}."
     )
-    out = longest_prefix(evidence, model, most.copies, inserted=True)
-    null = longest_prefix(evidence, model, most.copies, inserted=False)
-    if out is not None:
-        against = f" (controls: {numbers.percent(null.exact.value, 0)})" if null else ""
-        sentence += (
-            f" Given {numbers.counted(out.prefix_tokens, 'token')} of such a canary, {model} recites the rest "
-            f"of {numbers.percent(out.exact.value, 0)} without an error{against}."
-        )
     return Finding(f"{numbers.signed(value)} nats", "log-likelihood of canaries over controls", sentence)
+
+
+def _recited(evidence: Evidence, model: str) -> Finding | None:
+    if evidence.audit is None or not (found := outcomes(evidence.audit, model)):
+        return None
+    out, n = hits(o.planted.exact for o in found)
+    null, controls = hits(o.control.exact for o in found if o.control)
+    verdict = max(o.verdict for o in found)
+    shown = f"{numbers.count(out)} of {numbers.count(n)}"
+    sentence = f"Given the first {longest_prefix(evidence.audit)}, {model} recites {shown} planted canaries to the end"
+    sentence += f", and {numbers.count(null)} of {numbers.count(controls)} controls" if controls else ""
+    sentence += f": {verdict.words}."
+    most = found[-1]
+    if verdict is Verdict.MEMORISED:
+        exact = numbers.evidence(most.planted.exact, lambda share: numbers.hundredths(share, 0))
+        sentence += f" With {numbers.counted(most.copies, 'copy', 'copies')}: "
+        sentence += f"{numbers.percent(most.planted.exact.value, 0)} ({exact})."
+    else:
+        sentence += " Absence of extraction is not absence of memorisation." if out == 0 else ""
+    return Finding(shown, "planted canaries recited", sentence)
+
+
+def _guaranteed(evidence: Evidence) -> Finding | None:
+    """The guarantee of the arm that spent most, beside what was measured."""
+    budgets = evidence.privacy.budgets if evidence.privacy else {}
+    spent = [(arm, b, b.epsilon) for arm, held in budgets.items() for b in held if b.epsilon is not None]
+    if not spent:
+        return None
+    arm, budget, epsilon = max(spent, key=lambda entry: entry[2])
+    unit = "member with all its records" if budget.unit == "member" else "training record"
+    sentence = f"With {arm}, the accountant bounds what any one {unit} can change by ε = {numbers.number(epsilon)} "
+    sentence += f"(δ = {numbers.power(budget.delta)})."
+    measured = [b for b in (evidence.audit.epsilon if evidence.audit else ()) if b.model == arm]
+    if measured:
+        most = max(measured, key=lambda b: b.epsilon)
+        sentence += f" The audit measures at least {numbers.number(most.epsilon)}"
+        sentence += f" from canaries with {numbers.counted(most.copies, 'copy', 'copies')}." if most.copies else "."
+    sentence += " Noise from the recipe’s seed: a simulation." if budget.simulated else ""
+    return Finding(f"ε ≤ {numbers.number(epsilon)}", f"for one {unit}, accounted", sentence)
 
 
 def _exchanged(evidence: Evidence) -> Finding | None:
@@ -159,16 +181,16 @@ def _exchanged(evidence: Evidence) -> Finding | None:
 
 def findings(evidence: Evidence) -> list[Finding]:
     """What a reader should know first; fewer when less was measured."""
-    shared, personal = evidence.shared(), evidence.personal()
+    shared, personal = evidence.shared, evidence.personal
     found: list[Finding | None] = []
     for model in shared[:1]:
         found.append(_against_base(evidence, model))
         found += [_against_alone(evidence, model, alone) for alone in personal[:1]]
     if not shared:
         found += [_alone_against_base(evidence, alone) for alone in personal[:1]]
-    audited = dict.fromkeys(gap.model for gap in (evidence.audit.gaps if evidence.audit else ()))
-    tuned = [model for model in audited if model != BASE]
-    found += [_memorised(evidence, model) for model in ([m for m in tuned if m in shared] or tuned)[:1]]
+    for model in evidence.audited[:1]:
+        found += [_memorised(evidence, model), _recited(evidence, model)]
+    found.append(_guaranteed(evidence))
     found.append(_exchanged(evidence))
     return [finding for finding in found if finding is not None]
 

@@ -1,12 +1,16 @@
 """The engine in this process: many members on one base."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from allmend.federation.checkpoint import Checkpoints
 from allmend.federation.engines.in_process import InProcessEngine
+from allmend.federation.member import LEARNT
 from allmend.federation.strategies.fedavg import FedAvg
+from allmend.federation.strategies.local import Local
 from allmend.recipe import Train
 from allmend.strategy import State, Turn
 
@@ -36,6 +40,22 @@ def test_members_share_one_base_and_leave_it_as_it_was(
     run(FedAvg(), [make_member("a"), make_member("b")], settings, rounds=2, trainable=trainable)
     after = dict(trainable.model.named_parameters())
     assert all(torch.equal(after[name], tensor) for name, tensor in frozen.items())
+
+
+def test_what_was_learnt_from_outlives_a_checkpoint(
+    make_member: Callable[..., Any], run: Callable[..., Any], settings: Train, tmp_path: Path
+) -> None:
+    members = [make_member("a"), make_member("b", records=3)]
+    for strategy in (FedAvg(), Local()):
+        whole = run(strategy, members, settings, rounds=3)
+        run(strategy, members, settings, rounds=2, folder=tmp_path / strategy.name)
+        start = Checkpoints(tmp_path / strategy.name, "identity").newest()
+        resumed = run(strategy, members, settings, rounds=3, start=start)
+        for member in members:
+            learnt = resumed.states[member.name].tensors[LEARNT]
+            assert torch.equal(learnt, whole.states[member.name].tensors[LEARNT])
+            # one pass over the records each round
+            assert learnt.tolist() == [[3, 3 * int(record.target[1:].sum())] for record in member.records]
 
 
 def test_states_are_put_back_and_who_is_not_named_starts_afresh(

@@ -3,6 +3,7 @@
 import operator
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +14,11 @@ import torch
 from allmend.errors import UserError
 from allmend.events import RoundDone
 from allmend.federation.engines.workers import WorkerEngine
+from allmend.federation.member import LEARNT
 from allmend.federation.strategies.fedavg import FedAvg
 from allmend.federation.strategies.local import Local
 from allmend.learn.loop import DivergedError, Step
+from allmend.learn.private import RecordNoise
 from allmend.recipe import Train
 from allmend.strategy import State, Task, Turn, grouped
 
@@ -60,7 +63,9 @@ def _ignored(pid: int) -> set[int]:
 
 @pytest.fixture(scope="module")
 def workers(make_member: Callable[..., Any], make_trainable: Callable[..., Any], settings: Train) -> Iterator[Workers]:
-    made = Workers(make_trainable(), [make_member(name) for name in ("b", "c", "a")], settings)
+    noise = RecordNoise(1.0, 0.5, "poisson", "seeded")
+    members = [make_member("b"), make_member("c"), replace(make_member("a"), noise=noise)]
+    made = Workers(make_trainable(), members, settings)
     yield made
     made.engine.close()
     assert not any(worker.process.is_alive() for worker in made.engine._workers)
@@ -78,6 +83,7 @@ def test_workers_end_at_the_same_bits_and_tell_the_same_errors(
             assert first.facts == second.facts
             assert first.tensors.keys() == second.tensors.keys()
             assert all(torch.equal(first.tensors[name], second.tensors[name]) for name in second.tensors)
+        assert any(LEARNT in state.tensors for state in apart.states.values())
         rounds = [(e.clients, e.sent, e.received) for e in apart.events if isinstance(e, RoundDone)]
         assert rounds == [(e.clients, e.sent, e.received) for e in here.events if isinstance(e, RoundDone)]
         # every step of everybody is told, with its round

@@ -38,3 +38,19 @@ def test_the_model_is_what_came_back(make_toy: Callable[..., Any]) -> None:
     assert of_group("model", reply.seen).keys() == {"x"}
     torch.testing.assert_close(reply.seen["model/x"], 1 + client.step)
     assert reply.summed == {}
+    assert reply.seen_facts == {"loss": float(client.step.sum())}
+
+
+def test_what_the_client_keeps_for_itself_stays(make_toy: Callable[..., Any]) -> None:
+    strategy, client = Centralised(), make_toy("a")
+    client.state.tensors = {"client/learnt": torch.ones(2, 2)}
+    strategy.work(strategy.plan(strategy.init({"x": torch.ones(3)}), Turn(1, 0, 1), ["a"])["a"], client)
+    assert client.state.tensors.keys() == {"client/learnt", "optimizer/steps"}
+
+
+def test_a_loss_that_must_not_leave_does_not(make_quiet_toy: Callable[..., Any]) -> None:
+    strategy = Centralised()
+    task = strategy.plan(strategy.init({"x": torch.ones(3)}), Turn(1, 0, 1), ["a"])["a"]
+    reply = strategy.work(task, make_quiet_toy("a"))
+    assert reply.seen_facts == {}
+    assert reply.seen.keys() == {"model/x"}

@@ -64,6 +64,13 @@ def test_the_type_of_the_parameters_stays(make_toy: Callable[..., Any]) -> None:
     assert one_round(clients, torch.ones(3, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
+def test_a_loss_that_must_not_leave_does_not(make_toy: Callable[..., Any], make_quiet_toy: Callable[..., Any]) -> None:
+    task = FedAvg().plan(FedAvg().init({"x": torch.ones(3)}), Turn(1, 0, 1), ["a"])["a"]
+    loud, quiet = (FedAvg().work(task, make("a", 3)) for make in (make_toy, make_quiet_toy))
+    assert loud.summed_facts == quiet.summed_facts | {"loss": 3 * float(make_toy("a").step.sum())}
+    assert torch.equal(loud.summed["update/x"], quiet.summed["update/x"])
+
+
 # --- who takes part
 
 
@@ -115,7 +122,7 @@ class ForgetsOptimizer(Centralised):
 
     def work(self, task: Task, client: Any) -> Reply:
         reply = super().work(task, client)
-        client.state.tensors = {}
+        client.state.tensors = {n: t for n, t in client.state.tensors.items() if not n.startswith("optimizer/")}
         return reply
 
 

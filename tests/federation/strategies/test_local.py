@@ -57,3 +57,16 @@ def test_the_loss_is_weighted_by_records(make_toy: Callable[..., Any]) -> None:
     assert client.optimizers[1] is not None
     assert client.optimizers[1]["steps"] == 1
     torch.testing.assert_close(client.state.tensors["model/x"], 2 * client.step)
+
+
+def test_what_the_client_keeps_for_itself_stays(make_toy: Callable[..., Any]) -> None:
+    client = make_toy("a")
+    client.state.tensors = {"client/learnt": torch.ones(2, 2), "model/x": torch.ones(3)}
+    Local().work(Local().plan(State(), Turn(1, 0, 1), ["a"])["a"], client)
+    assert client.state.tensors.keys() == {"client/learnt", "model/x", "optimizer/steps"}
+    torch.testing.assert_close(client.state.tensors["model/x"], 1 + client.step)
+
+
+def test_a_loss_that_must_not_leave_does_not(make_quiet_toy: Callable[..., Any]) -> None:
+    reply = Local().work(Local().plan(State(), Turn(1, 0, 1), ["a"])["a"], make_quiet_toy("a", 4))
+    assert reply.summed_facts == {"weight": 4.0}

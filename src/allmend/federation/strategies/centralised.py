@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from allmend.models.tensors import Tensors
-from allmend.strategy import Client, Declaration, Reply, Seen, State, Sums, Task, Turn, grouped, of_group
+from allmend.strategy import Client, Declaration, Facts, Reply, Seen, State, Sums, Task, Turn, grouped, of_group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class Centralised:
             sent="the shared parameters",
             seen={
                 "model": "the one party that holds all records returns its model",
-                "loss": "its training loss",
+                "loss": "its training loss, unless records have a guarantee",
             },
             kept="the optimiser",
             numbers=frozenset({"loss"}),
@@ -38,12 +38,16 @@ class Centralised:
     def work(self, task: Task, client: Client) -> Reply:
         optimizer = of_group("optimizer", client.state.tensors)
         trained = client.train(task.tensors, task.turn, optimizer=optimizer or None)
-        client.state.tensors = grouped("optimizer", trained.optimizer)
-        return Reply(seen=grouped("model", trained.tensors), seen_facts={"loss": trained.loss})
+        client.state.tensors = client.state.tensors | grouped("optimizer", trained.optimizer)
+        loss: Facts = {} if trained.loss is None else {"loss": trained.loss}
+        return Reply(seen=grouped("model", trained.tensors), seen_facts=loss)
 
     def combine(self, state: State, turn: Turn, sums: Sums, seen: Mapping[str, Seen]) -> State:
         (only,) = seen.values()
         return State(dict(only.tensors))
+
+    def revealed(self, task: Task, reply: Reply) -> Tensors | None:
+        return of_group("model", reply.seen)
 
     def shared(self, state: State) -> Tensors | None:
         return of_group("model", state.tensors)

@@ -53,7 +53,7 @@ class FedAvg:
             summed={
                 "update": "change of the parameters times number of records",
                 "weight": "number of training records",
-                "loss": "training loss times number of records",
+                "loss": "training loss times number of records, unless records have a guarantee",
             },
             numbers=frozenset({"weight", "loss"}),
         )
@@ -72,7 +72,8 @@ class FedAvg:
         trained = client.train(task.tensors, task.turn)
         weight = float(client.examples)
         update = {name: (tensor - task.tensors[name]) * weight for name, tensor in trained.tensors.items()}
-        return Reply(grouped("update", update), {"weight": weight, "loss": trained.loss * weight})
+        loss = {} if trained.loss is None else {"loss": trained.loss * weight}
+        return Reply(grouped("update", update), {"weight": weight} | loss)
 
     def combine(self, state: State, turn: Turn, sums: Sums, seen: Mapping[str, Seen]) -> State:
         weight = sums.fact("weight")
@@ -81,6 +82,11 @@ class FedAvg:
             for name, tensor in of_group("model", state.tensors).items()
         }
         return State(grouped("model", model))
+
+    def revealed(self, task: Task, reply: Reply) -> Tensors | None:
+        weight = reply.summed_facts["weight"]
+        update = of_group("update", reply.summed)
+        return {name: (tensor + update[name] / weight).to(tensor.dtype) for name, tensor in task.tensors.items()}
 
     def shared(self, state: State) -> Tensors | None:
         return of_group("model", state.tensors)

@@ -30,7 +30,10 @@ class Local:
     def declare(self) -> Declaration:
         return Declaration(
             sent="",
-            summed={"weight": "number of training records", "loss": "training loss times number of records"},
+            summed={
+                "weight": "number of training records",
+                "loss": "training loss times number of records, unless records have a guarantee",
+            },
             kept="the member's model and its optimiser",
             numbers=frozenset({"weight", "loss"}),
         )
@@ -45,12 +48,18 @@ class Local:
         start = of_group("model", client.state.tensors) or client.initial
         optimizer = of_group("optimizer", client.state.tensors)
         trained = client.train(start, task.turn, optimizer=optimizer or None)
-        client.state.tensors = grouped("model", trained.tensors) | grouped("optimizer", trained.optimizer)
+        client.state.tensors = (
+            client.state.tensors | grouped("model", trained.tensors) | grouped("optimizer", trained.optimizer)
+        )
         weight = float(client.examples)
-        return Reply(summed_facts={"weight": weight, "loss": trained.loss * weight})
+        loss = {} if trained.loss is None else {"loss": trained.loss * weight}
+        return Reply(summed_facts={"weight": weight} | loss)
 
     def combine(self, state: State, turn: Turn, sums: Sums, seen: Mapping[str, Seen]) -> State:
         return state
+
+    def revealed(self, task: Task, reply: Reply) -> Tensors | None:
+        return None
 
     def shared(self, state: State) -> Tensors | None:
         return None

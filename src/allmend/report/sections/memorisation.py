@@ -1,30 +1,43 @@
-"""What the models memorised: likelihood of canaries against controls, and what a prefix brings out."""
-
-import math
+"""What the models memorised: whether anything came out, whose it was, and every measure behind that to unfold."""
 
 from allmend.report import numbers
 from allmend.report.charts import Axis, Point, Series, line_chart
 from allmend.report.evidence import Evidence
-from allmend.report.marks import NEUTRAL, legend
-from allmend.report.markup import Cell, Html, Rows, details, figure, paragraph, section, table, tag
+from allmend.report.marks import legend
+from allmend.report.markup import Cell, Html, Rows, figure, join, measure, paragraph, section, table, tag
+from allmend.report.sections.answer import came_out, whose
+from allmend.report.sections.exposure import exposure
+from allmend.report.sections.extraction import copies_of, discoverable, extraction
+from allmend.report.sections.membership import measured_epsilon, membership
 from allmend.report.sections.utility import cell, look, titled
-from allmend.results import AuditTable, Estimate, Extraction
+from allmend.report.sections.views import views
+from allmend.results import AuditTable
 
-CONTROLS = "controls"
-
-
-def _copies(number: int) -> str:
-    return numbers.counted(number, "copy", "copies")
+LIMITS = (
+    (
+        "Absence of extraction is not absence of memorisation.",
+        "Other prompts, or access to the weights, may bring out more.",
+    ),
+    (
+        "Canaries measure their own kind of secret.",
+        "Real records may be easier or harder to remember than what the generator writes.",
+    ),
+    ("Controls remove guessing from the template,", "not what the model learns about one canary from another."),
+    ("A small model memorises less than a large one.", "Figures do not carry over to another size."),
+    (
+        "A guarantee of differential privacy protects its unit alone:",
+        "one record, or one member with all records. What stands in many records or at many members is not covered.",
+    ),
+)
 
 
 def _gap_chart(evidence: Evidence, audit: AuditTable) -> Html:
-    models = list(dict.fromkeys(gap.model for gap in audit.gaps))
     series = []
-    for model in models:
+    for model in dict.fromkeys(gap.model for gap in audit.gaps):
         points = []
         for gap in sorted((g for g in audit.gaps if g.model == model), key=lambda g: g.copies):
             words = f"{numbers.signed(gap.gap.value)} nats per token, {numbers.evidence(gap.gap, numbers.number)}"
-            tip = f"{titled(model)}, {_copies(gap.copies)}\n{words}"
+            tip = f"{titled(model)}, {copies_of(gap.copies)}\n{words}"
             points.append(Point(gap.copies, gap.gap.value, tip, gap.gap.low, gap.gap.high))
         series.append(Series(model, titled(model), look(evidence, model), tuple(points)))
     copies = tuple(float(c) for c in sorted({gap.copies for gap in audit.gaps}))
@@ -34,70 +47,14 @@ def _gap_chart(evidence: Evidence, audit: AuditTable) -> Html:
         "Likelihood gap",
         legend([(s.key, s.name, s.look) for s in series]),
         line_chart("Likelihood gap by number of copies", series, x, y, height=300),
-        note="Above the strong zero line, planted canaries are likelier than canaries that the model never saw. "
-        "Bars are 95 % intervals.",
+        note="The most sensitive measure: above the strong zero line, planted canaries are likelier than canaries that "
+        "the model never saw. Bars are 95 % intervals.",
     )
 
 
-def _extraction_chart(audit: AuditTable, model: str, measure: str, of: str) -> Html:
-    rows = [e for e in audit.extraction if e.model == model]
-    copies = sorted({e.copies for e in rows})
-    everything = sorted({e.copies for e in audit.extraction}, reverse=True)
-    series: list[Series] = []
-    controls = [e for e in rows if not e.inserted]
-    for inserted in (False, True):
-        for number in copies:
-            points = []
-            for e in sorted(
-                (e for e in rows if (e.inserted, e.copies) == (inserted, number)), key=lambda e: e.prefix_tokens
-            ):
-                estimate: Estimate = getattr(e, measure)
-                who = _copies(number) if inserted else f"controls of {_copies(number)}"
-                words = f"{numbers.percent(estimate.value)}, {numbers.evidence(estimate, numbers.hundredths)}"
-                tip = f"{who}, prefix of {e.prefix_tokens} tokens\n{of} {words}"
-                points.append(
-                    Point(e.prefix_tokens, estimate.value, tip, *((estimate.low, estimate.high) if inserted else ()))
-                )
-            last = controls and number == copies[-1]
-            name = _copies(number) if inserted else CONTROLS if last else ""
-            key = _copies(number) if inserted else CONTROLS
-            if points:
-                spot = everything.index(number) if inserted else NEUTRAL
-                series.append(Series(key, name, spot, tuple(points), hollow=not inserted))
-    prefixes = tuple(float(p) for p in sorted({e.prefix_tokens for e in audit.extraction}))
-    y = Axis(f"{of}, %", form=lambda share: numbers.tick(100 * share), low=0.0, high=_ceiling(audit, measure))
-    x = Axis("prefix, tokens", ticks=prefixes)
-    return tag(
-        "div", tag("h3", f"{titled(model)}: {of}"), line_chart(f"{of}, {titled(model)}", series, x, y, height=260)
-    )
-
-
-def _ceiling(audit: AuditTable, measure: str) -> float:
-    """Common top of one measure's charts, at least 10 %."""
-    estimates: list[Estimate] = [getattr(e, measure) for e in audit.extraction]
-    return max([0.1, *(v for e in estimates for v in (e.value, e.high) if v is not None and math.isfinite(v))])
-
-
-def _extraction(audit: AuditTable) -> Html:
-    models = list(dict.fromkeys(e.model for e in audit.extraction))
-    copies = sorted({e.copies for e in audit.extraction}, reverse=True)
-    keys = [(_copies(c), _copies(c), i) for i, c in enumerate(copies)]
-    charts = [
-        _extraction_chart(audit, model, measure, of)
-        for measure, of in (("exact", "exact match"), ("bleu", "BLEU"))
-        for model in models
-    ]
-    return figure(
-        "What a prefix brings out",
-        legend([*keys, (CONTROLS, "controls (dashed, hollow)", NEUTRAL)], dashed=frozenset((CONTROLS,))),
-        tag("div", *charts, class_="charts"),
-        note="The model continues a canary from its first tokens, always taking the likeliest next one. Exact match: "
-        "share of canaries continued without an error. BLEU: mean agreement of the continuation, 100 % is identical. "
-        "The intervals of the controls stand in the table.",
-    )
-
-
-def _gap_table(audit: AuditTable) -> Html:
+def _gap_table(evidence: Evidence, audit: AuditTable) -> Html:
+    if not audit.gaps:
+        return Html("")
     body: Rows = [
         [
             titled(gap.model),
@@ -107,24 +64,108 @@ def _gap_table(audit: AuditTable) -> Html:
         for gap in audit.gaps
     ]
     head = ["Model", "Copies", "Gap", "Planted canaries", "Controls"]
-    return table("Mean log-likelihood per token, nats (95 % interval; n canaries)", head, body)
+    caption = "Mean log-likelihood per token, nats (95 % interval; n canaries)"
+    tuned = [gap for gap in audit.gaps if gap.model in evidence.audited] or list(audit.gaps)
+    most = max((gap for gap in tuned if gap.model == tuned[0].model), key=lambda gap: gap.copies)
+    gap = f"{numbers.signed(most.gap.value)} nats per token"
+    headline = f"{titled(most.model)}, {copies_of(most.copies)}: {gap}"
+    return measure("Likelihood gap in figures", headline, table(caption, head, body))
 
 
-def _extraction_table(audit: AuditTable) -> Html:
-    def line(e: Extraction) -> list[str | Cell]:
-        shares = (e.exact, e.matched, e.bleu, e.approximate)
-        return [
-            titled(e.model),
-            Cell(numbers.count(e.copies), value=e.copies),
-            "planted" if e.inserted else "control",
-            Cell(numbers.count(e.prefix_tokens), value=e.prefix_tokens),
-            *(cell(share, numbers.percent, numbers.hundredths) for share in shares),
+def _learnt(audit: AuditTable) -> Html:
+    if not audit.learnt:
+        return Html("")
+    body: Rows = [
+        [
+            row.model,
+            Cell(numbers.count(row.copies), value=row.copies),
+            Cell(numbers.count(row.canaries), value=row.canaries),
+            Cell(numbers.count(row.tokens), value=row.tokens),
+            Cell(numbers.number(row.steps), value=row.steps),
+            Cell(numbers.count(row.least_tokens), "" if row.least_tokens else "▲ not learnt from", row.least_tokens),
         ]
+        for row in audit.learnt
+    ]
+    head = ["Model", "Copies", "Canaries", "Tokens under the loss", "Optimiser steps", "Tokens, least canary"]
+    caption = "How much training looked at each planted canary (means; all steps and copies counted)"
+    least = numbers.counted(min(row.least_tokens for row in audit.learnt), "token")
+    headline = f"the canary learnt from least: {least} under the loss"
+    return measure("What training looked at", headline, table(caption, head, body))
 
-    head = ["Model", "Copies", "Canaries", "Prefix, tokens", "Exact", "Matched", "BLEU", "BLEU over 0.75"]
-    rows = [line(e) for e in audit.extraction]
-    caption = "Continuations of canaries from a prefix (95 % interval; n canaries)"
-    return details(f"Extraction in figures ({numbers.counted(len(rows), 'row')})", table(caption, head, rows))
+
+def _identifiers(audit: AuditTable) -> Html:
+    if not audit.identifiers:
+        return Html("")
+    kinds = list(dict.fromkeys(kind for counts in audit.identifiers.values() for kind in counts))
+    body: Rows = [
+        [titled(model), *(Cell(numbers.count(counts.get(kind, 0)), value=counts.get(kind, 0)) for kind in kinds)]
+        for model, counts in audit.identifiers.items()
+    ]
+    sums = {titled(model): sum(counts.values()) for model, counts in audit.identifiers.items()}
+    headline = ", ".join(f"{model} {numbers.count(n)}" for model, n in sums.items())
+    words = (
+        "Found by their form in the models’ continuations of canaries, true or made up. They are counted, not shown. A "
+        "count above that of the base model says that tuning taught the form; whether the content is right is what "
+        "the other measures tell."
+    )
+    whole = table("What looks like personal data, by kind", ["Model", *kinds], body)
+    return measure("What looks like personal data", headline, paragraph(words), whole)
+
+
+def _statements(audit: AuditTable) -> Html:
+    """What a reader must know before any figure: whether the design moved, and whether canaries were learnt from."""
+    told: list[Html] = []
+    if audit.design_changed:
+        told.append(
+            paragraph(
+                "▲ The design of the audit is not the one that was fixed before training. Prefixes, draws or secrets "
+                "were chosen when the outcome could be known: read the figures as exploration.",
+                class_="warning",
+            )
+        )
+    idle = [row for row in audit.learnt if row.least_tokens == 0]
+    if idle:
+        cells = ", ".join(f"{row.model} with {copies_of(row.copies)}" for row in idle)
+        told.append(
+            paragraph(
+                f"▲ Some planted canaries carried no loss ({cells}). That they do not come out says nothing.",
+                class_="warning",
+            )
+        )
+    return join(told)
+
+
+def _assurances(audit: AuditTable) -> str:
+    words = []
+    if audit.design_changed is False:
+        words.append("The design of this audit was fixed before training and is unchanged.")
+    elif audit.design_changed is None:
+        words.append("No design was fixed before training.")
+    if audit.learnt and all(row.least_tokens for row in audit.learnt):
+        words.append("Every planted canary was learnt from.")
+    elif not audit.learnt:
+        words.append("Whether every planted canary was learnt from is not recorded.")
+    if audit.skipped_prefixes:
+        skipped = numbers.counted(audit.skipped_prefixes, "prefix", "prefixes")
+        words.append(f"{skipped} skipped: the canary was too short.")
+    return " ".join(words)
+
+
+def _absent(parts: list[tuple[str, Html]], refused: tuple[str, ...]) -> Html | None:
+    """Measures without a figure, and the reasons that the audit gives."""
+    lacking = [name for name, part in parts if not part]
+    if not lacking and not refused:
+        return None
+    words = f"Not part of this audit: {', '.join(lacking)}." if lacking else None
+    reasons = tag("ul", *(tag("li", reason) for reason in refused)) if refused else None
+    return tag(
+        "div",
+        tag("h3", "What is not here"),
+        paragraph(words) if words else None,
+        paragraph("Figures that the audit refused to give:") if refused else None,
+        reasons,
+        class_="absent",
+    )
 
 
 def memorisation(evidence: Evidence) -> Html:
@@ -135,30 +176,38 @@ def memorisation(evidence: Evidence) -> Html:
         return section("memorisation", title, paragraph("Not audited yet.", class_="missing"))
     planted = numbers.counted(audit.canaries, "synthetic record")
     controls = numbers.counted(audit.controls, "control")
-    how = tag(
-        "div",
-        tag("h3", "How to read this"),
-        paragraph(
-            f"Before training, {planted} (canaries) were planted in the clients’ data; {controls} from the same "
-            "generator were kept out by the toss of a seeded coin. A control is what a canary would be had it not been "
-            "trained on: what a model does with controls is chance, and only the distance between the two is "
-            "memorisation."
-        ),
-        paragraph(
-            tag("strong", "Absence of extraction is not absence of memorisation."),
-            " The likelihood gap shows an effect long before text comes out, and other prompts may bring out more.",
-        ),
+    intro = paragraph(
+        f"Before training, {planted} (canaries) were planted in the clients’ data; {controls} from the same "
+        "generator were kept out by the toss of a seeded coin. What a model does with controls is chance, and only the "
+        "distance between the two is memorisation."
     )
-    skipped = None
-    if audit.skipped_prefixes:
-        words = f"{numbers.counted(audit.skipped_prefixes, 'prefix', 'prefixes')} skipped: the canary was too short."
-        skipped = paragraph(words, class_="note")
+    limits = tag(
+        "div",
+        tag("h3", "What this cannot show"),
+        tag("ul", *(tag("li", tag("strong", head), " ", rest) for head, rest in LIMITS), class_="limits"),
+    )
+    members = whose(evidence, audit)
+    parts = [
+        ("extraction by member", join(members)),
+        ("likelihood gaps", _gap_table(evidence, audit)),
+        ("extraction", extraction(evidence, audit)),
+        ("(n, p)-discoverable extraction", discoverable(evidence, audit)),
+        ("exposure", exposure(evidence, audit)),
+        ("membership inference", membership(evidence, audit)),
+        ("a measured bound on ε", measured_epsilon(evidence, audit)),
+        ("what each party sees by round", views(evidence, audit)),
+        ("what training looked at", _learnt(audit)),
+        ("counts of what looks like personal data", _identifiers(audit)),
+    ]
     return section(
         "memorisation",
         title,
-        tag("div", _gap_chart(evidence, audit) if audit.gaps else None, how, class_="charts"),
-        _gap_table(audit) if audit.gaps else None,
-        _extraction(audit) if audit.extraction else None,
-        skipped,
-        _extraction_table(audit) if audit.extraction else None,
+        intro,
+        _statements(audit),
+        *came_out(evidence, audit),
+        *members,
+        tag("div", _gap_chart(evidence, audit) if audit.gaps else None, limits, class_="charts"),
+        *(part for _, part in parts[1:]),
+        _absent(parts, audit.refused),
+        paragraph(_assurances(audit), class_="note"),
     )

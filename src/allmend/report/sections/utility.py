@@ -72,8 +72,8 @@ def _columns(evidence: Evidence) -> list[tuple[str, str, Callable[[str, Pick], E
     def mean(model: str) -> Callable[[str, Pick], Estimate | None]:
         return lambda held_out, pick: mean_of(evidence.members_rows(model, held_out), pick)
 
-    columns = [(model, titled(model), common(model)) for model in [BASE, *evidence.shared()]]
-    for model in evidence.personal():
+    columns = [(model, titled(model), common(model)) for model in [BASE, *evidence.shared]]
+    for model in evidence.personal:
         columns.append((model, f"{model}, own model", own(model)))
         columns.append((f"{model} mean", f"{model}, mean of members", mean(model)))
     return columns
@@ -85,7 +85,7 @@ def _accuracy_plot(evidence: Evidence) -> Html:
         rows = []
         for key, name, figure_of in _columns(evidence):
             is_mean = key.endswith(" mean")
-            if is_mean != (held_out == POOLED) and key.removesuffix(" mean") in evidence.personal():
+            if is_mean != (held_out == POOLED) and key.removesuffix(" mean") in evidence.personal:
                 continue  # on its own specialty a member's own model counts, on the pooled set the mean of all
             estimate = figure_of(held_out, _accuracy)
             if estimate is None:
@@ -106,7 +106,7 @@ def _accuracy_plot(evidence: Evidence) -> Html:
     note = "Share of held-out questions answered right, with 95 % intervals. On its own questions each member’s "
     note += "own model stands beside the shared one."
     note += f" {more} more clients are in the table." if more > 0 else ""
-    keys = [(model, titled(model), look(evidence, model)) for model in [BASE, *evidence.shared(), *evidence.personal()]]
+    keys = [(model, titled(model), look(evidence, model)) for model in [BASE, *evidence.shared, *evidence.personal]]
     pooled = evidence.row(BASE, POOLED)
     chance = pooled.chance if pooled else None
     note += f" The strong line is guessing ({numbers.percent(chance, 0)})." if chance is not None else ""
@@ -121,7 +121,7 @@ def _accuracy_plot(evidence: Evidence) -> Html:
 
 def _named(evidence: Evidence, difference: Difference) -> str:
     other = titled(difference.other)
-    if difference.other in evidence.personal():
+    if difference.other in evidence.personal:
         other += ", mean of members" if difference.other_is_member_mean else ", own model"
     return f"{titled(difference.model)} − {other}"
 
@@ -233,7 +233,7 @@ def utility(evidence: Evidence) -> Html:
     if evidence.utility is None or not evidence.utility.rows:
         return section("utility", "What the models can do", paragraph("Not measured yet.", class_="missing"))
     intro = "Each model is asked about records that no client trained on. "
-    if evidence.personal():
+    if evidence.personal:
         intro += (
             "Where members train alone, each has a personal model: the tables give a member’s own model on its own "
         )

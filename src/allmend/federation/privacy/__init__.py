@@ -1,0 +1,1 @@
+"""What protects members and their records in training, and what that protection costs."""

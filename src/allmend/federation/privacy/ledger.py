@@ -1,0 +1,140 @@
+"""The ledger of an arm: what its guarantees have cost after each round, and whether another round can be afforded."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from allmend.federation.privacy.accounting import Release, epsilon, noise_for
+
+from allmend.errors import UserError
+from allmend.federation.member import Member
+from allmend.learn.loop import steps_per_round
+from allmend.recipe import Arm, MemberPrivacy, Noise, RecordPrivacy
+
+MEMBERS = "members"
+"""The account of the guarantee for members, among those of clients' records."""
+
+
+@dataclass(frozen=True)
+class Account:
+    """One guarantee and its price.
+
+    Attributes:
+        unit: what is protected, `record` or `member`.
+        settings: of the layer.
+        release: one noisy release.
+        releases: how many of them so many rounds make.
+        sampling: in words.
+        rounds: of the whole run.
+    """
+
+    unit: str
+    settings: Noise
+    release: Release
+    releases: Callable[[int], int]
+    sampling: str
+    rounds: int
+
+    @property
+    def whole(self) -> float:
+        """ε after all rounds."""
+        return self.epsilon(self.rounds)
+
+    def epsilon(self, rounds: int) -> float:
+        """ε at the recipe's δ after so many rounds; infinite without noise."""
+        return epsilon(self.release, self.releases(rounds), self.settings.delta)
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The accounts of an arm, by client, and under `MEMBERS` that of the guarantee for members."""
+
+    accounts: Mapping[str, Account] = field(default_factory=dict)
+
+    def spent(self, took_part: Mapping[str, int], rounds: int) -> dict[str, float]:
+        """ε of each account that has noise.
+
+        Args:
+            took_part: rounds in which each client has trained.
+            rounds: rounds in all.
+        """
+        found = {}
+        for name, account in self.accounts.items():
+            value = account.epsilon(rounds if name == MEMBERS else took_part.get(name, 0))
+            if math.isfinite(value):
+                found[name] = value
+        return found
+
+    def exhausted(self, took_part: Mapping[str, int], rounds: int, next_round: Iterable[str]) -> list[str]:
+        """Accounts whose budget another round, in which `next_round` train, would exceed."""
+        after = {**took_part, **{name: took_part.get(name, 0) + 1 for name in next_round}}
+        spent = self.spent(after, rounds + 1)
+        budgets = {name: account.settings.epsilon for name, account in self.accounts.items()}
+        return [name for name, value in spent.items() if (budget := budgets[name]) is not None and value > budget]
+
+
+NO_LEDGER = Ledger()
+"""Of an arm without guarantees."""
+
+
+def open_ledger(arm: Arm, members: Sequence[Member]) -> Ledger:
+    """The accounts of an arm's guarantees; noise that the recipe leaves open is what its budget needs for all rounds.
+
+    Args:
+        arm: whose strategy's members are `members`.
+        members: with the records that they train on.
+
+    Raises:
+        UserError: not even one round fits into the budget.
+    """
+    accounts = {}
+    if arm.privacy.record is not None:
+        accounts |= {member.name: _of_records(arm, arm.privacy.record, member) for member in members}
+    if arm.privacy.member is not None:
+        accounts[MEMBERS] = member_account(arm, arm.privacy.member)
+    for name, account in accounts.items():
+        budget, first = account.settings.epsilon, account.epsilon(1)
+        if budget is not None and first > budget:
+            raise UserError(
+                f"one round costs ε = {first:.3g}, more than the budget of {budget:g} (δ = {account.settings.delta:g})",
+                where=f"arm {arm.name!r}, {'members' if name == MEMBERS else f'client {name!r}'}",
+                hint="Raise epsilon or noise_multiplier, or take fewer or smaller steps in a round.",
+            )
+    return Ledger(accounts)
+
+
+def member_account(arm: Arm, settings: MemberPrivacy) -> Account:
+    """The account of DP-FedAvg."""
+    fraction = float(arm.strategy.options.get("participation", 1.0))
+    rate = fraction if fraction < 1 else None
+    words = (
+        f"each round draws every member with probability {fraction:g}, independently (Poisson)"
+        if rate
+        else "every member takes part in every round: no amplification by sampling"
+    )
+    multiplier = _multiplier(settings, rate, arm.strategy.rounds)
+    return Account("member", settings, Release(multiplier, rate), lambda rounds: rounds, words, arm.strategy.rounds)
+
+
+def _of_records(arm: Arm, settings: RecordPrivacy, member: Member) -> Account:
+    steps = steps_per_round(len(member.records), arm.train)
+    records = max(1, sum(record.learns for record in member.records))
+    if settings.sampling == "poisson":
+        rate = min(1.0, arm.train.batch_size / records)
+        words = f"each step draws every record with probability {rate:.3g}, independently (Poisson)"
+        multiplier = _multiplier(settings, rate, arm.strategy.rounds * steps)
+        return Account(
+            "record", settings, Release(multiplier, rate), lambda rounds: rounds * steps, words, arm.strategy.rounds
+        )
+    per_epoch = math.ceil(records / arm.train.batch_size)
+    passes: Callable[[int], int] = lambda rounds: math.ceil(rounds * steps / per_epoch)  # noqa: E731
+    words = "records are shuffled, which is no Poisson sampling: every pass counts in full, without amplification"
+    multiplier = _multiplier(settings, None, passes(arm.strategy.rounds))
+    return Account("record", settings, Release(multiplier, None), passes, words, arm.strategy.rounds)
+
+
+def _multiplier(settings: Noise, rate: float | None, times: int) -> float:
+    if settings.noise_multiplier is not None:
+        return settings.noise_multiplier
+    assert settings.epsilon is not None  # the recipe has one of the two
+    return noise_for(rate=rate, times=times, epsilon=settings.epsilon, delta=settings.delta)

@@ -1,0 +1,137 @@
+"""Single probes of the audit (`results/audit.parquet`), and what they say to each member."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+
+from allmend import intervals
+from allmend.errors import UserError
+from allmend.report.base_rate import Verdict, judged
+from allmend.results import Estimate
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """One canary, one model, one prefix.
+
+    Attributes:
+        model: `base` or the name of an arm.
+        canary: its id.
+        client: in whose data it was planted, or would have been.
+        copies: how often.
+        inserted: False for a control.
+        prefix: length of the prompt in words.
+        prefix_tokens: the same, in tokens.
+        exact: whether the continuation is right to the end.
+        secrets_out: secrets behind the prefix that stand in the continuation.
+        secrets: secrets behind the prefix.
+    """
+
+    model: str
+    canary: str
+    client: str
+    copies: int
+    inserted: bool
+    prefix: str
+    prefix_tokens: float
+    exact: bool
+    secrets_out: int
+    secrets: int
+
+
+def read_probes(path: Path) -> tuple[Probe, ...]:
+    """The probes of a run's audit, none where the file is not there.
+
+    Raises:
+        UserError: the file is there and is not what an audit writes.
+    """
+    if not path.is_file():
+        return ()
+    columns = [field.name for field in fields(Probe)]
+    try:
+        table = pyarrow.parquet.read_table(path, columns=columns)
+        return tuple(map(Probe, *(table.column(name).to_pylist() for name in columns)))
+    except (pyarrow.ArrowException, KeyError, OSError) as error:
+        raise UserError(
+            f"is not a table of probes: {error}", where=path, hint="Delete it and run the audit again."
+        ) from error
+
+
+@dataclass(frozen=True)
+class MemberOutcome:
+    """What came out of the canaries of one member in one model.
+
+    Attributes:
+        model: name of the arm.
+        client: the member.
+        planted: share of its canaries that some prefix brings out to the end.
+        control: the same of its controls; None where it has none.
+        copies: how many came out, by number of copies.
+        prefix: the shortest prefix that brought one out; None where none did.
+        secrets: share of the secrets behind one prefix that came out; None where there is none.
+        control_secrets: the same of its controls.
+    """
+
+    model: str
+    client: str
+    planted: Estimate
+    control: Estimate | None
+    copies: dict[int, int]
+    prefix: str | None
+    secrets: Estimate | None
+    control_secrets: Estimate | None
+
+    @property
+    def verdict(self) -> Verdict:
+        """The more serious of the verdicts on whole texts and on secrets."""
+        found = judged(self.planted, self.control)
+        return found if self.secrets is None else max(found, judged(self.secrets, self.control_secrets, lucky=True))
+
+
+def by_member(probes: Sequence[Probe], model: str, prefix: str | None) -> list[MemberOutcome]:
+    """What came out of each member's canaries in a model, the most serious first.
+
+    Args:
+        probes: of all models.
+        model: name of the arm.
+        prefix: at which secrets are counted.
+    """
+    clients: dict[str, list[Probe]] = {}
+    for probe in probes:
+        if probe.model == model:
+            clients.setdefault(probe.client, []).append(probe)
+    found = [_of_member(model, client, own, prefix) for client, own in clients.items()]
+    known = [outcome for outcome in found if outcome is not None]
+    return sorted(known, key=lambda outcome: (-outcome.verdict, -outcome.planted.value))
+
+
+def _of_member(model: str, client: str, probes: Sequence[Probe], prefix: str | None) -> MemberOutcome | None:
+    def came_out(inserted: bool) -> Estimate | None:
+        known = {p.canary for p in probes if p.inserted == inserted}
+        exact = {p.canary for p in probes if p.inserted == inserted and p.exact}
+        return intervals.share(len(exact), len(known)) if known else None
+
+    def secrets(inserted: bool) -> Estimate | None:
+        asked = [p for p in probes if p.inserted == inserted and p.prefix == prefix]
+        whole = sum(p.secrets for p in asked)
+        return intervals.share(sum(p.secrets_out for p in asked), whole) if whole else None
+
+    planted = came_out(True)
+    if planted is None:
+        return None
+    out = [p for p in probes if p.inserted and p.exact]
+    shortest = min(out, key=lambda p: p.prefix_tokens, default=None)
+    return MemberOutcome(
+        model=model,
+        client=client,
+        planted=planted,
+        control=came_out(False),
+        copies=dict(sorted(Counter({p.canary: p.copies for p in out}.values()).items())),
+        prefix=shortest.prefix if shortest else None,
+        secrets=secrets(True),
+        control_secrets=secrets(False),
+    )

@@ -1,0 +1,111 @@
+"""Single probes: read as the audit writes them, and counted for each member."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from allmend.errors import UserError
+from allmend.report.base_rate import Verdict
+from allmend.report.probes import Probe, by_member, read_probes
+
+PREFIXES = {"10 tokens": 10.0, "20 tokens": 20.0, "75 %": 48.5}
+
+
+def probe(**changes: object) -> Probe:
+    plain = Probe("arm", "a/1x/0", "a", 1, True, "20 tokens", 20.0, False, 0, 2)
+    return replace(plain, **changes)  # type: ignore[arg-type]
+
+
+probes = st.lists(
+    st.builds(
+        lambda client, number, inserted, prefix, exact, out, model: probe(
+            model=model,
+            client=client,
+            canary=f"{client}/{number}/{inserted}",
+            copies=(1, 3, 10)[number % 3],
+            inserted=inserted,
+            prefix=prefix,
+            prefix_tokens=PREFIXES[prefix],
+            exact=exact,
+            secrets_out=out,
+        ),
+        st.sampled_from("abc"),
+        st.integers(0, 5),
+        st.booleans(),
+        st.sampled_from(sorted(PREFIXES)),
+        st.booleans(),
+        st.integers(0, 2),
+        st.sampled_from(["arm", "other"]),
+    ),
+    max_size=40,
+)
+
+
+@given(probes)
+def test_counts_of_each_member_are_those_of_a_plain_count(rows: list[Probe]) -> None:
+    found = {m.client: m for m in by_member(rows, "arm", "20 tokens")}
+    own = [p for p in rows if p.model == "arm"]
+    assert set(found) == {p.client for p in own if p.inserted}
+    for client, m in found.items():
+        planted = {p.canary for p in own if p.client == client and p.inserted}
+        out = {p.canary for p in own if p.client == client and p.inserted and p.exact}
+        assert (round(m.planted.value * m.planted.n), m.planted.n) == (len(out), len(planted))
+        assert sum(m.copies.values()) == len(out)
+        assert list(m.copies) == sorted(m.copies)
+        controls = {p.canary for p in own if p.client == client and not p.inserted}
+        assert (m.control.n if m.control else 0) == len(controls)
+        shortest = [p.prefix_tokens for p in own if p.client == client and p.inserted and p.exact]
+        assert (PREFIXES[m.prefix] if m.prefix else None) == min(shortest, default=None)
+        at = [p for p in own if p.client == client and p.inserted and p.prefix == "20 tokens"]
+        assert (m.secrets.n if m.secrets else 0) == sum(p.secrets for p in at)
+
+
+@given(probes, probes)
+def test_a_member_is_judged_by_its_own_canaries_alone(own: list[Probe], others: list[Probe]) -> None:
+    own = [replace(p, client="me") for p in own]
+    alone = by_member(own, "arm", "20 tokens")
+    among = [m for m in by_member([*others, *own], "arm", "20 tokens") if m.client == "me"]
+    assert among == alone
+
+
+@given(probes)
+def test_the_most_serious_stand_first(rows: list[Probe]) -> None:
+    verdicts = [m.verdict for m in by_member(rows, "arm", "20 tokens")]
+    assert verdicts == sorted(verdicts, reverse=True)
+
+
+def test_secrets_without_a_whole_canary_count() -> None:
+    leaking = [probe(canary=str(i), secrets_out=2) for i in range(8)]
+    silent = [probe(canary=f"c{i}", inserted=False) for i in range(8)]
+    (m,) = by_member([*leaking, *silent], "arm", "20 tokens")
+    assert not m.copies
+    assert m.verdict is Verdict.MEMORISED
+    (m,) = by_member([*leaking, *(replace(p, secrets_out=2) for p in silent)], "arm", "20 tokens")
+    assert m.verdict is Verdict.GUESSED
+
+
+def test_reads_what_an_audit_writes_and_ignores_its_other_columns(run: Path) -> None:
+    path = run / "results" / "audit.parquet"
+    rows = pyarrow.parquet.read_table(path).to_pylist()
+    found = read_probes(path)
+    assert len(found) == len(rows)
+    assert all(getattr(p, name) == row[name] for p, row in zip(found, rows, strict=True) for name in p.__slots__)
+
+
+def test_without_file_there_are_none(tmp_path: Path) -> None:
+    assert read_probes(tmp_path / "audit.parquet") == ()
+
+
+def test_lacking_column_and_other_file_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "audit.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"model": ["arm"]}), path)
+    with pytest.raises(UserError, match=r"audit\.parquet"):
+        read_probes(path)
+    path.write_text("not parquet")
+    with pytest.raises(UserError, match=r"audit\.parquet"):
+        read_probes(path)
