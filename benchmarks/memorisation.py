@@ -24,9 +24,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from _measure import machine
 from _small_llama import small_llama
 
+from _measure import machine
 from allmend.events import Event, PhaseDone, Warned
 from allmend.intervals import mean, share
 from allmend.life import resume, tune
@@ -219,7 +219,8 @@ def points(run: RunFolder, plan: Plan) -> dict[Way | None, Point]:
     audit = run.read_table("audit", AuditTable)
     utility = run.read_table("utility", UtilityTable)
     privacy = run.read_table("privacy", PrivacyTable)
-    assert audit and utility and privacy
+    if audit is None or utility is None or privacy is None:
+        raise RuntimeError(f"{run.path} is not finished")
     names: dict[str, Way | None] = {BASE: None} | dict(arms(plan))
     return {way: _point(audit, utility, privacy, name) for name, way in names.items()}
 

@@ -83,6 +83,28 @@ def test_candidates_are_read_as_if_alone(
     assert (len(told) == 1) == (tokens_per_pass >= 64)
 
 
+@pytest.mark.parametrize("tokens_per_pass", range(8, 60))
+def test_passes_are_filled_up_to_their_limit(
+    tiny_model: LlamaForCausalLM, encoder: Encoder, tokens_per_pass: int
+) -> None:
+    told: list[int] = []
+    values = [ward for ward in WARDS if len(ward) == 3][:50]
+    expose(
+        tiny_model,
+        encoder,
+        f"Ward {values[0]}",
+        span(f"Ward {values[0]}", values[0]),
+        values,
+        values=99,
+        tokens_per_pass=tokens_per_pass,
+        on_tokens=told.append,
+    )
+    prompt, at_once = len("Ward "), (tokens_per_pass - len("Ward ")) // 3
+    passes = math.ceil(50 / at_once)
+    assert max(told) <= tokens_per_pass
+    assert sum(told) == 50 * 3 + passes * prompt
+
+
 @torch.no_grad()
 def test_the_prompt_is_what_all_candidates_begin_with(
     make_tiny_tokenizer: MakeTokenizer, tiny_model: LlamaForCausalLM, log_probs: LogProbs
@@ -265,7 +287,9 @@ def test_a_fit_reaches_beyond_the_sample_as_the_distribution_does() -> None:
             assert one.bits == math.log2(1001)
             found.append(one.fitted / -math.log2(share))
     assert fmean(found) == pytest.approx(1, abs=0.1)
-    assert exposure(100.0, draws(1000), slot="s", values=10**8).fitted == math.log2(10**8)
+    for values in range(1001, 1501):
+        extremes = (exposure(true, sample, slot="s", values=values + 1).fitted for true in (100.0, -100.0))
+        assert list(map(str, extremes)) == [str(math.log2(values + 1)), "0.0"]  # neither rounding nor a minus sign
 
 
 def ill_shaped() -> Iterable[torch.Tensor]:
@@ -275,6 +299,7 @@ def ill_shaped() -> Iterable[torch.Tensor]:
     yield draws(50)
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("others", list(ill_shaped()), ids=["two heaps", "equal", "steps", "few"])
 def test_a_poor_fit_is_not_believed(others: torch.Tensor) -> None:
     found = exposure(0.0, others, slot="s", values=10**6)

@@ -223,6 +223,9 @@ def test_only_what_readings_do_not_tell_is_generated(
     passes.clear()
     bring_out(model, encoder, readings, Prefix(tokens=2))
     assert passes == [(3, 8), (3, 1)]  # `8` and the end
+    passes.clear()
+    bring_out(model, encoder, readings[2:3], Prefix(tokens=2), suffix_tokens=6)
+    assert passes == [(1, 7)]  # the one token that is asked for
 
 
 def test_an_early_end_counts_against_a_continuation(make_trained: MakeTrained, encoder: Encoder) -> None:
@@ -289,8 +292,11 @@ def test_a_tokenizer_that_changes_the_text_hides_no_secret(
 
 
 def test_spaces_before_punctuation_stay(make_tiny_tokenizer: MakeTokenizer, tiny_model: LlamaForCausalLM) -> None:
-    tokenizer = make_tiny_tokenizer(clean_up_tokenization_spaces=True)
+    tokenizer = make_tiny_tokenizer(
+        clean_up_tokenization_spaces=True, clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output=True
+    )
     text = "room 7 . 2 , bed 1"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == "room 7. 2, bed 1"
     (reading,) = read(tiny_model, Encoder(tokenizer, "plain", 50), [text])
     known = replace(reading, hit=torch.ones_like(reading.hit))
     (found,) = continuations(tiny_model, [known], Prefix(tokens=5), secrets=[()], tokenizer=tokenizer)

@@ -268,7 +268,7 @@ def test_no_rows_without_both_groups(members: int, others: int) -> None:
     groups = scored(normal(rng(1), members)), scored(normal(rng(2), others))
     assert membership_rows("base", records="canaries", copies=1, members=groups[0], non_members=groups[1], seed=0) == []
     (sentence,) = refusals(records="canaries", copies=1, members=members, non_members=others)
-    assert sentence.startswith("membership of canaries with 1 copies:")
+    assert sentence.startswith("membership of canaries with 1 copy:")
     assert f"there are {members} and {others}" in sentence
 
 

@@ -75,6 +75,21 @@ def test_toggle_turns_the_theme(browser: webdriver.Chrome, run: Path) -> None:
 
 
 @pytest.mark.parametrize(("width", "height"), SIZES)
+def test_measures_unfold_and_verdicts_do_not_lean_on_colour(
+    browser: webdriver.Chrome, run: Path, width: int, height: int
+) -> None:
+    resize(browser, width, height)
+    browser.get(write_report(run).as_uri())
+    measure = browser.find_element(By.CSS_SELECTOR, "#memorisation details.measure")
+    assert "fedavg, 10 copies" in measure.text
+    assert not measure.find_element(By.TAG_NAME, "table").is_displayed()
+    measure.find_element(By.TAG_NAME, "summary").send_keys(Keys.ENTER)
+    assert measure.find_element(By.TAG_NAME, "table").is_displayed()
+    said = {badge.text for badge in browser.find_elements(By.CSS_SELECTOR, "#memorisation .answers .verdict")}
+    assert said == {"▲ memorised", "○ nothing came out"}
+
+
+@pytest.mark.parametrize(("width", "height"), SIZES)
 def test_legend_hides_and_shows_a_series(browser: webdriver.Chrome, run: Path, width: int, height: int) -> None:
     resize(browser, width, height)
     browser.get(write_report(run).as_uri())

@@ -35,7 +35,7 @@ def test_shares_and_points() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "shown"), [(1e-5, "10⁻⁵"), (3e-6, "3 × 10⁻⁶"), (2.5e-10, "2.5 × 10⁻¹⁰"), (1.0, "10⁰")]
+    ("value", "shown"), [(1e-5, "10⁻⁵"), (3e-6, "3 × 10⁻⁶"), (2.5e-10, "2.5 × 10⁻¹⁰"), (1.0, "10⁰"), (0.0, "0")]
 )
 def test_power(value: float, shown: str) -> None:
     assert numbers.power(value) == shown

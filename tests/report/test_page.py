@@ -70,7 +70,10 @@ def test_summary_names_difference_interval_and_sample(run: Path) -> None:
     assert "Pooled held-out accuracy rose from 35 % to 55 % with fedavg (+20 points, 95 % interval 14 to 26," in seen
     assert "fedavg is better than members who train alone, on average (+8 points" in seen
     assert "memorisation is measurable" in seen
-    assert "Given the first 30 tokens, fedavg recites 6 of 36 planted canaries to the end, and 0 of 36 controls" in seen
+    assert (
+        "Given the first 30 tokens, fedavg recites 6 of 36 planted canaries without an error, and 0 of 36 controls"
+        in seen
+    )
     assert "bounds what any one training record can change by ε = 2.80 (δ = 10⁻⁵)" in seen
     assert "Largest message: 1.85 MB per member and round" in seen
 
@@ -248,3 +251,13 @@ def test_many_clients_steps_and_rounds_stay_small(make_run: MakeRun, run: Path) 
             log.append(step.model_copy(update={"client": name, "step": number, "round": number}))
         log.append(done.model_copy(update={"round": number, "sent": bytes_each, "received": bytes_each}))
     assert write_report(make_run(clients=names, log=log, rounds=50)).stat().st_size < 2_000_000
+
+
+def test_audit_of_a_model_made_elsewhere_is_no_unfinished_run(run: Path) -> None:
+    for path in (run / "events.jsonl", run / "recipe.toml", run / "results/utility.json", run / "results/privacy.json"):
+        path.unlink()
+    seen = words(read(run))
+    assert "audit of a model" in seen
+    assert "Did anything come out?" in seen
+    for part in ("not complete", "allmend tune", "Not measured yet", "No step was logged yet", "No round is complete"):
+        assert part not in seen

@@ -126,9 +126,9 @@ def _auc(members: Floats, others: Floats, drawn: Counts, drawn_others: Counts) -
 
 
 def _true_positive_rate(members: Floats, others: Floats, drawn: Counts, drawn_others: Counts, *, one_in: int) -> Floats:
-    # the last of the others at whose score too many are found: found is what scores higher
-    found_others = len(others) - _before(drawn_others)[:, :-1]
-    bar = (found_others > len(others) // one_in).sum(1) - 1
+    # the highest of the others at or above whom there are too many; what scores higher is found
+    at_or_above = len(others) - _before(drawn_others)[:, :-1]
+    bar = (at_or_above > len(others) // one_in).sum(1) - 1
     missed = np.searchsorted(members, others, "right")[bar]
     found = len(members) - np.take_along_axis(_before(drawn), missed[:, None], 1)[:, 0]
     return np.asarray(found / len(members))
@@ -200,7 +200,7 @@ def membership_rows(
 
 def refusals(*, records: str, copies: int | None, members: int, non_members: int) -> list[str]:
     """Why figures are missing from `membership_rows` of a group of so many texts, in words."""
-    group = records if copies is None else f"{records} with {copies} copies"
+    group = records if copies is None else f"{records} with {copies} {'copy' if copies == 1 else 'copies'}"
     if not members or not non_members:
         return [f"membership of {group}: needs members and non-members, and there are {members} and {non_members}"]
     return [

@@ -102,7 +102,7 @@ def _grams(records: Sequence[Numbers]) -> list[Numbers]:
         tokens[end - length : end - length + len(ids)] = ids
     numbers = tokens
     for n in range(1, _GRAM):
-        numbers = np.unique(numbers[:-1] * pad + tokens[n:], return_inverse=True)[1]
+        numbers = np.unique(numbers[:-1] * (pad + 1) + tokens[n:], return_inverse=True)[1]
     return [np.unique(numbers[end - length : end - _GRAM + 1]) for end, length in zip(ends, lengths, strict=True)]
 
 

@@ -113,7 +113,7 @@ def _extraction(audit: AuditTable, arm: str) -> Iterator[str]:
 
     if found:
         yield (
-            "*Recited*: continued to the end without an error, greedily. *Secrets*: names, dates and numbers behind "
+            "*Recited*: continued without an error, greedily. *Secrets*: names, dates and numbers behind "
             f"the prefix that come out. Both given the first {longest_prefix(audit)}. *Gap*: log-likelihood over "
             "controls, nats per token."
         )
@@ -125,8 +125,8 @@ def _further(audit: AuditTable, arm: str) -> Iterator[str]:
     """Exposure, membership and measured ε, each for the most copies."""
     lines = []
     exposed = [e for e in audit.exposure if e.model == arm]
-    for slot in dict.fromkeys(e.slot for e in exposed):
-        lines.append(_exposed(slot, [e for e in exposed if e.slot == slot]))
+    for slot, values in dict.fromkeys((e.slot, e.values) for e in exposed):
+        lines.append(_exposed([e for e in exposed if (e.slot, e.values) == (slot, values)]))
     told = [m for m in audit.membership if m.model == arm and m.copies is not None]
     scored = [m for m in told if m.score == "ratio"] or told
     if scored:
@@ -146,12 +146,12 @@ def _further(audit: AuditTable, arm: str) -> Iterator[str]:
         yield "\n".join(f"- {line}" for line in lines)
 
 
-def _exposed(slot: str, rows: list[Exposure]) -> str:
+def _exposed(rows: list[Exposure]) -> str:
     most = max(e.copies for e in rows)
     at = {e.inserted: f"{PLANTED[e.inserted]} {_plain(e.exposure)}" for e in rows if e.copies == most}
     among = f"{numbers.count(rows[0].values)} values, {numbers.counted(most, 'copy', 'copies')}"
     shown = ", ".join(at[inserted] for inserted in (True, False) if inserted in at)
-    return f"Exposure of `{slot}` ({among}), bits: {shown}; guessing is 1.44."
+    return f"Exposure of `{rows[0].slot}` ({among}), bits: {shown}; guessing is 1.44."
 
 
 def _guarantees(privacy: PrivacyTable | None, arm: str) -> Iterator[str]:

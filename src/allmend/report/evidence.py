@@ -72,6 +72,11 @@ class Evidence:
     probes: tuple[Probe, ...] = ()
     recipe: str | None = None
 
+    @property
+    def is_run(self) -> bool:
+        """Whether there is more than the audit of a model that was made elsewhere."""
+        return self.audit is None or any((self.start, self.recipe, self.utility, self.privacy))
+
     @cached_property
     def clients(self) -> list[str]:
         """Members in their order: as announced, then any other that left a trace."""

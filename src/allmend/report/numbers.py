@@ -65,6 +65,8 @@ def signed(value: float) -> str:
 
 def power(value: float) -> str:
     """A small figure as a power of ten: 0.00001 → 10⁻⁵, 0.000003 → 3 × 10⁻⁶."""
+    if value == 0:
+        return "0"
     digits, _, exponent = f"{value:.1e}".partition("e")
     raised = "10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
     return raised if float(digits) == 1 else f"{digits.removesuffix('.0')} × {raised}"

@@ -22,16 +22,17 @@ from allmend.report.summary import summary
 from allmend.run import write_atomic
 
 FILE = "report.html"
-SECTIONS = (utility, learning, memorisation, privacy, exchange, records, provenance)
-CONTENTS = (
-    ("utility", "Utility"),
-    ("learning", "Learning"),
-    ("memorisation", "Memorisation"),
-    ("privacy", "Privacy"),
-    ("exchange", "Exchange"),
-    ("data", "Data"),
-    ("provenance", "Recipe"),
+SECTIONS = (
+    ("utility", "Utility", utility),
+    ("learning", "Learning", learning),
+    ("memorisation", "Memorisation", memorisation),
+    ("privacy", "Privacy", privacy),
+    ("exchange", "Exchange", exchange),
+    ("data", "Data", records),
+    ("provenance", "Recipe", provenance),
 )
+OF_AN_AUDIT = ("memorisation", "provenance")
+"""Sections of a page about a model that was made elsewhere."""
 
 
 def write_report(run: Path | str) -> Path:
@@ -50,8 +51,8 @@ def write_report(run: Path | str) -> Path:
 
 def page(evidence: Evidence) -> str:
     """The whole page as text."""
-    parts = [section(evidence) for section in SECTIONS]
-    contents = [tag("li", tag("a", title, href=f"#{anchor}")) for anchor, title in CONTENTS]
+    shown = [part for part in SECTIONS if evidence.is_run or part[0] in OF_AN_AUDIT]
+    contents = [tag("li", tag("a", title, href=f"#{anchor}")) for anchor, title, _ in shown]
     own = files("allmend.report")
     return Template(own.joinpath("page.html").read_text()).substitute(
         title=text(f"{name(evidence)} · allmend"),
@@ -60,6 +61,6 @@ def page(evidence: Evidence) -> str:
         contents=join(contents),
         missing=missing(evidence) or "",
         summary=summary(evidence),
-        sections=join(parts),
+        sections=join(section(evidence) for *_, section in shown),
         script=Html(own.joinpath("page.js").read_text()),
     )

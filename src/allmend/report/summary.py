@@ -132,7 +132,9 @@ def _recited(evidence: Evidence, model: str) -> Finding | None:
     null, controls = hits(o.control.exact for o in found if o.control)
     verdict = max(o.verdict for o in found)
     shown = f"{numbers.count(out)} of {numbers.count(n)}"
-    sentence = f"Given the first {longest_prefix(evidence.audit)}, {model} recites {shown} planted canaries to the end"
+    sentence = (
+        f"Given the first {longest_prefix(evidence.audit)}, {model} recites {shown} planted canaries without an error"
+    )
     sentence += f", and {numbers.count(null)} of {numbers.count(controls)} controls" if controls else ""
     sentence += f": {verdict.words}."
     most = found[-1]

@@ -124,6 +124,13 @@ def test_the_noise_for_a_budget_is_the_least(rate: float | None, target: float) 
     assert float(f"{noise:.3e}") == noise  # what is printed with four digits keeps within the budget too
 
 
+def test_the_noise_never_costs_a_trifle_too_much() -> None:
+    for step in range(60):
+        noise = round(1.1 + 0.137 * step, 3)
+        target = epsilon(Release(noise), 9, DELTA) * (1 - 1e-9)  # so that this multiplier just misses it
+        assert noise < noise_for(rate=None, times=9, epsilon=target, delta=DELTA) <= noise + 0.002
+
+
 def test_the_noise_without_sampling_has_a_closed_form() -> None:
     noise = noise_for(rate=None, times=25, epsilon=1.0, delta=DELTA)
     one = brentq(lambda sigma: gaussian_epsilon(sigma, DELTA) - 1.0, 0.1, 100)

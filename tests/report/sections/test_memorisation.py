@@ -47,11 +47,24 @@ def probes(run: Path, edit: Callable[[dict[str, object]], dict[str, object]]) ->
 def test_answer_sets_canaries_beside_controls_and_base_model(run: Path) -> None:
     answers = [words(item) for item in section(run).findall("ul[@class='answers']/li")]
     assert answers[0].startswith(
-        f"{LEAKED}fedavg recites 6 of 36 planted canaries to the end when given their first 30 tokens; "
+        f"{LEAKED}fedavg recites 6 of 36 planted canaries without an error when given their first 30 tokens; "
         "0 of 36 controls; the base model 0 of 36."
     )
     assert answers[1].startswith(f"{SILENT}private recites 0 of 36")
     assert "a share of up to 24 % is not ruled out" in answers[1]
+
+
+def test_base_model_has_its_own_column(run: Path, change: Change) -> None:
+    audit = json.loads((run / "results/audit.json").read_bytes())
+    for e in audit["extraction"]:
+        if e["model"] == "base" and e["inserted"]:
+            e["exact"] = {"value": 1 / 12, "low": 0.01, "high": 0.35, "n": 12}
+    change("audit", extraction=audit["extraction"])
+    page = section(run)
+    (table,) = [t for t in page.iter("table") if words(t).startswith("What comes out after the first 30 tokens")]
+    assert [words(head) for head in table.iter("th")][2:5] == ["Recited: planted", "controls", "base model"]
+    assert all(words(row[4]).startswith("1 of 12") for row in table.findall("tbody/tr"))
+    assert "the base model 3 of 36" in words(page)
 
 
 def test_member_sees_its_own_leak_with_a_mark(run: Path) -> None:
@@ -62,7 +75,7 @@ def test_member_sees_its_own_leak_with_a_mark(run: Path) -> None:
     assert LEAKED in seen["injuries"]
     assert SILENT in seen["eye-and-ear"]
     assert (
-        "Whoever holds the model of fedavg can bring out planted canaries of injuries (3 of 9; with 10 copies; after "
+        "Whoever has fedavg can bring out planted canaries of injuries (3 of 9; with 10 copies; after "
         "20 tokens), musculoskeletal (3 of 9;" in words(section(run))
     )
     assert "Nothing came out of private for any member." in words(section(run))
@@ -81,6 +94,7 @@ def test_what_controls_say_as_well_was_guessed(run: Path, change: Change) -> Non
     assert GUESSED in text
     assert "says of canaries of injuries it says of their controls as well: guessed, not memorised" in text
     assert LEAKED not in text
+    assert "Whoever has fedavg" not in text
 
 
 def test_single_secrets_are_told_too(run: Path) -> None:
@@ -154,7 +168,9 @@ def test_refused_figures_have_their_reasons(run: Path, change: Change) -> None:
 )
 def test_says_whether_the_design_moved(run: Path, change: Change, changed: bool | None, says: str) -> None:
     change("audit", design_changed=changed)
-    assert says in words(section(run))
+    text = words(section(run))
+    assert says in text
+    assert ("▲ The design" in text) is bool(changed)
 
 
 def test_canary_that_was_not_learnt_from_is_a_warning(run: Path, change: Change) -> None:

@@ -95,4 +95,7 @@ def test_without_noise_there_is_no_figure(with_table: Callable[..., str]) -> Non
 
 
 def test_rounds_before_a_member_took_part_are_blank(with_table: Callable[..., str]) -> None:
-    assert "injuries fedavg – 2.00" in with_table(BUDGET.model_copy(update={"by_round": (None, 2.0)}))
+    text = with_table(BUDGET.model_copy(update={"by_round": (None, 2.0)}))
+    assert "injuries fedavg – 2.00" in text
+    assert "injuries, round 2 ε = 2.00" in text
+    assert "round 1 ε" not in text

@@ -43,7 +43,9 @@ def _answer(audit: AuditTable, model: str, found: Sequence[Outcome]) -> Html:
     verdict, most = max(o.verdict for o in found), found[-1]
     controls = [o.control.exact for o in found if o.control]
     untrained = [o.planted.exact for o in outcomes(audit, BASE)]
-    words = f" recites {_of(*(o.planted.exact for o in found))} planted canaries to the end when given their first "
+    words = (
+        f" recites {_of(*(o.planted.exact for o in found))} planted canaries without an error when given their first "
+    )
     words += f"{longest_prefix(audit)}; {_of(*controls)} controls" if controls else "; there are no controls"
     words += f"; the base model {_of(*untrained)}." if untrained else "; the base model was not asked."
     if (secrets := most.planted.secrets.get(ALL_SECRETS)) is not None:
@@ -99,7 +101,7 @@ def _told(model: str, members: Sequence[MemberOutcome]) -> Iterator[str]:
     whole, part = [m for m in serious if m.copies], [m for m in serious if not m.copies]
     guessed = [m for m in members if m.verdict is Verdict.GUESSED]
     if whole:
-        yield f"Whoever holds the model of {model} can bring out planted canaries of {_named(whole, _whole)}."
+        yield f"Whoever has {model} can bring out planted canaries of {_named(whole, _whole)}."
     if part:
         yield f"Single secrets, though no whole canary, come out of {model} for {_named(part, lambda m: m.client)}."
     if guessed:

@@ -90,7 +90,7 @@ def _shares(label: str, estimates: Iterable[Estimate]) -> Axis:
 MEASURES: tuple[tuple[str, str, Pick], ...] = (
     (
         "exact match",
-        "Share of canaries continued to the end without an error, always by the likeliest next token.",
+        "Share of canaries continued without an error, always by the likeliest next token.",
         lambda e: e.exact,
     ),
     (

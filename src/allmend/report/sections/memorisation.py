@@ -4,7 +4,7 @@ from allmend.report import numbers
 from allmend.report.charts import Axis, Point, Series, line_chart
 from allmend.report.evidence import Evidence
 from allmend.report.marks import legend
-from allmend.report.markup import Cell, Html, Rows, figure, join, measure, paragraph, section, table, tag
+from allmend.report.markup import Cell, Html, Rows, details, figure, join, measure, paragraph, section, table, tag
 from allmend.report.sections.answer import came_out, whose
 from allmend.report.sections.exposure import exposure
 from allmend.report.sections.extraction import copies_of, discoverable, extraction
@@ -13,6 +13,8 @@ from allmend.report.sections.utility import cell, look, titled
 from allmend.report.sections.views import views
 from allmend.results import AuditTable
 
+MOST_REASONS = 5
+"""Reasons of refused figures that are listed openly."""
 LIMITS = (
     (
         "Absence of extraction is not absence of memorisation.",
@@ -157,15 +159,14 @@ def _absent(parts: list[tuple[str, Html]], refused: tuple[str, ...]) -> Html | N
     if not lacking and not refused:
         return None
     words = f"Not part of this audit: {', '.join(lacking)}." if lacking else None
-    reasons = tag("ul", *(tag("li", reason) for reason in refused)) if refused else None
-    return tag(
-        "div",
-        tag("h3", "What is not here"),
-        paragraph(words) if words else None,
-        paragraph("Figures that the audit refused to give:") if refused else None,
-        reasons,
-        class_="absent",
-    )
+    reasons = tag("ul", *(tag("li", reason) for reason in refused))
+    told = "Figures that the audit refused to give"
+    if len(refused) > MOST_REASONS:
+        listed: Html | None = details(f"{told} ({len(refused)})", reasons)
+    else:
+        listed = join([paragraph(f"{told}:"), reasons]) if refused else None
+    heading = tag("h3", "What is not here")
+    return tag("div", heading, paragraph(words) if words else None, listed, class_="absent")
 
 
 def memorisation(evidence: Evidence) -> Html:

@@ -9,6 +9,8 @@ from allmend.report.markup import Cell, Html, Rows, code, details, join, paragra
 
 def state(evidence: Evidence) -> tuple[str, str]:
     """How the run ended: a word for the style sheet and words for the reader."""
+    if not evidence.is_run:
+        return "finished", "audit of a model"
     match evidence.end:
         case RunFinished():
             return "finished", "finished"
@@ -42,7 +44,7 @@ def head(evidence: Evidence) -> Html:
     pairs = [tag("div", tag("dt", term), tag("dd", value)) for term, value in facts]
     return join(
         [
-            paragraph("Allmend run report", class_="kicker"),
+            paragraph("Allmend run report" if evidence.is_run else "Allmend audit report", class_="kicker"),
             tag("h1", name(evidence)),
             paragraph(words, class_=f"state {kind}"),
             tag("dl", *pairs, class_="facts"),
@@ -53,6 +55,8 @@ def head(evidence: Evidence) -> Html:
 def missing(evidence: Evidence) -> Html | None:
     """What the run still owes, and what to type; None when nothing is missing."""
     kind, _ = state(evidence)
+    if not evidence.is_run:
+        return None
     lacks = []
     if evidence.start is None:
         lacks.append("The event log (events.jsonl) is missing or empty: no curves, no exchange, no data notes.")
@@ -106,4 +110,4 @@ def provenance(evidence: Evidence) -> Html:
     if seeds:
         parts.append(paragraph(f"Seeds of the measurements: {', '.join(seeds)}."))
     parts.append(paragraph("Folder: ", code(str(evidence.run)), f". Page written by allmend {__version__}."))
-    return section("provenance", "Recipe and versions", *parts)
+    return section("provenance", "Recipe and versions" if evidence.is_run else "Where the figures come from", *parts)
