@@ -10,7 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from allmend.errors import UserError
-from allmend.recipe import Recipe, RecipeError, key_lines, load_recipe, make_recipe, parse_recipe
+from allmend.recipe import (
+    Goldfish,
+    MemberPrivacy,
+    Privacy,
+    Recipe,
+    RecipeError,
+    key_lines,
+    load_recipe,
+    make_recipe,
+    parse_recipe,
+)
 
 CLIENTS = '[[clients]]\nname = "north"\ndata = "north.jsonl"\n[[clients]]\nname = "south"\ndata = "south.jsonl"\n'
 
@@ -29,6 +39,27 @@ positive = st.floats(min_value=1e-9, max_value=1e9)
 names = st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,20}\Z")
 
 
+noises = st.one_of(
+    st.fixed_dictionaries({"epsilon": positive}, optional={"noise_multiplier": positive, "clip": positive}),
+    st.fixed_dictionaries({"noise_multiplier": st.just(0.0) | positive}, optional={"delta": st.floats(1e-12, 0.5)}),
+    st.just({"noise_multiplier": 0.0, "clip": float("inf")}),
+)
+
+
+@st.composite
+def layers(draw: st.DrawFn) -> dict[str, Any]:
+    """A `[privacy]` of any layers."""
+    sections = {
+        "goldfish": st.fixed_dictionaries({}, optional={"k": st.integers(2, 99), "key": st.text("aä\"'\n")}),
+        "deduplicate": st.fixed_dictionaries({}, optional={"similarity": st.floats(0.01, 1.0)}),
+        "record": noises,
+        "member": noises,
+        "weight_noise": st.floats(0, 10),
+        "randomness": st.sampled_from(["seeded", "secure"]),
+    }
+    return draw(st.fixed_dictionaries({}, optional=sections))
+
+
 @st.composite
 def recipes(draw: st.DrawFn) -> dict[str, Any]:
     clients = draw(st.lists(names, min_size=1, max_size=4, unique_by=str.lower))
@@ -41,6 +72,7 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
     if length:
         train[length] = draw(positive if length == "local_epochs" else st.integers(1, 10**6))
     copies = draw(st.lists(st.integers(1, 50), min_size=1, max_size=3, unique=True))
+    privacy = draw(layers())
     return {
         "name": draw(names),
         "seed": draw(st.integers(0, 2**31 - 1)),
@@ -50,11 +82,21 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
         "adapter": {"targets": draw(st.just("all-linear") | st.lists(st.text("abc._", min_size=1), max_size=3))},
         "train": train,
         "strategy": {"name": "fedavg", "rounds": draw(st.integers(1, 99)), "participation": draw(positive)},
-        "compare": {"local": {"strategy": {"name": "local"}, "train": {"batch_size": draw(st.integers(1, 9))}}},
+        "compare": {
+            "local": {"strategy": {"name": "local"}, "train": {"batch_size": draw(st.integers(1, 9))}},
+            "other": {"privacy": draw(layers())},
+        },
+        "privacy": privacy,
         "canaries": {
             "copies": copies,
-            "pairs": draw(st.integers(1, 9) | st.just([2] * len(copies))),
+            "count": draw(st.integers(2, 9) | st.just([2] * len(copies))),
             "clients": draw(st.none() | st.just(clients)),
+        },
+        "audit": {
+            "prefix_tokens": draw(st.lists(st.integers(1, 99), max_size=3)),
+            "prefix_shares": draw(st.lists(st.floats(0.01, 0.99), min_size=1, max_size=3)),
+            "suffix_tokens": draw(st.none() | st.integers(1, 99)),
+            "exposure": draw(st.none() | st.lists(st.sampled_from(["ward", "record"]))),
         },
     }
 
@@ -149,7 +191,28 @@ def test_a_table_below_an_array_of_tables_belongs_to_its_last_element() -> None:
         (CLIENTS + "[compare.fedavg]\ntrain.batch_size = 1\n", "compare.fedavg", 7, "fedavg"),
         (CLIENTS + "[compare.base]\ntrain.batch_size = 1\n", "compare.base", 7, "base"),
         (CLIENTS + '[canaries]\nclients = ["west"]\n', "canaries.clients", 8, "west"),
-        (CLIENTS + "[canaries]\ncopies = [1, 3]\npairs = [1]\n", "canaries", 7, "pairs"),
+        (CLIENTS + "[canaries]\ncopies = [1, 3]\ncount = [2]\n", "canaries", 7, "1 entries for 2 numbers"),
+        (CLIENTS + '[canaries]\nkinds = ["letter", "letter"]\n', "canaries", 7, "twice"),
+        (CLIENTS + "[canaries]\ncount = 1\n", "canaries.count", 8, "2"),
+        (CLIENTS + "[audit]\nprefix_tokens = []\n", "audit", 7, "both empty"),
+        (CLIENTS + "[audit]\nprefix_shares = [1.0]\n", "audit.prefix_shares.0", 8, "less than 1"),
+        (CLIENTS.replace("south", "members", 1), "clients.1.name", 5, "stands for all clients"),
+        (CLIENTS + "[privacy.goldfish]\nk = 1\n", "privacy.goldfish.k", 8, "2"),
+        (CLIENTS + "[privacy.deduplicate]\nsimilarity = 0\n", "privacy.deduplicate.similarity", 8, "greater than 0"),
+        (CLIENTS + "[privacy.record]\nclip = 2\n", "privacy.record", 7, "give one of them"),
+        (CLIENTS + "[privacy.member]\nclip = inf\nepsilon = 3\n", "privacy.member", 7, "clip of inf"),
+        (CLIENTS + "[privacy.member]\nclip = inf\nnoise_multiplier = 1\n", "privacy.member", 7, "clip of inf"),
+        (CLIENTS + "[privacy.record]\nnoise_multiplier = 0\nepsilon = 3\n", "privacy.record", 7, "no epsilon"),
+        (CLIENTS + "[privacy.record]\nepsilon = inf\n", "privacy.record.epsilon", 8, "finite"),
+        (CLIENTS + "[privacy.record]\nepsilon = 1\ndelta = 1.0\n", "privacy.record.delta", 9, "less than 1"),
+        (CLIENTS + '[privacy.record]\nepsilon = 1\nsampling = "all"\n', "privacy.record.sampling", 9, "poisson"),
+        (CLIENTS + "[privacy.member]\nepsilon = 1\nquantile = 1.0\n", "privacy.member.quantile", 9, "less than 1"),
+        (CLIENTS + "[privacy]\nweight_noise = -0.1\n", "privacy.weight_noise", 8, "0"),
+        (CLIENTS + '[privacy]\nrandomness = "dice"\n', "privacy.randomness", 8, "secure"),
+        (CLIENTS + "[privacy.golfish]\nk = 4\n", "privacy.golfish", 7, "did you mean goldfish"),
+        (CLIENTS + "[compare.x.privacy.record]\nclip = 2\n", "compare.x.privacy.record", 7, "give one of them"),
+        (CLIENTS + "[compare.x.privacy.golfish]\n", "compare.x.privacy.golfish", 7, "did you mean goldfish"),
+        (CLIENTS + "[compare.x]\nadapter.rnak = 2\n", "compare.x.adapter.rnak", 8, "did you mean rank"),
         (CLIENTS + "[canaries]\ncopies = [3, 3]\n", "canaries", 7, "twice"),
         (CLIENTS + '[audit]\nmodels = ["local"]\n', "audit.models", 8, "local"),
         (CLIENTS + "[strategy]\nrounds = 0\n", "strategy.rounds", 8, "1"),
@@ -226,6 +289,51 @@ train.local_steps = 3
     assert arms["short"].train.learning_rate == 0.5
 
 
+def test_an_arm_with_privacy_of_its_own_has_those_layers_alone() -> None:
+    recipe = parse_recipe(
+        CLIENTS
+        + """
+[privacy]
+weight_noise = 0.5
+randomness = "secure"
+goldfish = { k = 7 }
+[privacy.record]
+epsilon = 2
+[compare.same]
+train.batch_size = 1
+[compare.none.privacy]
+[compare.other.privacy.member]
+noise_multiplier = 1
+"""
+    )
+    arms = {name: arm.privacy for name, arm in recipe.arms().items()}
+    assert arms["fedavg"] == arms["same"] == recipe.privacy
+    assert recipe.privacy.goldfish == Goldfish(k=7)
+    assert arms["none"] == Privacy()
+    assert arms["other"] == Privacy(member=MemberPrivacy(noise_multiplier=1.0))
+
+
+def test_the_digest_depends_on_every_layer_and_on_the_audit() -> None:
+    sections = (
+        "",
+        "[privacy.goldfish]\n",
+        "[privacy.goldfish]\nk = 5\n",
+        "[privacy.deduplicate]\n",
+        "[privacy.record]\nepsilon = 1\n",
+        "[privacy.member]\nepsilon = 1\n",
+        "[privacy]\nweight_noise = 0.1\n",
+        '[privacy]\nrandomness = "secure"\n',
+        "[compare.x.privacy]\n",
+        "[compare.x]\n",
+        "[canaries]\n",
+        "[canaries]\ncount = 9\n",
+        "[audit]\ndraws = [2]\n",
+    )
+    recipes = [parse_recipe(CLIENTS + section) for section in sections]
+    assert len({recipe.digest() for recipe in recipes}) == len(recipes)
+    assert len({recipe.audit.digest() for recipe in recipes}) == 2  # only the last is another design
+
+
 def test_types_are_not_coerced() -> None:
     client = {"name": "n", "data": "d"}
     for train in ({"batch_size": 2.0}, {"batch_size": "2"}, {"batch_size": True}, {"learning_rate": "0.1"}):
@@ -235,10 +343,10 @@ def test_types_are_not_coerced() -> None:
 
 
 def test_the_wrong_member_of_a_union_is_not_told(tmp_path: Path) -> None:
-    found = problems(CLIENTS + "[canaries]\ncopies = [1, 2]\npairs = [1, 0]\n", tmp_path)
-    assert set(found) == {"canaries.pairs.1"}
-    found = problems(CLIENTS + '[canaries]\npairs = "x"\n', tmp_path)
-    assert set(found) == {"canaries.pairs"}
+    found = problems(CLIENTS + "[canaries]\ncopies = [1, 2]\ncount = [2, 0]\n", tmp_path)
+    assert set(found) == {"canaries.count.1"}
+    found = problems(CLIENTS + '[canaries]\ncount = "x"\n', tmp_path)
+    assert set(found) == {"canaries.count"}
 
 
 @pytest.mark.parametrize("damage", ["missing", "folder", "binary", "toml"])

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from allmend.errors import UserError
 
 if TYPE_CHECKING:
-    from allmend.life import audit_run, resume, tune
+    from allmend.auditing import audit_folder, audit_run, compare_runs, mine
+    from allmend.life import resume, tune
     from allmend.models.load import LoadedModel, load_model
     from allmend.recipe import Recipe, load_recipe, make_recipe
     from allmend.report.page import write_report
@@ -29,10 +30,13 @@ __all__ = [
     "RunFolder",
     "UserError",
     "__version__",
+    "audit_folder",
     "audit_run",
+    "compare_runs",
     "load_model",
     "load_recipe",
     "make_recipe",
+    "mine",
     "resume",
     "tune",
     "write_report",
@@ -42,10 +46,13 @@ _WHERE = {
     "LoadedModel": "allmend.models.load",
     "Recipe": "allmend.recipe",
     "RunFolder": "allmend.run",
-    "audit_run": "allmend.life",
+    "audit_folder": "allmend.auditing",
+    "audit_run": "allmend.auditing",
+    "compare_runs": "allmend.auditing",
     "load_model": "allmend.models.load",
     "load_recipe": "allmend.recipe",
     "make_recipe": "allmend.recipe",
+    "mine": "allmend.auditing",
     "resume": "allmend.life",
     "tune": "allmend.life",
     "write_report": "allmend.report.page",

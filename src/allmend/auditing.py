@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -25,7 +26,7 @@ from allmend.data.splits import uniform
 from allmend.errors import UserError
 from allmend.events import RoundDone
 from allmend.federation.arm import Training, trainable_of
-from allmend.federation.privacy.ledger import MEMBERS, open_ledger
+from allmend.federation.privacy.ledger import open_ledger
 from allmend.federation.strategies import STRATEGIES
 from allmend.learn.scores import read_scores
 from allmend.meter import Meter
@@ -38,6 +39,7 @@ from allmend.report.card import memorisation_card, write_card
 from allmend.report.page import write_report
 from allmend.results import (
     BASE,
+    MEMBERS,
     AuditTable,
     Budget,
     Comparison,
@@ -173,7 +175,7 @@ def audit_arms(run: RunFolder, prepared: Prepared, log: EventLog, settings: Audi
 
 
 def _table(findings: Sequence[Findings], canaries: Sequence[Canary], seed: int, **more: Any) -> AuditTable:
-    rows = {
+    rows: dict[str, Any] = {
         name: tuple(row for found in findings for row in getattr(found, name))
         for name in ("extraction", "gaps", "discoverable", "exposure", "membership", "epsilon", "refused")
     }
@@ -280,10 +282,12 @@ def privacy_table(run: RunFolder, prepared: Prepared) -> PrivacyTable:
     layers, budgets = {}, {}
     history = run.history()
     for name, arm in prepared.recipe.arms().items():
-        parties, whole = prepared.parties(arm)
+        parties, whole = prepared.protected(arm)
         rounds = [event for event in history if isinstance(event, RoundDone) and event.arm == name]
         found = []
         for party, account in open_ledger(whole, parties).accounts.items():
+            if account.settings.clip == math.inf:  # neither clip nor noise: training as without the layer
+                continue
             by_round = tuple(event.epsilon.get(party) for event in rounds)
             took_part = sum(party == MEMBERS or party in event.clients for event in rounds)
             spent = account.epsilon(took_part)
@@ -291,7 +295,7 @@ def privacy_table(run: RunFolder, prepared: Prepared) -> PrivacyTable:
                 Budget(
                     unit=account.unit,
                     client=None if party == MEMBERS else party,
-                    epsilon=spent if account.release.noise_multiplier else None,
+                    epsilon=spent if math.isfinite(spent) else None,
                     delta=account.settings.delta,
                     noise_multiplier=account.release.noise_multiplier,
                     clip=account.settings.clip,

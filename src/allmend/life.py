@@ -136,7 +136,8 @@ def rehearse(recipe: Recipe, base: Path | str = ".") -> tuple[Prepared, list[Dis
     disclosures = []
     for arm in recipe.arms().values():
         strategy = strategy_of(arm, seed=recipe.seed)
-        ledger = open_ledger(arm, prepared.parties(arm)[0])
+        members, whole = prepared.protected(arm)
+        ledger = open_ledger(whole, members)
         with trainable_of(prepared.model, arm.adapter, seed=recipe.seed) as trainable:
             message = nbytes(trainable.parameters())
             disclosures.append(

@@ -22,14 +22,15 @@ from allmend.data.splits import uniform
 from allmend.errors import UserError
 from allmend.federation.arm import strategy_of
 from allmend.federation.member import Member
-from allmend.federation.privacy.ledger import MEMBERS, open_ledger
+from allmend.federation.privacy.layers import protected
+from allmend.federation.privacy.ledger import open_ledger
 from allmend.federation.strategies import STRATEGIES, options_of
 from allmend.models.adapters import check_lora
 from allmend.models.attention import packs
 from allmend.models.load import LoadedModel, linear_layers, load_model
 from allmend.models.sources import resolve
 from allmend.recipe import Arm, Problem, Recipe, RecipeError, parse_recipe
-from allmend.results import POOLED
+from allmend.results import MEMBERS, POOLED
 from allmend.run import RunFolder
 
 _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -76,6 +77,11 @@ class Prepared:
             steps = arm.train.local_steps * len(self.members)
             arm = replace(arm, train=arm.train.model_copy(update={"local_steps": steps}))
         return [Member(POOLED, records, _seed(self.recipe.seed, POOLED))], arm
+
+    def protected(self, arm: Arm) -> tuple[Sequence[Member], Arm]:
+        """`parties` with the records that the arm's guarantees are about: those that its layers leave for training."""
+        members, arm = self.parties(arm)
+        return protected(members, arm.privacy)[0] if arm.privacy.record else members, arm
 
 
 def check(recipe: Recipe, base: Path, *, model: LoadedModel | None = None) -> None:
@@ -128,6 +134,8 @@ def _strategy_problems(arm: Arm, key: tuple[str, ...], seed: int) -> list[Proble
         strategy_of(arm, seed=seed)
     except (ValueError, TypeError) as error:
         return [Problem(key, str(error))]
+    except UserError as error:  # the members' budget
+        return [Problem((*key[:-1], "privacy", "member", "epsilon"), f"{error.what}. {error.hint}")]
     return []
 
 
@@ -247,7 +255,7 @@ def threads(recipe: Recipe) -> Iterator[None]:
 def _warnings(prepared: Prepared) -> Iterable[str]:
     """What is weaker than it looks in the arms' guarantees; opening the ledgers also shows that one round fits."""
     for arm in prepared.recipe.arms().values():
-        parties, arm = prepared.parties(arm)
+        parties, arm = prepared.protected(arm)
         for name, account in open_ledger(arm, parties).accounts.items():
             units = len(parties) if name == MEMBERS else len(next(p for p in parties if p.name == name).records)
             whose = "members" if name == MEMBERS else f"records of client {name!r}"

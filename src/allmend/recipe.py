@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from pydantic_core import PydanticCustomError
 
 from allmend.errors import UserError
-from allmend.results import BASE, POOLED
+from allmend.results import BASE, MEMBERS, POOLED
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 """Names of runs, clients and arms are used in file names: letters, digits, dot, dash and underscore."""
@@ -338,8 +338,8 @@ class Recipe(Section):
         for index, name in enumerate(names):
             if name in names[:index]:
                 yield ("clients", index, "name"), f"another client has this name: {self.clients[index].name!r}"
-            if name == POOLED:
-                yield ("clients", index, "name"), f"{POOLED!r} stands for the records of all clients: name it otherwise"
+            if name in (POOLED, MEMBERS):
+                yield ("clients", index, "name"), f"{name!r} stands for all clients in the tables: name it otherwise"
         taken = {self.strategy.name.lower(), BASE}
         for name in self.compare:
             if name.lower() in taken:
@@ -549,7 +549,7 @@ def _problems(error: ValidationError, prefix: Key = ()) -> list[Problem]:
             return list(detail["ctx"]["problems"])  # only a recipe whose sections are valid is looked at as a whole
         message = _message(detail["type"], detail["msg"].removeprefix("Value error, "))
         if detail["type"] == "extra_forbidden":
-            message += _near(detail["loc"])
+            message += _near((*prefix[-1:], *detail["loc"]))
         if detail["type"] != "extra_forbidden" and isinstance(given := detail["input"], str | int | float | bool):
             message += f", got {json.dumps(given, ensure_ascii=False)}"
         # a union reports one error for each of its members, under names that are no keys of the file

@@ -12,6 +12,9 @@ POOLED = "pooled"
 BASE = "base"
 """Name of the model before any tuning."""
 
+MEMBERS = "members"
+"""Name of the account of the guarantee for members, among those of clients' records."""
+
 
 class Table(BaseModel):
     """Base of all tables: unknown keys are an error, values do not change after construction."""

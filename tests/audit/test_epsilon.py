@@ -154,11 +154,11 @@ def test_the_order_of_canaries_does_not_matter() -> None:
 
 def test_what_the_table_says() -> None:
     found = epsilon_bound(
-        [3.0, 2.0, 1.0, 0.0],
-        [True, False, True, False],
+        list(range(30)),
+        [place >= 15 for place in range(30)],
         model="fedavg",
         copies=10,
-        delta=1e-5,
+        delta=1e-3,
         confidence=0.9,
         accounted=2.5,
         score="loss",
@@ -166,12 +166,12 @@ def test_what_the_table_says() -> None:
     assert found == EpsilonBound(
         model="fedavg",
         copies=10,
-        epsilon=found.epsilon,
-        delta=1e-5,
+        epsilon=lower_bound(20, 20, coins=30, delta=1e-3, confidence=0.9),
+        delta=1e-3,
         confidence=0.9,
-        guesses=2,
-        right=2,
-        canaries=4,
+        guesses=20,
+        right=20,
+        canaries=30,
         accounted=2.5,
         score="loss",
     )

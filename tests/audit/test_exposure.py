@@ -83,12 +83,12 @@ def test_candidates_are_read_as_if_alone(
     assert (len(told) == 1) == (tokens_per_pass >= 64)
 
 
-@pytest.mark.parametrize("tokens_per_pass", range(8, 60))
+@pytest.mark.parametrize("tokens_per_pass", range(8, 60, 3))
 def test_passes_are_filled_up_to_their_limit(
     tiny_model: LlamaForCausalLM, encoder: Encoder, tokens_per_pass: int
 ) -> None:
     told: list[int] = []
-    values = [ward for ward in WARDS if len(ward) == 3][:50]
+    values = [ward for ward in WARDS if len(ward) == 3][::2][:50]
     expose(
         tiny_model,
         encoder,
@@ -119,12 +119,15 @@ def test_the_prompt_is_what_all_candidates_begin_with(
 def test_a_secret_with_nothing_before_it(make_tiny_tokenizer: MakeTokenizer, tiny_model: LlamaForCausalLM) -> None:
     tokenizer = make_tiny_tokenizer(special=["<eos>", "<bos>"])
     secret = SecretSpan(0, 4, "place", 1.0)
-    with pytest.raises(UserError, match="nothing stands before the secret 'place'"):
-        expose(tiny_model, Encoder(tokenizer, "plain", 99), TEXT, secret, ["Room", "Wing"], values=3)
+    assert expose(tiny_model, Encoder(tokenizer, "plain", 99), TEXT, secret, ["Room", "Wing"], values=3) is None
+    # but where they all begin with the same token, that one predicts the rest
+    found = expose(tiny_model, Encoder(tokenizer, "plain", 99), TEXT, secret, ["Wing"], values=2)
+    assert found is not None
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", tokenizer.convert_tokens_to_ids("<bos>"))]
     )
     found = expose(tiny_model, Encoder(tokenizer, "plain", 99), TEXT, secret, ["Room", "Wing"], values=3)
+    assert found is not None
     assert found.compared == 3
 
 
@@ -287,9 +290,11 @@ def test_a_fit_reaches_beyond_the_sample_as_the_distribution_does() -> None:
             assert one.bits == math.log2(1001)
             found.append(one.fitted / -math.log2(share))
     assert fmean(found) == pytest.approx(1, abs=0.1)
-    for values in range(1001, 1501):
-        extremes = (exposure(true, sample, slot="s", values=values + 1).fitted for true in (100.0, -100.0))
-        assert list(map(str, extremes)) == [str(math.log2(values + 1)), "0.0"]  # neither rounding nor a minus sign
+    size = next(n for n in range(1002, 9999) if -math.log2(1 / n) > math.log2(n))  # where rounding leads past the bound
+    most = exposure(100.0, sample, slot="s", values=size).fitted
+    assert most is not None
+    assert math.log2(size) - 1e-9 <= most <= math.log2(size)
+    assert str(exposure(-100.0, sample, slot="s", values=10**8).fitted) == "0.0"
 
 
 def ill_shaped() -> Iterable[torch.Tensor]:
@@ -324,7 +329,7 @@ def test_rows_go_by_copies_group_and_slot() -> None:
         [SecretExposure("ward", 16, 16, 1.0)],
         [SecretExposure("ward", 16, 16, 4.0), SecretExposure("record", 10**8, 1001, 9.0, 20.0)],
         [SecretExposure("ward", 16, 16, 3.0), SecretExposure("record", 10**8, 1000, 8.0, 8.0, poor_fit=True)],
-        [],
+        [None],
     ]
     record, ward, control = exposure_rows("base", canaries, found)
     assert (record.model, record.copies, record.inserted, record.slot) == ("base", 1, True, "record")

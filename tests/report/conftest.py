@@ -4,6 +4,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import pyarrow
@@ -190,7 +191,8 @@ EACH = 3
 """Canaries, and as many controls, of each client and number of copies."""
 
 
-def probes(clients: Sequence[str]) -> list[dict[str, object]]:
+@cache
+def probes(clients: tuple[str, ...]) -> list[dict[str, object]]:
     """A row a probe: `fedavg` brings out canaries with ten copies of the first two clients, no control ever."""
     rows: list[dict[str, object]] = []
     for model, keeps in MODELS.items():
@@ -251,7 +253,8 @@ def _extraction(rows: Sequence[dict[str, object]]) -> list[Extraction]:
     return found
 
 
-def audit(clients: Sequence[str] = tuple(CLIENTS)) -> AuditTable:
+@cache
+def audit(clients: tuple[str, ...] = tuple(CLIENTS)) -> AuditTable:
     n = EACH * len(clients)
     gaps, draws, exposures, memberships, bounds, looks, learnt = [], [], [], [], [], [], []
     for model, keeps in MODELS.items():
@@ -420,9 +423,11 @@ def fill(
         (run / "recipe.toml").write_text(recipe)
     if measured:
         (run / "results" / "utility.json").write_text(utility(clients, dice).model_dump_json())
-        (run / "results" / "audit.json").write_text(audit(clients).model_dump_json())
+        (run / "results" / "audit.json").write_text(audit(tuple(clients)).model_dump_json())
         (run / "results" / "privacy.json").write_text(privacy(clients, rounds).model_dump_json())
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(probes(clients)), run / "results" / "audit.parquet")
+        pyarrow.parquet.write_table(
+            pyarrow.Table.from_pylist(probes(tuple(clients))), run / "results" / "audit.parquet"
+        )
     return run
 
 

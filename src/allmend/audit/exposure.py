@@ -62,8 +62,8 @@ def expose(
     values: int,
     tokens_per_pass: int = 512,
     on_tokens: Callable[[int], None] = lambda tokens: None,
-) -> SecretExposure:
-    """Rank a text's secret among candidates for its place.
+) -> SecretExposure | None:
+    """Rank a text's secret among candidates for its place; None where nothing stands before it to predict it from.
 
     Args:
         model: a causal language model in evaluation mode.
@@ -77,7 +77,7 @@ def expose(
         on_tokens: told the tokens of each pass.
 
     Raises:
-        UserError: the secret is none of its possible values, begins the text, or gets a likelihood that is no number.
+        UserError: the secret is none of its possible values, or gets a likelihood that is no number.
     """
     true = text[secret.start : secret.end]
     others = list(dict.fromkeys(value for value in candidates if value != true))
@@ -90,6 +90,8 @@ def expose(
     likelihood = value_likelihoods(
         model, encoder, text, secret, [true, *others], tokens_per_pass=tokens_per_pass, on_tokens=on_tokens
     )
+    if likelihood is None:
+        return None
     return exposure(likelihood[0].item(), likelihood[1:], slot=secret.slot, values=values)
 
 
@@ -103,24 +105,23 @@ def value_likelihoods(
     *,
     tokens_per_pass: int = 512,
     on_tokens: Callable[[int], None] = lambda tokens: None,
-) -> torch.Tensor:
+) -> torch.Tensor | None:
     """log-likelihood of each candidate in the secret's place, given the text before it (nats), float64 [candidates].
 
     The text is tokenised whole with each candidate, since a value's ends may merge with what surrounds them, and cut
     behind the last token that holds a part of the value. The tokens that all candidates begin with are the prompt; the
-    likelihood is that of those behind it. Candidates share a pass as branches of one trunk.
+    likelihood is that of those behind it. Candidates share a pass as branches of one trunk. There is none (None) where
+    not even the first token is common to all: nothing predicts a text's first token.
 
     Raises:
-        UserError: not even a first token is common to all candidates, so that nothing predicts them, or a likelihood
-            is no finite number.
+        UserError: a likelihood is no finite number.
     """
     paths = [_path(encoder, text, secret, candidate) for candidate in candidates]
     shared = next(
         (at for at, tokens in enumerate(zip(*paths, strict=False)) if len(set(tokens)) > 1), min(map(len, paths))
     )
     if not shared:
-        what = f"nothing stands before the secret {secret.slot!r} that it could be predicted from"
-        raise UserError(what, where="canaries", hint="Leave this secret out of the audit of exposure.")
+        return None
     branches = [path[shared:] for path in paths]
     chunks = _chunks([len(branch) for branch in branches], tokens_per_pass - shared)
     trees = [_tree(paths[0][:shared], [branches[index] for index in chunk]) for chunk in chunks]
@@ -210,17 +211,19 @@ def _fitted(perplexity: float, others: torch.Tensor, values: int) -> float | Non
     return min(math.log2(values), max(0.0, -math.log2(share)))
 
 
-def exposure_rows(model: str, canaries: Sequence[Canary], found: Sequence[Sequence[SecretExposure]]) -> list[Exposure]:
+def exposure_rows(
+    model: str, canaries: Sequence[Canary], found: Sequence[Sequence[SecretExposure | None]]
+) -> list[Exposure]:
     """The audit table's rows: by number of copies, inserted canaries and controls apart, and by slot.
 
     Args:
         model: its name.
         canaries: inserted ones and controls.
-        found: of each canary, the exposure of those of its secrets that were measured.
+        found: of each canary, the exposure of its secrets; None for one that could not be measured.
     """
     cells: dict[tuple[int, bool, str, int], list[SecretExposure]] = {}
     for canary, secrets in zip(canaries, found, strict=True):
-        for one in secrets:
+        for one in filter(None, secrets):
             cells.setdefault((canary.copies, not canary.inserted, one.slot, one.values), []).append(one)
     rows = []
     for (copies, control, slot, values), cell in sorted(cells.items()):

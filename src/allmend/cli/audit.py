@@ -51,7 +51,7 @@ def audit(
     from allmend.recipe import Audit
 
     console = Console()
-    changes = {"prefix_tokens": prefix} if prefix else {}
+    changes: dict[str, Any] = {"prefix_tokens": prefix} if prefix else {}
     if RunFolder(Path(what)).marker.exists():
         run = Path(what)
         for name, value in (("--adapter", adapter), ("--reference", reference)):

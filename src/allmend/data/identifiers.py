@@ -197,7 +197,7 @@ _FORMS = (
     _Form("credential", r"PIN(?<!\w...)(?: is)? ?[:=]? ?[0-9]{4,8}(?![0-9])"),
     _Form(
         "credential",
-        r"[AaPpSsTt](?<!\w.)(?i:ass(?:word|wd|phrase|code)|wd|oken|(?:pi|ccess|ecret|rivate)[ _-]?key)"
+        r"[AaPpSsTt](?<![A-Za-z].)(?i:ass(?:word|wd|phrase|code)|wd|oken|(?:pi|ccess|ecret|rivate)[ _-]?key)"
         rf"""\b["']?(?: is)? ?(?:[:=] ?{_VALUE}|{_MIXED})""",
     ),
     _Form(

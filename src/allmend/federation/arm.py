@@ -18,7 +18,7 @@ from allmend.federation.rounds import Observer, run_rounds
 from allmend.federation.strategies import build_strategy
 from allmend.federation.strategies.fedavg import FedAvg
 from allmend.federation.strategies.private_fedavg import PrivateFedAvg
-from allmend.learn.loop import Step, steps_per_round
+from allmend.learn.loop import Step, mean_loss, steps_per_round
 from allmend.learn.private import RecordNoise
 from allmend.meter import Meter
 from allmend.models.adapters import Trainable, add_lora, full, remove_lora
@@ -237,23 +237,22 @@ class _Watch:
 
     def on_step(self, client: str, turn: Turn, step: Step) -> None:
         self.steps.append(step)
-        self.emit(
-            StepDone(
-                arm=self.arm,
-                client=client,
-                round=turn.round,
-                step=step.number,
-                loss=step.loss,
-                learning_rate=step.learning_rate,
-                gradient_norm=step.gradient_norm,
-                tokens=step.tokens,
+        if step.loss is not None:  # a Poisson sample may be empty
+            self.emit(
+                StepDone(
+                    arm=self.arm,
+                    client=client,
+                    round=turn.round,
+                    step=step.number,
+                    loss=step.loss,
+                    learning_rate=step.learning_rate,
+                    gradient_norm=step.gradient_norm,
+                    tokens=step.tokens,
+                )
             )
-        )
         self.meter.add(step.tokens)
 
     def trained(self) -> tuple[int, float | None]:
         """Tokens since it was last asked, and the mean loss per target over them."""
         steps, self.steps = self.steps, []
-        targets = sum(step.targets for step in steps)
-        loss = sum(step.loss * step.targets for step in steps) / targets if targets else None
-        return sum(step.tokens for step in steps), loss
+        return sum(step.tokens for step in steps), mean_loss(steps)

@@ -48,7 +48,7 @@ class Checkpoints:
         older = self._folders()
         with folder_atomic(self.folder / f"round-{checkpoint.round:06d}") as beside:
             names = sorted(checkpoint.members)
-            about = {"round": checkpoint.round, "members": names, "took_part": checkpoint.took_part}
+            about: dict[str, JSON] = {"round": checkpoint.round, "members": names, "took_part": checkpoint.took_part}
             self._write(beside / _SERVER, checkpoint.server, about)
             for name, state in checkpoint.members.items():
                 self._write(_of_member(beside, name), state, {"round": checkpoint.round})

@@ -29,7 +29,7 @@ SECTIONS = (
     ("privacy", "Privacy", privacy),
     ("exchange", "Exchange", exchange),
     ("data", "Data", records),
-    ("provenance", "Recipe", provenance),
+    ("provenance", "Provenance", provenance),
 )
 OF_AN_AUDIT = ("memorisation", "provenance")
 """Sections of a page about a model that was made elsewhere."""

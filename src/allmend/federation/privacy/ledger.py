@@ -4,15 +4,12 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from allmend.federation.privacy.accounting import Release, epsilon, noise_for
-
 from allmend.errors import UserError
 from allmend.federation.member import Member
+from allmend.federation.privacy.accounting import Release, epsilon, noise_for
 from allmend.learn.loop import steps_per_round
 from allmend.recipe import Arm, MemberPrivacy, Noise, RecordPrivacy
-
-MEMBERS = "members"
-"""The account of the guarantee for members, among those of clients' records."""
+from allmend.results import MEMBERS
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,7 @@ def open_ledger(arm: Arm, members: Sequence[Member]) -> Ledger:
     Raises:
         UserError: not even one round fits into the budget.
     """
-    accounts = {}
+    accounts: dict[str, Account] = {}
     if arm.privacy.record is not None:
         accounts |= {member.name: _of_records(arm, arm.privacy.record, member) for member in members}
     if arm.privacy.member is not None:
@@ -97,7 +94,7 @@ def open_ledger(arm: Arm, members: Sequence[Member]) -> Ledger:
         if budget is not None and first > budget:
             raise UserError(
                 f"one round costs ε = {first:.3g}, more than the budget of {budget:g} (δ = {account.settings.delta:g})",
-                where=f"arm {arm.name!r}, {'members' if name == MEMBERS else f'client {name!r}'}",
+                where=_whose(arm, name),
                 hint="Raise epsilon or noise_multiplier, or take fewer or smaller steps in a round.",
             )
     return Ledger(accounts)
@@ -112,7 +109,7 @@ def member_account(arm: Arm, settings: MemberPrivacy) -> Account:
         if rate
         else "every member takes part in every round: no amplification by sampling"
     )
-    multiplier = _multiplier(settings, rate, arm.strategy.rounds)
+    multiplier = _multiplier(settings, rate, arm.strategy.rounds, _whose(arm, MEMBERS))
     return Account("member", settings, Release(multiplier, rate), lambda rounds: rounds, words, arm.strategy.rounds)
 
 
@@ -122,19 +119,26 @@ def _of_records(arm: Arm, settings: RecordPrivacy, member: Member) -> Account:
     if settings.sampling == "poisson":
         rate = min(1.0, arm.train.batch_size / records)
         words = f"each step draws every record with probability {rate:.3g}, independently (Poisson)"
-        multiplier = _multiplier(settings, rate, arm.strategy.rounds * steps)
+        multiplier = _multiplier(settings, rate, arm.strategy.rounds * steps, _whose(arm, member.name))
         return Account(
             "record", settings, Release(multiplier, rate), lambda rounds: rounds * steps, words, arm.strategy.rounds
         )
     per_epoch = math.ceil(records / arm.train.batch_size)
     passes: Callable[[int], int] = lambda rounds: math.ceil(rounds * steps / per_epoch)  # noqa: E731
     words = "records are shuffled, which is no Poisson sampling: every pass counts in full, without amplification"
-    multiplier = _multiplier(settings, None, passes(arm.strategy.rounds))
+    multiplier = _multiplier(settings, None, passes(arm.strategy.rounds), _whose(arm, member.name))
     return Account("record", settings, Release(multiplier, None), passes, words, arm.strategy.rounds)
 
 
-def _multiplier(settings: Noise, rate: float | None, times: int) -> float:
+def _multiplier(settings: Noise, rate: float | None, times: int, where: str) -> float:
     if settings.noise_multiplier is not None:
         return settings.noise_multiplier
     assert settings.epsilon is not None  # the recipe has one of the two
-    return noise_for(rate=rate, times=times, epsilon=settings.epsilon, delta=settings.delta)
+    try:
+        return noise_for(rate=rate, times=times, epsilon=settings.epsilon, delta=settings.delta)
+    except UserError as error:
+        raise UserError(error.what, where=where, hint=error.hint) from None
+
+
+def _whose(arm: Arm, account: str) -> str:
+    return f"arm {arm.name!r}, {'members' if account == MEMBERS else f'client {account!r}'}"

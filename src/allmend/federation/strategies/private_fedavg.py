@@ -17,6 +17,7 @@ from allmend.models.tensors import Tensors
 from allmend.strategy import (
     Client,
     Declaration,
+    Facts,
     Reply,
     Seen,
     State,
@@ -75,27 +76,27 @@ class PrivateFedAvg:
         return Declaration(sent="the shared parameters and the clip", summed=summed, numbers=frozenset({"within"}))
 
     def init(self, initial: Tensors) -> State:
-        return State(grouped("model", initial), {"clip": self.clip})
+        return State(grouped("model", initial), _clip_fact(self.clip))
 
     def plan(self, state: State, turn: Turn, members: Sequence[str]) -> dict[str, Task]:
         ordered = sorted(members)
         if self.participation < 1:
             drawn = self._source(turn, "members").uniform(len(ordered)) < self.participation
             ordered = [name for name, chosen in zip(ordered, drawn.tolist(), strict=True) if chosen]
-        return {name: Task(turn, of_group("model", state.tensors), {"clip": state.facts["clip"]}) for name in ordered}
+        return {name: Task(turn, of_group("model", state.tensors), dict(state.facts)) for name in ordered}
 
     def work(self, task: Task, client: Client) -> Reply:
         trained = client.train(task.tensors, task.turn)
         update = {name: tensor.double() - task.tensors[name].double() for name, tensor in trained.tensors.items()}
         norm = math.sqrt(sum(float(tensor.square().sum()) for tensor in update.values()))
-        clip = float(task.facts["clip"])
+        clip = _clip(task.facts)
         # a rounding error above 1 would break the bound
         scale = min(1.0, clip / norm * (1 - 1e-12)) if norm > 0 else 1.0
         within = {} if self.quantile is None else {"within": float(norm <= clip) - 0.5}
         return Reply(grouped("update", {name: tensor * scale for name, tensor in update.items()}), within)
 
     def combine(self, state: State, turn: Turn, sums: Sums, seen: Mapping[str, Seen]) -> State:
-        clip, expected = float(state.facts["clip"]), self.participation * turn.members
+        clip, expected = _clip(state.facts), self.participation * turn.members
         source = self._source(turn, "update")
         model: Tensors = {}
         for name, tensor in of_group("model", state.tensors).items():
@@ -104,7 +105,7 @@ class PrivateFedAvg:
             if self.noise_multiplier:
                 total = total + source.normal(tensor.shape) * (self._update_multiplier * clip)
             model[name] = (tensor + total / expected).to(tensor.dtype)
-        return State(grouped("model", model), {"clip": self._next_clip(clip, expected, sums, turn)})
+        return State(grouped("model", model), _clip_fact(self._next_clip(clip, expected, sums, turn)))
 
     def revealed(self, task: Task, reply: Reply) -> Tensors | None:
         update = of_group("update", reply.summed)
@@ -134,3 +135,12 @@ class PrivateFedAvg:
 
     def _source(self, turn: Turn, what: str) -> NoiseSource:
         return noise_source(self.randomness, self.seed, "fedavg", turn.round, what)
+
+
+def _clip_fact(clip: float) -> Facts:
+    """The clip as it is kept and sent: messages are JSON, which has no infinity."""
+    return {"clip": clip} if math.isfinite(clip) else {}
+
+
+def _clip(facts: Facts) -> float:
+    return float(facts.get("clip", math.inf))

@@ -55,7 +55,7 @@ def _guarantees(budgets: list[tuple[str, Budget]]) -> Html:
             _spent(b),
             Cell(numbers.power(b.delta), value=b.delta),
             Cell(numbers.number(b.noise_multiplier), value=b.noise_multiplier),
-            Cell(numbers.number(b.clip) if math.isfinite(b.clip) else "none", value=b.clip),
+            Cell(numbers.number(b.clip), value=b.clip),
             Cell(numbers.count(b.steps), value=b.steps),
             b.sampling,
         ]

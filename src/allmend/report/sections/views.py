@@ -79,8 +79,8 @@ def views(evidence: Evidence, audit: AuditTable) -> Html:
             f"Likelihood gap in what each party receives, {copies_of(most)}",
             tag("div", *charts, class_="charts"),
             note="Members receive the broadcast model. The coordinator receives each member’s update, or under secure "
-            "aggregation their sum alone. The gap of an update is that of the member’s own canaries. Bars are 95 % "
-            "intervals.",
+            "aggregation their sum alone. A line with a member’s name is its update, by its own canaries; “members” "
+            "is the broadcast model. Bars are 95 % intervals.",
         ),
         in_figures(table(caption, ["Model", "Round", "Who looks", "At what", "Copies", "Gap"], body), len(body)),
     )
