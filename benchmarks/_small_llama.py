@@ -51,12 +51,12 @@ class Pretraining:
     heads: int = 4
     positions: int = 512
     """Longest sequence; also the length of the packed sequences it is trained on."""
-    tokens: int = 3_000_000
+    tokens: int = 2_000_000
     """Seen in training; no more than one pass over the text."""
-    batch: int = 8
+    batch: int = 4
     """Sequences per step."""
     learning_rate: float = 2e-3
-    warmup_steps: int = 40
+    warmup_steps: int = 50
     weight_decay: float = 0.1
     seed: int = 0
 
@@ -97,8 +97,11 @@ def small_llama(cache: Path, *, data: Path, settings: Pretraining | None = None)
         flush=True,
     )
     model, speed = _pretrain(train, held_out, settings)
-    unigram = _unigram_loss(train, held_out, settings.vocabulary)
-    results = {"held_out_loss": _loss(model, held_out), "unigram_loss": unigram, "tokens_per_second": round(speed)}
+    losses = {
+        "held_out_loss": _loss(model, held_out),
+        "unigram_loss": _unigram_loss(train, held_out, settings.vocabulary),
+    }
+    results = {name: round(loss, 4) for name, loss in losses.items()} | {"tokens_per_second": round(speed)}
     print(json.dumps(results), flush=True)
     unfinished = Path(tempfile.mkdtemp(dir=cache, prefix=".unfinished-"))
     try:
@@ -149,8 +152,8 @@ def _digest(data: Path, settings: Pretraining) -> str:
 
 
 def _medquad(data: Path, name: str) -> list[dict[str, str]]:
-    lines = gzip.decompress((data / "medquad" / f"{name}.jsonl.gz").read_bytes()).decode().splitlines()
-    return [json.loads(line) for line in lines]
+    with gzip.open(data / "medquad" / f"{name}.jsonl.gz", "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
 
 def _rendered(record: dict[str, str]) -> str:
@@ -165,7 +168,7 @@ def _articles(text: str) -> list[str]:
 
 def _runs_of_words(text: str) -> Iterator[tuple[str, ...]]:
     words = re.findall(r"\w+", text.lower())
-    return (tuple(words[i : i + _SHARED_WORDS]) for i in range(len(words) - _SHARED_WORDS + 1))
+    return (tuple(words[i : i + _SHARED_WORDS]) for i in range(max(1, len(words) - _SHARED_WORDS + 1)))
 
 
 def _tokenizer(texts: Sequence[str], settings: Pretraining) -> PreTrainedTokenizerFast:
@@ -186,8 +189,8 @@ def _tokenizer(texts: Sequence[str], settings: Pretraining) -> PreTrainedTokeniz
 def _sequences(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], settings: Pretraining) -> torch.Tensor:
     """Documents in an order by the seed, end to end with an end mark behind each, int64 [sequences, positions]."""
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(settings.seed)).tolist()
-    encoded = tokenizer([texts[index] + _END for index in order], verbose=False)["input_ids"]
-    ids = torch.tensor([token for document in encoded for token in document])
+    encode = tokenizer.backend_tokenizer.encode
+    ids = torch.cat([torch.tensor(encode(texts[index] + _END).ids) for index in order])
     whole = len(ids) // settings.positions * settings.positions
     return ids[:whole].view(-1, settings.positions)
 
@@ -231,7 +234,7 @@ def _pretrain(train: torch.Tensor, held_out: torch.Tensor, settings: Pretraining
         adam.step()
         schedule.step()
         adam.zero_grad(set_to_none=True)
-        if step % 20 == 0 or step == steps:
+        if step % 50 == 0 or step == steps:
             speed = step * settings.batch * settings.positions / (time.perf_counter() - start)
             print(f"step {step:4} of {steps}: loss {loss.item():.3f}, {speed:,.0f} tokens/s", flush=True)
     speed = count * settings.positions / (time.perf_counter() - start)

@@ -274,10 +274,6 @@ class Audit(Section):
             raise ValueError("prefix_tokens and prefix_shares are both empty: name a length in one of them")
         return self
 
-    def digest(self) -> str:
-        """SHA-256 of the design, to tell whether it was changed after training."""
-        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
-
 
 class Engine(Section):
     workers: Annotated[int, Field(ge=0)] = 0

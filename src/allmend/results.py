@@ -99,7 +99,7 @@ class Extraction(Cell):
         bleu: mean BLEU of the continuation, in [0, 1].
         approximate: share of canaries with BLEU above 0.75.
         secrets: share of the secrets that lie wholly behind the prefix and stand in the continuation; by slot
-            (`name`, `record` …), and over all under the empty name.
+            (`name`, `record` …), and under the empty name the mean of the canaries' own shares.
     """
 
     prefix: str
@@ -134,7 +134,7 @@ class Exposure(Cell):
     Attributes:
         slot: which secret (`ward`, `record` …).
         values: number of possible values, |R|; exposure lies in [0, log2 |R|].
-        compared: values that the true one was ranked against; |R| where all were.
+        compared: values that were ranked, the true one among them; |R| where all were.
         exposure: bits, mean over canaries. Of a control it is 1.44 on average. Where values were sampled, this is the
             empirical bound, which cannot exceed log2 of `compared`.
         fitted: the same from a skew-normal fitted to the sampled values' likelihoods; None where all were ranked.
@@ -158,8 +158,8 @@ class Membership(Table):
         copies: of the canaries; None for records.
         score: `loss`, `ratio` (to the base model), `min-k`, `min-k++` or `zlib`.
         auc: area under the ROC curve, 0.5 for guessing; n counts members and non-members.
-        tpr_at_1, tpr_at_01: share of members found at 1 % and at 0.1 % false positives; None where there are too few
-            non-members for such a rate (100 and 1,000).
+        tpr_at_1, tpr_at_01: share of members found at 1 % and at 0.1 % false positives, n counts members; None where
+            there are too few non-members for such a rate (100 and 1,000).
     """
 
     model: str

@@ -14,7 +14,8 @@ from allmend.federation.checkpoint import Checkpoint, Checkpoints
 from allmend.federation.engines import Engine
 from allmend.federation.engines.in_process import InProcessEngine
 from allmend.federation.member import Member
-from allmend.federation.rounds import run_rounds
+from allmend.federation.privacy.ledger import NO_LEDGER, Ledger
+from allmend.federation.rounds import Observer, run_rounds
 from allmend.models.adapters import Trainable, add_lora
 from allmend.models.tensors import Tensors
 from allmend.recipe import Train
@@ -73,6 +74,7 @@ class Outcome:
 
     state: State
     states: dict[str, State]
+    took_part: dict[str, int]
     events: list[Event]
 
 
@@ -90,11 +92,13 @@ def run(tmp_path_factory: pytest.TempPathFactory, make_trainable: MakeTrainable)
         start: Checkpoint | None = None,
         folder: Path | None = None,
         trainable: Trainable | None = None,
+        ledger: Ledger = NO_LEDGER,
+        observe: Observer | None = None,
     ) -> Outcome:
         trainable = trainable or make_trainable()
         engine = engine or InProcessEngine(trainable, members, settings, lambda name, turn, step: None)
         events: list[Event] = []
-        state = run_rounds(
+        last = run_rounds(
             strategy,
             engine,
             start or Checkpoint(0, strategy.init(trainable.state()), {}),
@@ -103,8 +107,10 @@ def run(tmp_path_factory: pytest.TempPathFactory, make_trainable: MakeTrainable)
             checkpoints=Checkpoints(folder or tmp_path_factory.mktemp("arm"), "identity"),
             emit=events.append,
             tokens=lambda: (0, None),
+            ledger=ledger,
+            observe=observe,
         )
-        return Outcome(state, engine.states(), events)
+        return Outcome(last.server, last.members, last.took_part, events)
 
     return rounds
 

@@ -25,7 +25,8 @@ def checkpoint(round: int) -> Checkpoint:
         }
         return State(tensors, {"steps": round, "share": 0.1, "name": "ä", "flag": True})
 
-    return Checkpoint(round, state(), {"north": state(), "a.b-c_d": state(), "south": State()})
+    took_part = {"north": round, "a.b-c_d": 1}
+    return Checkpoint(round, state(), {"north": state(), "a.b-c_d": state(), "south": State()}, took_part)
 
 
 def same(first: Checkpoint | None, second: Checkpoint) -> bool:
@@ -38,7 +39,7 @@ def same(first: Checkpoint | None, second: Checkpoint) -> bool:
         return tensors and a.facts == b.facts
 
     return (
-        first.round == second.round
+        (first.round, first.took_part) == (second.round, second.took_part)
         and equal(first.server, second.server)
         and first.members.keys() == second.members.keys()
         and all(equal(first.members[name], second.members[name]) for name in second.members)

@@ -1,5 +1,6 @@
 """Rounds: what is sent and summed, what stops them, and that they go on where they stopped."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,16 +10,19 @@ import pytest
 import torch
 
 from allmend.errors import UserError
-from allmend.events import Event, RoundDone
+from allmend.events import Event, RoundDone, Warned
 from allmend.federation.checkpoint import Checkpoint, Checkpoints
 from allmend.federation.engines import Answer
 from allmend.federation.engines.in_process import InProcessEngine
+from allmend.federation.privacy.accounting import Release
+from allmend.federation.privacy.ledger import Account, Ledger
 from allmend.federation.rounds import run_rounds
 from allmend.federation.strategies.fedavg import FedAvg
 from allmend.federation.strategies.local import Local
-from allmend.models.tensors import nbytes
-from allmend.recipe import Train
-from allmend.strategy import Declaration, Reply, State, Strategy, Task
+from allmend.federation.strategies.private_fedavg import PrivateFedAvg
+from allmend.models.tensors import Tensors, nbytes
+from allmend.recipe import MemberPrivacy, Train
+from allmend.strategy import Declaration, Reply, State, Strategy, Task, of_group
 
 
 def equal(first: State, second: State) -> bool:
@@ -46,6 +50,7 @@ def test_rounds_from_any_checkpoint_end_at_the_same_bits(
         resumed = run(strategy, members, settings, rounds=4, start=start)
         assert equal(resumed.state, whole.state)
         assert all(equal(resumed.states[name], whole.states[name]) for name in whole.states)
+        assert resumed.took_part == whole.took_part
         assert [e.round for e in resumed.events if isinstance(e, RoundDone)] == list(range(stop + 1, 5))
 
 
@@ -68,6 +73,102 @@ def test_what_travels_is_counted(
         assert len(event.clients) == 2
         assert event.sent == event.received == dict.fromkeys(event.clients, size)
         assert 0 < event.training_seconds <= event.seconds
+
+
+def test_who_took_part_is_counted_and_kept(
+    run: Callable[..., Any], make_member: Callable[..., Any], settings: Train, tmp_path: Path
+) -> None:
+    members = [make_member(name) for name in ("a", "b", "c")]
+    outcome = run(FedAvg(participation=0.4), members, settings, rounds=2, folder=tmp_path)
+    told = Counter(name for event in outcome.events for name in event.clients)
+    assert outcome.took_part == told
+    assert sum(told.values()) == 2  # one in each round, so not all three equally often
+    newest = Checkpoints(tmp_path, "identity").newest()
+    assert newest is not None
+    assert newest.took_part == told
+
+
+# --- what can be seen of a round
+
+
+def test_an_observer_sees_each_members_model_and_the_new_shared_one(
+    run: Callable[..., Any], make_member: Callable[..., Any], settings: Train
+) -> None:
+    """What the replies reveal are the models whose weighted mean is sent to all."""
+    members = [make_member("a", records=2), make_member("b", records=5)]
+    seen: dict[tuple[int, str | None], Tensors] = {}
+    outcome = run(
+        FedAvg(), members, settings, rounds=2, observe=lambda round, name, model: seen.update({(round, name): model})
+    )
+    assert list(seen) == [(round, name) for round in (1, 2) for name in ("a", "b", None)]
+    for round in (1, 2):
+        for name, shared in seen[round, None].items():
+            mean = (2 * seen[round, "a"][name].double() + 5 * seen[round, "b"][name].double()) / 7
+            torch.testing.assert_close(shared.double(), mean, rtol=1e-5, atol=1e-7)
+    last = of_group("model", outcome.state.tensors)
+    assert all(torch.equal(tensor, last[name]) for name, tensor in seen[2, None].items())
+    none: list[object] = []
+    run(Local(), members, settings, rounds=1, observe=lambda *what: none.append(what))
+    assert none == []  # no parameter leaves a member
+
+
+# --- the ledger
+
+
+def account(name: str, *, releases: int = 1, epsilon: float | None = None) -> Account:
+    layer = MemberPrivacy(noise_multiplier=1.0, epsilon=epsilon, delta=1e-2)
+    return Account("member", layer, Release(1.0), lambda rounds: releases * rounds, name, 9)
+
+
+def test_each_clients_account_counts_the_rounds_that_it_took_part_in(
+    run: Callable[..., Any], make_member: Callable[..., Any], settings: Train
+) -> None:
+    names = ("a", "b", "c")
+    ledger = Ledger({name: account(name, releases=2) for name in names} | {"members": account("members")})
+    outcome = run(FedAvg(participation=0.4), [make_member(n) for n in names], settings, rounds=5, ledger=ledger)
+    took_part: Counter[str] = Counter()
+    for event in outcome.events:
+        took_part.update(event.clients)
+        price = {name: ledger.accounts[name].epsilon(took_part[name]) for name in names}
+        assert event.epsilon == price | {"members": ledger.accounts["members"].epsilon(event.round)}
+        assert event.loss is None
+    assert sum(took_part.values()) == 5  # one in each round, so not all three equally often
+
+
+@pytest.mark.parametrize("whose", ["a", "members"])
+def test_a_budget_ends_the_rounds_before_it_is_exceeded(
+    whose: str, run: Callable[..., Any], make_member: Callable[..., Any], settings: Train, tmp_path: Path
+) -> None:
+    """The client's account ends them before its own third round, the members' before the third of all."""
+    members = [make_member(name) for name in ("a", "b", "c")]
+    strategy = FedAvg(participation=0.4, seed=1)
+    free = run(strategy, members, settings, rounds=9)
+    mine = [event.round for event in free.events if whose == "members" or whose in event.clients]
+    ledger = Ledger({whose: account(whose, epsilon=account(whose).epsilon(2) + 1e-9)})
+    outcome = run(strategy, members, settings, rounds=9, ledger=ledger, folder=tmp_path)
+    *rounds, warned = outcome.events
+    assert [event.round for event in rounds] == list(range(1, mine[2]))
+    assert isinstance(warned, Warned)
+    assert f"after round {mine[2] - 1} of 9" in warned.message
+    assert whose in warned.message
+    kept = Checkpoints(tmp_path, "identity").newest()
+    assert kept is not None
+    assert (kept.round, kept.took_part) == (mine[2] - 1, outcome.took_part)
+    again = run(strategy, members, settings, rounds=9, ledger=ledger, start=kept)
+    assert again.events == [warned]
+    assert equal(again.state, outcome.state)
+
+
+def test_a_round_in_which_nobody_is_drawn_is_a_round(
+    run: Callable[..., Any], make_member: Callable[..., Any], settings: Train, make_trainable: Callable[..., Any]
+) -> None:
+    strategy = PrivateFedAvg(clip=1.0, noise_multiplier=1.0, participation=1e-9)
+    ledger = Ledger({"members": account("members")})
+    outcome = run(strategy, [make_member("a")], settings, rounds=2, ledger=ledger)
+    assert [(event.clients, event.sent, event.received) for event in outcome.events] == [([], {}, {})] * 2
+    assert [event.epsilon["members"] for event in outcome.events] == [account("").epsilon(1), account("").epsilon(2)]
+    initial = make_trainable().state()
+    assert all(not torch.equal(t, initial[n]) for n, t in of_group("model", outcome.state.tensors).items())  # noise
 
 
 @dataclass(frozen=True)

@@ -362,4 +362,5 @@ def _epsilon(
             copies=copies,
             delta=delta,
             accounted=accounted if copies == 1 else None,
+            score="loss" if reference is None else "ratio",
         )

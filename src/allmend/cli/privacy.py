@@ -1,5 +1,6 @@
 """`allmend privacy`: what a privacy budget costs, before anything is trained."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -7,17 +8,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from allmend.cli.figures import plain, points
 from allmend.errors import UserError
 
 if TYPE_CHECKING:
     from allmend.federation.privacy.plan import Plan
+    from allmend.pricing import NoiseCost
 
 app = typer.Typer(help="Differential privacy: what a budget costs.", no_args_is_help=True)
-
-
-@app.callback()
-def _privacy() -> None:
-    """Keeps `plan` a command of its own while it is the only one."""
 
 
 @app.command()
@@ -27,13 +25,17 @@ def plan(
     delta: Annotated[float, typer.Option(help="Probability with which the guarantee may fail.")] = 1e-5,
     clients: Annotated[int | None, typer.Option(help="Members in all: the guarantee is for a member.")] = None,
     fraction: Annotated[
-        float | None, typer.Option(help="Probability that a member takes part in a round.  [default: 1]")
+        float | None, typer.Option(help="Probability that a member takes part in a round; 1 if absent.")
     ] = None,
     records: Annotated[
         int | None, typer.Option(help="A client's training records: the guarantee is for a record.")
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Records per step, on average (with --records).")] = None,
     local_steps: Annotated[int | None, typer.Option(help="Steps in a round (with --records).")] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="A finished run: ask its held-out records with as much noise on its model.")
+    ] = None,
+    clip: Annotated[float | None, typer.Option(help="The clip to assume (with --run); a mean round's change.")] = None,
 ) -> None:
     """Find the noise that keeps a run within its budget, and show what other numbers would need.
 
@@ -43,10 +45,13 @@ def plan(
     """
     from allmend.federation.privacy.plan import plan_members, plan_records
 
-    _check_one_unit(
-        {"--clients": clients, "--fraction": fraction},
-        {"--records": records, "--batch-size": batch_size, "--local-steps": local_steps},
-    )
+    for_members = _given({"--clients": clients, "--fraction": fraction})
+    for_records = _given({"--records": records, "--batch-size": batch_size, "--local-steps": local_steps})
+    if for_members and for_records:
+        raise UserError(
+            f"{', '.join(for_members)} is about members, {', '.join(for_records)} about records",
+            hint="Plan the two guarantees one after the other.",
+        )
     if clients is not None:
         found = plan_members(
             clients=clients,
@@ -55,10 +60,7 @@ def plan(
             epsilon=target_epsilon,
             delta=delta,
         )
-    else:
-        assert records is not None
-        assert batch_size is not None
-        assert local_steps is not None
+    elif records is not None and batch_size is not None and local_steps is not None:
         found = plan_records(
             records=records,
             batch_size=batch_size,
@@ -67,25 +69,39 @@ def plan(
             epsilon=target_epsilon,
             delta=delta,
         )
-    _show(Console(), found)
+    else:
+        raise UserError(
+            "what to protect is not said, or not in full",
+            hint="Give --clients for members; --records, --batch-size and --local-steps for records.",
+        )
+    if run is not None and found.unit == "record":
+        raise UserError(
+            "what records' noise costs can only be seen by training with it: every step goes on from the last",
+            where="--run",
+            hint="Add an arm with [privacy.record] to the recipe.",
+        )
+    console = Console()
+    _show(console, found)
+    if run is not None:
+        from allmend.pricing import noise_cost
+
+        with console.status("asking the run's held-out records"):
+            cost = noise_cost(run, noise_on_average=found.need.noise_on_average, rounds=rounds, clip=clip)
+        _show_cost(console, cost)
 
 
-def _check_one_unit(members: dict[str, float | None], records: dict[str, float | None]) -> None:
-    """Options of one level alone, and all that it needs."""
-    for_members, for_records = (
-        [name for name, value in options.items() if value is not None] for options in (members, records)
+def _show_cost(console: Console, cost: "NoiseCost") -> None:
+    accuracy = f", accuracy {points(cost.accuracy)}" if cost.accuracy else ""
+    console.print(
+        f"\n[bold]On the run's model ({cost.arm}):[/bold] noise of length {cost.noise:.3g} beside a change of length "
+        f"{cost.change:.3g} by training, with a clip of {cost.clip:.3g}. On held-out records: log-perplexity "
+        f"{plain(cost.log_perplexity, '+.3f')} nats per token{accuracy}, paired. Clipping itself is not counted.",
+        highlight=False,
     )
-    if for_members and for_records:
-        raise UserError(
-            f"{', '.join(for_members)} is about members, {', '.join(for_records)} about records",
-            hint="Plan the two guarantees one after the other.",
-        )
-    missing = set(records if for_records else ["--clients"]) - {*for_members, *for_records}
-    if missing:
-        raise UserError(
-            f"the plan lacks {', '.join(name for name in (*members, *records) if name in missing)}",
-            hint="Give --clients for members, or --records, --batch-size and --local-steps for records.",
-        )
+
+
+def _given(options: dict[str, float | None]) -> list[str]:
+    return [name for name, value in options.items() if value is not None]
 
 
 def _show(console: Console, plan: "Plan") -> None:
@@ -93,7 +109,7 @@ def _show(console: Console, plan: "Plan") -> None:
     facts = Table.grid(padding=(0, 2))
     facts.add_row("Plan", plan.setting)
     facts.add_row("Budget", f"ε = {plan.epsilon:g} at δ = {plan.delta:g}")
-    facts.add_row("Noise", Text.assemble((f"{noise}", "bold"), f", under [privacy.{plan.unit}] of a recipe"))
+    facts.add_row("Noise", Text.assemble((noise, "bold"), f", under [privacy.{plan.unit}] of a recipe"))
     facts.add_row("Spent", "; ".join(f"ε = {spent:.3g} after round {round:,}" for round, spent in plan.spent.items()))
     facts.add_row("Meaning", plan.protects)
     for warning in plan.warnings:
@@ -108,6 +124,6 @@ def _show(console: Console, plan: "Plan") -> None:
     console.print(table)
     averaged = "members' updates" if plan.unit == "member" else "records' gradients"
     console.print(
-        f"Noise on the average: its standard deviation on every parameter of the average of {averaged}, in clips. "
-        "That average is no longer than one clip; noise on d parameters is about √d times as long as on one."
+        f"Noise on the average: its standard deviation on each parameter of the average of {averaged}, in clips. "
+        "That average is about one clip long at most; noise on d parameters is about √d times as long as on one."
     )

@@ -125,7 +125,11 @@ def _of_records(arm: Arm, settings: RecordPrivacy, member: Member) -> Account:
         )
     per_epoch = math.ceil(records / arm.train.batch_size)
     passes: Callable[[int], int] = lambda rounds: math.ceil(rounds * steps / per_epoch)  # noqa: E731
-    words = "records are shuffled, which is no Poisson sampling: every pass counts in full, without amplification"
+    # without a record, all batches behind it would shift: the bound is for one that is emptied in its place
+    words = (
+        "records are shuffled, which is no Poisson sampling: every pass counts in full, without amplification, and the "
+        "guarantee is against a record that is empty rather than absent"
+    )
     multiplier = _multiplier(settings, None, passes(arm.strategy.rounds), _whose(arm, member.name))
     return Account("record", settings, Release(multiplier, None), passes, words, arm.strategy.rounds)
 

@@ -152,9 +152,7 @@ def _check_budget(epsilon: float, delta: float) -> None:
     if not 0 < epsilon < math.inf:
         raise UserError(f"{epsilon:g} is no budget", where="epsilon", hint="Choose a number above 0.")
     if not 0 < delta < 1:
-        raise UserError(
-            f"δ is {delta:g}", where="delta", hint="It lies between 0 and 1; far below 1 / units protected."
-        )
+        raise UserError(f"{delta:g} is no δ", where="delta", hint="Choose a number above 0 and far below 1.")
 
 
 def _spent(release: Release, per_round: int, rounds: int, delta: float) -> dict[int, float]:
