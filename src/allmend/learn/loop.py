@@ -225,6 +225,7 @@ def _token_mean(trainable: Trainable, rows: Sequence[Row]) -> float:
         part = -log_likelihood(trainable.model, row.to(device)).sum() / targets
         part.backward()  # type: ignore[no-untyped-call]
         loss += part.item()
+        del part  # its graph would stay through the next row's pass
     return loss
 
 
@@ -237,6 +238,7 @@ def _record_mean(trainable: Trainable, rows: Sequence[Row], size: int) -> float:
         part, of_targets = record_loss(trainable.model, row.to(device))
         part.backward()  # type: ignore[no-untyped-call]
         losses += of_targets
+        del part  # its graph would stay through the next row's pass
     for parameter in parameters:
         if parameter.grad is not None:
             parameter.grad.div_(size)

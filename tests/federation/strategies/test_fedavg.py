@@ -67,7 +67,8 @@ def test_the_type_of_the_parameters_stays(make_toy: Callable[..., Any]) -> None:
 def test_a_loss_that_must_not_leave_does_not(make_toy: Callable[..., Any], make_quiet_toy: Callable[..., Any]) -> None:
     task = FedAvg().plan(FedAvg().init({"x": torch.ones(3)}), Turn(1, 0, 1), ["a"])["a"]
     loud, quiet = (FedAvg().work(task, make("a", 3)) for make in (make_toy, make_quiet_toy))
-    assert loud.summed_facts == quiet.summed_facts | {"loss": 3 * float(make_toy("a").step.sum())}
+    assert loud.summed_facts == {"weight": 3.0, "loss": 3 * float(make_toy("a").step.sum())}
+    assert quiet.summed_facts == {"weight": 3.0}
     assert torch.equal(loud.summed["update/x"], quiet.summed["update/x"])
 
 
