@@ -24,7 +24,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from _small_llama import small_llama
+from _small_llama import MEMBERS, small_llama
 
 from _measure import machine
 from allmend.events import Event, PhaseDone, Warned
@@ -34,7 +34,6 @@ from allmend.recipe import Recipe, make_recipe
 from allmend.results import BASE, POOLED, AuditTable, Estimate, Extraction, PrivacyTable, UtilityTable
 from allmend.run import RunFolder
 
-CLIENTS = ("cdc", "niddk", "ninds")
 ADAPTERS: dict[str, dict[str, Any]] = {
     "full": {"kind": "full"},
     "lora-qv": {"rank": 8, "targets": ["q_proj", "v_proj"]},
@@ -143,7 +142,7 @@ def recipe(plan: Plan, *, model: str, seed: int) -> Recipe:
                 "max_tokens": plan.tokens,
                 "fields": {"prompt": "question", "response": "answer"},
             },
-            "clients": [{"name": name, "data": f"{name}.jsonl"} for name in CLIENTS],
+            "clients": [{"name": name, "data": f"{name}.jsonl"} for name in MEMBERS],
             **sections(first),
             "strategy": {"name": "fedavg", "rounds": plan.rounds},
             "compare": {name: sections(way) for name, way in rest},
@@ -156,7 +155,7 @@ def recipe(plan: Plan, *, model: str, seed: int) -> Recipe:
 def write_clients(data: Path, folder: Path, plan: Plan, seed: int) -> None:
     """The first records of each client, in an order that the seed decides."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in CLIENTS:
+    for name in MEMBERS:
         with gzip.open(data / "medquad" / f"{name}.jsonl.gz", "rt") as lines:
             rows = [json.loads(line) for line in lines]
         random.Random(f"{seed}/{name}").shuffle(rows)

@@ -30,12 +30,13 @@ def protected(members: Sequence[Member], privacy: Privacy) -> tuple[list[Member]
         masked = [goldfish(member.records, settings) for member in members]
         members = [replace(member, records=records) for member, (records, _) in zip(members, masked, strict=True)]
         targets, dropped = sum(counts.targets for _, counts in masked), sum(counts.dropped for _, counts in masked)
-        short = sum(counts.short for _, counts in masked)
+        short, emptied = sum(counts.short for _, counts in masked), sum(counts.emptied for _, counts in masked)
         share = dropped / targets if targets else 0.0
         words.append(
             f"Goldfish loss (k = {settings.k}, h = {settings.context}, {settings.variant}): "
             f"{share:.1%} of {targets:,} tokens left out of the loss"
             + (f"; nothing in {short:,} records that are not longer than h" if short else "")
+            + (f"; everything in {emptied:,} records, which teach nothing" if emptied else "")
         )
     if privacy.weight_noise:
         words.append(f"weight noise: Gaussian, standard deviation {privacy.weight_noise:g}; no formal guarantee")
