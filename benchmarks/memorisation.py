@@ -24,9 +24,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from _small_llama import MEMBERS, small_llama
-
 from _measure import machine
+from _small_llama import MEMBERS, small_llama
 from allmend.events import Event, PhaseDone, Warned
 from allmend.intervals import mean, share
 from allmend.life import resume, tune
@@ -81,20 +80,20 @@ REAL = Plan(
 )
 QUICK = Plan(
     rates={
-        ("full", "plain"): (2e-4, 5e-4, 1e-3, 2e-3),
-        ("lora-qv", "plain"): (2e-3, 5e-3, 1e-2, 2e-2),
-        ("lora-all", "plain"): (1e-3, 2e-3, 5e-3, 1e-2),
-        ("full", "goldfish"): (5e-4, 1e-3),
-        ("lora-qv", "goldfish"): (5e-3, 1e-2),
-        ("lora-all", "goldfish"): (2e-3, 5e-3),
-        ("full", "private"): (5e-4, 1e-3),
-        ("lora-qv", "private"): (5e-3, 1e-2),
-        ("lora-all", "private"): (2e-3, 5e-3),
+        ("full", "plain"): (5e-4, 1e-3, 2e-3),
+        ("lora-qv", "plain"): (2e-3, 5e-3, 1e-2),
+        ("lora-all", "plain"): (1e-3, 2e-3, 5e-3),
+        ("full", "goldfish"): (2e-3,),
+        ("lora-qv", "goldfish"): (1e-2,),
+        ("lora-all", "goldfish"): (5e-3,),
+        ("full", "private"): (1e-3,),
+        ("lora-qv", "private"): (1e-2,),
+        ("lora-all", "private"): (5e-3,),
     },
-    records=45,
+    records=24,
     held_out=30,
-    rounds=4,
-    counts=(16, 16),
+    rounds=12,
+    counts=(8, 10),
     tokens=160,
 )
 

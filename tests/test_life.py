@@ -56,7 +56,7 @@ rounds = 3
 name = "local"
 [canaries]
 copies = [2]
-pairs = 1
+count = 6
 [audit]
 prefix_tokens = [5]
 [engine]

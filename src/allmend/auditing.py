@@ -17,7 +17,6 @@ from allmend.audit.compare import Audited, compare
 from allmend.audit.likelihood import read_texts
 from allmend.audit.memorisation import Findings, RecordGroup, audit_model, tokens_to_read
 from allmend.audit.mine import own_records
-from allmend.audit.probes import read_probes, write_probes
 from allmend.audit.views import view_rows
 from allmend.data.canaries import Canary, canary_of, read_canaries
 from allmend.data.chat import Encoded, Encoder
@@ -34,6 +33,7 @@ from allmend.models.adapters import applied
 from allmend.models.load import LoadedModel, load_model
 from allmend.models.tensors import read_tensors
 from allmend.prepare import Prepared, differs, prepare, prepare_model, read_frozen, threads
+from allmend.probes import read_probes, write_probes
 from allmend.recipe import Audit, Recipe
 from allmend.report.card import memorisation_card, write_card
 from allmend.report.page import write_report

@@ -212,12 +212,13 @@ def probes(clients: tuple[str, ...]) -> list[dict[str, object]]:
                                 "copies": copies,
                                 "inserted": inserted,
                                 "prefix": f"{prefix} tokens",
-                                "prefix_tokens": float(prefix),
+                                "prefix_tokens": prefix,
                                 "exact": out,
                                 "matched": 1.0 if out else 0.2,
                                 "bleu": 1.0 if out else 0.15,
                                 "secrets_out": secrets if out else int(number == 5 and copies == 3),
                                 "secrets": secrets,
+                                "log_discovered": -1.0 if out else -60.0,
                                 "log_likelihood": -3.1 + 0.3 * keeps * inserted * math.log1p(copies),
                             }
                         )

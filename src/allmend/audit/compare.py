@@ -8,9 +8,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from allmend.audit.probes import Probe
 from allmend.intervals import difference, paired_difference
 from allmend.learn.compare import ModelScores
+from allmend.probes import Probe
 from allmend.results import (
     POOLED,
     AuditTable,

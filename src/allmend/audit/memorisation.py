@@ -11,13 +11,13 @@ from allmend.audit.exposure import RANK_ALL, expose, exposure_rows
 from allmend.audit.extraction import Continuation, Prefix, Secret, continuations, extraction_rows, locate_secrets
 from allmend.audit.likelihood import Reading, Scheme, likelihood_gaps, read_texts
 from allmend.audit.membership import membership_rows, refusals, scores
-from allmend.audit.probes import Probe
 from allmend.data.canaries import Canary
 from allmend.data.canary_kinds import KINDS, number_of_values, possible_values, random_values
 from allmend.data.chat import Encoder
 from allmend.data.identifiers import count_identifiers
 from allmend.data.records import Record
 from allmend.errors import UserError
+from allmend.probes import Probe
 from allmend.recipe import Audit
 from allmend.results import (
     Discoverable,

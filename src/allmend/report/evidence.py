@@ -21,7 +21,7 @@ from allmend.events import (
     WorkDone,
     read_events,
 )
-from allmend.report.probes import Probe, read_probes
+from allmend.probes import Probe, read_probes
 from allmend.results import BASE, POOLED, AuditTable, Difference, PrivacyTable, Utility, UtilityTable
 from allmend.run import RunFolder
 
@@ -166,7 +166,7 @@ def read_evidence(run: Path) -> Evidence:
             utility=folder.read_table("utility", UtilityTable),
             audit=folder.read_table("audit", AuditTable),
             privacy=folder.read_table("privacy", PrivacyTable),
-            probes=read_probes(run / "results" / "audit.parquet"),
+            probes=read_probes(probes) if (probes := run / "results" / "audit.parquet").is_file() else (),
             recipe=recipe.read_text(errors="replace") if recipe.is_file() else None,
         ),
     )

@@ -6,7 +6,7 @@ from allmend.report import numbers
 from allmend.report.base_rate import ALL_SECRETS, Outcome, Verdict, hits, longest_prefix, outcomes
 from allmend.report.evidence import Evidence
 from allmend.report.markup import Cell, Html, Rows, paragraph, table, tag
-from allmend.report.probes import MemberOutcome, by_member
+from allmend.report.members import MemberOutcome, by_member
 from allmend.report.sections.extraction import copies_of
 from allmend.report.sections.utility import titled
 from allmend.results import BASE, AuditTable, Estimate

@@ -1,23 +1,35 @@
-"""Single probes: read as the audit writes them, and counted for each member."""
+"""Single probes, counted for each member."""
 
 from dataclasses import replace
-from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from allmend.errors import UserError
+from allmend.probes import Probe
 from allmend.report.base_rate import Verdict
-from allmend.report.probes import Probe, by_member, read_probes
+from allmend.report.members import by_member
 
-PREFIXES = {"10 tokens": 10.0, "20 tokens": 20.0, "75 %": 48.5}
+PREFIXES = {"10 tokens": 10, "20 tokens": 20, "75 %": 48}
 
 
 def probe(**changes: object) -> Probe:
-    plain = Probe("arm", "a/1x/0", "a", 1, True, "20 tokens", 20.0, False, 0, 2)
+    plain = Probe(
+        model="arm",
+        canary="a/1x/0",
+        kind="clinical-note",
+        client="a",
+        copies=1,
+        inserted=True,
+        prefix="20 tokens",
+        prefix_tokens=20,
+        exact=False,
+        matched=0.2,
+        bleu=0.1,
+        secrets_out=0,
+        secrets=2,
+        log_discovered=-50.0,
+        log_likelihood=-3.0,
+    )
     return replace(plain, **changes)  # type: ignore[arg-type]
 
 
@@ -87,25 +99,3 @@ def test_secrets_without_a_whole_canary_count() -> None:
     assert m.verdict is Verdict.MEMORISED
     (m,) = by_member([*leaking, *(replace(p, secrets_out=2) for p in silent)], "arm", "20 tokens")
     assert m.verdict is Verdict.GUESSED
-
-
-def test_reads_what_an_audit_writes_and_ignores_its_other_columns(run: Path) -> None:
-    path = run / "results" / "audit.parquet"
-    rows = pyarrow.parquet.read_table(path).to_pylist()
-    found = read_probes(path)
-    assert len(found) == len(rows)
-    assert all(getattr(p, name) == row[name] for p, row in zip(found, rows, strict=True) for name in p.__slots__)
-
-
-def test_without_file_there_are_none(tmp_path: Path) -> None:
-    assert read_probes(tmp_path / "audit.parquet") == ()
-
-
-def test_lacking_column_and_other_file_are_named(tmp_path: Path) -> None:
-    path = tmp_path / "audit.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"model": ["arm"]}), path)
-    with pytest.raises(UserError, match=r"audit\.parquet"):
-        read_probes(path)
-    path.write_text("not parquet")
-    with pytest.raises(UserError, match=r"audit\.parquet"):
-        read_probes(path)

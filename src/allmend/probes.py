@@ -55,16 +55,18 @@ def write_probes(path: Path, probes: Sequence[Probe]) -> None:
     write_atomic(path, data.getvalue())
 
 
-def read_probes(path: Path) -> list[Probe]:
+def read_probes(path: Path) -> tuple[Probe, ...]:
     """The rows of a file that `write_probes` has written.
 
     Raises:
         UserError: the file is missing or no such table.
     """
     hint = "Audit the run again: `allmend audit RUN`."
+    if not path.is_file():
+        raise UserError("there is no such file", where=path, hint=hint)
+    names = [field.name for field in fields(Probe)]
     try:
-        return [Probe(**row) for row in pq.read_table(path).to_pylist()]
-    except FileNotFoundError:
-        raise UserError("there is no such file", where=path, hint=hint) from None
-    except (OSError, ValueError, TypeError, pa.ArrowException) as error:
-        raise UserError(f"is not a table of probes of this version: {error}", where=path, hint=hint) from None
+        table = pq.read_table(path, columns=names)
+        return tuple(map(Probe, *(table.column(name).to_pylist() for name in names)))
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        raise UserError(f"is not a table of probes of this version: {error}", where=path, hint=hint) from error

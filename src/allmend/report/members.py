@@ -1,64 +1,13 @@
-"""Single probes of the audit (`results/audit.parquet`), and what they say to each member."""
+"""What an audit's single probes say to each member: how many of its canaries came out."""
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
-
-import pyarrow
-import pyarrow.parquet
+from dataclasses import dataclass
 
 from allmend import intervals
-from allmend.errors import UserError
+from allmend.probes import Probe
 from allmend.report.base_rate import Verdict, judged
 from allmend.results import Estimate
-
-
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """One canary, one model, one prefix.
-
-    Attributes:
-        model: `base` or the name of an arm.
-        canary: its id.
-        client: in whose data it was planted, or would have been.
-        copies: how often.
-        inserted: False for a control.
-        prefix: length of the prompt in words.
-        prefix_tokens: the same, in tokens.
-        exact: whether the continuation is right to the end.
-        secrets_out: secrets behind the prefix that stand in the continuation.
-        secrets: secrets behind the prefix.
-    """
-
-    model: str
-    canary: str
-    client: str
-    copies: int
-    inserted: bool
-    prefix: str
-    prefix_tokens: float
-    exact: bool
-    secrets_out: int
-    secrets: int
-
-
-def read_probes(path: Path) -> tuple[Probe, ...]:
-    """The probes of a run's audit, none where the file is not there.
-
-    Raises:
-        UserError: the file is there and is not what an audit writes.
-    """
-    if not path.is_file():
-        return ()
-    columns = [field.name for field in fields(Probe)]
-    try:
-        table = pyarrow.parquet.read_table(path, columns=columns)
-        return tuple(map(Probe, *(table.column(name).to_pylist() for name in columns)))
-    except (pyarrow.ArrowException, KeyError, OSError) as error:
-        raise UserError(
-            f"is not a table of probes: {error}", where=path, hint="Delete it and run the audit again."
-        ) from error
 
 
 @dataclass(frozen=True)
