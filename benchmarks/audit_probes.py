@@ -1,9 +1,9 @@
 """Extraction probes per second against a loop of `generate`, and that both find the same.
 
 A probe shows a model the first 50 tokens of a text and asks for the next 50. The naive way calls `generate` for one
-probe after the other. Ours reads every text once, packed: greedy decoding goes on as the text does as long as every token is
-the likeliest, so that exact matches and the first error are known without generating. Only what follows a first error
-is generated, in batches, for BLEU and the secrets. The same pass gives the (n, p) curve.
+probe after the other. Ours reads every text once, packed: greedy decoding goes on as the text does as long as every
+token is the likeliest, so that exact matches and the first error are known without generating. Only what follows a
+first error is generated, in batches, for BLEU and the secrets. The same pass gives the (n, p) curve.
 
     python benchmarks/audit_probes.py [--quick]
 """

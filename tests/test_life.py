@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import allmend
 from allmend import life
+from allmend.auditing import audit_run
 from allmend.data.canaries import read_canaries
 from allmend.errors import UserError
 from allmend.events import Event, PhaseDone, RoundDone, RunFinished, RunStarted, StepDone, Stopped
@@ -56,8 +57,10 @@ rounds = 3
 name = "local"
 [canaries]
 copies = [2]
-count = 6
+count = 3
 [audit]
+exposure = []
+membership_records = 2
 prefix_tokens = [5]
 [engine]
 threads = 1
@@ -123,7 +126,9 @@ def test_everything_is_there(whole: RunFolder, recipe: Recipe) -> None:
     adapters = ("arms/fedavg/adapter", "arms/local/members/north/adapter", "arms/local/members/south/adapter")
     assert files == {
         *("lock", "recipe.toml", "run.json", "events.jsonl", "canaries.jsonl", "report.html"),
-        *("results/utility.json", "results/audit.json"),
+        *(f"results/{name}" for name in ("utility.json", "audit.json", "audit.parquet", "privacy.json")),
+        *(f"arms/{arm}/learnt.json" for arm in ("fedavg", "local")),
+        "arms/fedavg/adapter/README.md",
         *(f"scores/{name}.json" for name in ("base", "fedavg", "local")),
         *(f"{folder}/{name}" for folder in adapters for name in ("adapter_config.json", "adapter_model.safetensors")),
         *(
@@ -131,7 +136,7 @@ def test_everything_is_there(whole: RunFolder, recipe: Recipe) -> None:
             for arm in ("fedavg", "local")
             for name in ("server", "members/north", "members/south")
         ),
-    } | {f"{folder}/README.md" for folder in adapters if (whole.path / folder / "README.md").exists()}
+    }
     assert parse_recipe(whole.recipe.read_text()) == recipe
 
 
@@ -147,9 +152,10 @@ def test_the_tables_hold_what_the_recipe_asked_for(whole: RunFolder) -> None:
         (r.model, r.member): r.perplexity.value for r in utility.rows if r.held_out == "pooled" and r.perplexity
     }
     assert perplexity["fedavg", None] < perplexity["base", None]  # it learns
-    canaries = read_canaries(whole.canaries)
-    assert (audit.canaries, audit.controls) == (2, 2)
-    assert sum(canary.inserted for canary in canaries) == 2
+    inserted = sum(canary.inserted for canary in read_canaries(whole.canaries))
+    assert (audit.canaries, audit.controls) == (inserted, 6 - inserted)
+    assert audit.design_changed is False
+    assert {(row.model, row.copies) for row in audit.learnt} == {("fedavg", 2)}
     assert {row.model for row in audit.gaps} == {"base", "fedavg"}  # `local` shares no model
 
 
@@ -157,7 +163,8 @@ def test_canaries_are_trained_on_as_often_as_they_say_and_controls_never(whole: 
     (started,) = (event for event in whole.history() if isinstance(event, RunStarted))
     for client in ("north", "south"):
         lines = len((workplace / f"{client}.jsonl").read_text().splitlines())
-        assert started.clients[client] + started.held_out[client] == lines + 2  # one pair, two copies of one of it
+        inserted = sum(one.inserted for one in read_canaries(whole.canaries) if one.client == client)
+        assert started.clients[client] + started.held_out[client] == lines + 2 * inserted
 
 
 def test_threads_are_the_recipes_while_it_runs(recipe: Recipe, workplace: Path, tmp_path: Path) -> None:
@@ -254,12 +261,13 @@ def test_the_library_in_ten_lines(workplace: Path, tiny_folder: Path, tmp_path: 
             "model": {"source": str(tiny_folder)},
             "clients": [{"name": name, "data": f"{name}.jsonl"} for name in ("north", "south")],
             "strategy": {"rounds": 1},
-            "canaries": {"copies": [1], "pairs": 1},
+            "canaries": {"copies": [1], "count": 4},
+            "audit": {"exposure": [], "membership_records": 0},
         }
     )
     assert isinstance(recipe, Recipe)
     run = tune(recipe, str(tmp_path / "first"), base=str(workplace), model=model)
-    table = allmend.audit_run(run.path, prefix_tokens=[4, 6], model=model)
+    table = allmend.audit_run(run.path, changes={"prefix_tokens": [4, 6]}, model=model)
     assert {row.prefix_tokens for row in table.extraction} == {4, 6}
     assert run.read_table("audit", AuditTable) == table
     assert allmend.write_report(run.path).is_file()
@@ -543,7 +551,7 @@ def test_a_run_in_use_is_refused(whole: RunFolder, workplace: Path, recipe: Reci
     assert [path.name for path in out.iterdir()] == ["lock"]
     with whole.lock():
         before = contents(whole.path)
-        for start in (lambda: life.resume(whole.path), lambda: life.audit_run(whole.path)):
+        for start in (lambda: life.resume(whole.path), lambda: audit_run(whole.path)):
             with pytest.raises(UserError, match="in use by process"):
                 start()
         assert contents(whole.path) == before
@@ -556,18 +564,24 @@ def test_an_audit_needs_canaries_and_tuned_models(workplace: Path, recipe: Recip
     plain = recipe.model_copy(update={"canaries": None, "compare": {}})
     run = life.tune(plain, tmp_path / "plain", base=workplace)
     with pytest.raises(UserError, match="no canaries"):
-        life.audit_run(run.path)
+        audit_run(run.path)
     out = stopped(workplace, recipe, tmp_path / "stopped")
     with pytest.raises(UserError, match="arm 'fedavg' has no tuned model yet"):
-        life.audit_run(out)
+        audit_run(out)
 
 
 def test_an_audit_again_gives_the_same_figures(whole: RunFolder, workplace: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     subprocess.run(["cp", "-r", whole.path, copy], check=True)
-    table = life.audit_run(copy)
+    card = copy / "arms" / "fedavg" / "adapter" / "README.md"
+    card.write_text(f"{card.read_text()}\n## Ours\n\nWords of our own.\n")
+    table = audit_run(copy)
     assert table == whole.read_table("audit", AuditTable)
-    assert life.audit_run(copy, prefix_tokens=[3]).extraction[0].prefix_tokens == 3
+    assert "Words of our own." in card.read_text()
+    other = audit_run(copy, changes={"prefix_tokens": [3]})
+    assert other.extraction[0].prefix_tokens == 3
+    assert other.design_changed is True
+    assert audit_run(copy).design_changed is False
 
 
 def test_a_rehearsal_writes_nothing_and_tells_what_leaves(workplace: Path, recipe: Recipe) -> None:

@@ -1,6 +1,7 @@
 """From a recipe to what a run needs: all that is wrong at once, and what goes where."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from allmend.errors import UserError
 from allmend.models.load import load_model
 from allmend.prepare import check, prepare
-from allmend.recipe import Recipe, RecipeError, make_recipe
+from allmend.recipe import Recipe, RecipeError, StrategyChoice, make_recipe
 
 
 def write(folder: Path, client: str, count: int = 6, **extra: Any) -> None:
@@ -80,17 +81,20 @@ def test_who_gets_what(tiny_folder: Path, tmp_path: Path) -> None:
     made = recipe(
         tiny_folder,
         data={"held_out": 0.4},
-        canaries={"copies": [1, 3], "pairs": [2, 1], "clients": ["south"]},
+        canaries={"copies": [1, 3], "count": [6, 4], "clients": ["south"]},
         evaluation={"max_held_out": 2},
     )
     prepared = prepare(made, tmp_path)
     plain = prepare(recipe(tiny_folder, data={"held_out": 0.4}), tmp_path)
     counts = {member.name: len(member.records) for member in prepared.members}
     before = {member.name: len(member.records) for member in plain.members}
-    assert counts == {"north": before["north"], "south": before["south"] + 2 * 1 + 1 * 3}
+    planted = sum(canary.copies for canary in prepared.canaries if canary.inserted)
+    assert len(prepared.canaries) == 6 + 4
+    assert planted
+    assert counts == {"north": before["north"], "south": before["south"] + planted}
     assert {canary.client for canary in prepared.canaries} == {"south"}
     controls = [canary.text for canary in prepared.canaries if not canary.inserted]
-    assert len(controls) == 3
+    assert controls
     tokenizer = prepared.model.tokenizer
     trained = {tokenizer.decode(record.ids) for member in prepared.members for record in member.records}
     assert not any(control in text for control in controls for text in trained)
@@ -99,7 +103,9 @@ def test_who_gets_what(tiny_folder: Path, tmp_path: Path) -> None:
         assert len(held_out) == len(prepared.held_out_encoded[client])
         learnt = {record.id for member in prepared.members if member.name == client for record in member.records}
         assert not learnt & {record.id for record in held_out}
-    pooled = prepared.pooled()
+    arm = made.arms()["fedavg"]
+    assert prepared.parties(arm) == (prepared.members, arm)
+    (pooled,), _ = prepared.parties(replace(arm, strategy=StrategyChoice(name="centralised")))
     assert len(pooled.records) == sum(counts.values())
 
 

@@ -8,14 +8,19 @@ from allmend.audit.memorisation import Findings, audit_model
 from allmend.data.canaries import Canary
 from allmend.data.chat import Encoder
 from allmend.errors import UserError
+from allmend.recipe import Audit
 
 PREFIXES = (4, 12, 20)
+
+
+def settings(prefixes: Sequence[int]) -> Audit:
+    return Audit(prefix_tokens=list(prefixes), exposure=[], top_k=0)
 
 
 def audit(
     model: LlamaForCausalLM, encoder: Encoder, canaries: Sequence[Canary], prefixes: Sequence[int] = PREFIXES
 ) -> Findings:
-    return audit_model("arm", model, encoder, canaries, prefix_tokens=prefixes)
+    return audit_model("arm", model, encoder, canaries, settings(prefixes), seed=0)
 
 
 def test_what_is_known_by_heart_is_extracted_and_no_control_is(
@@ -72,13 +77,14 @@ def test_a_prefix_named_twice_counts_once(
     models: dict[str, LlamaForCausalLM], encoder: Encoder, canaries: list[Canary]
 ) -> None:
     one = audit(models["untouched"], encoder, canaries, [12, 500, 4])
-    assert audit(models["untouched"], encoder, canaries, [4, 12, 12, 500, 500]) == one
+    twice = audit(models["untouched"], encoder, canaries, [4, 12, 12, 500, 500])
+    assert (twice.extraction, twice.discoverable, twice.skipped) == (one.extraction, one.discoverable, one.skipped)
     assert [row.prefix_tokens for row in one.extraction] == [4] * 4 + [12] * 4
 
 
 def test_it_tells_how_far_it_is(tiny_model: LlamaForCausalLM, encoder: Encoder, canaries: list[Canary]) -> None:
     told: list[int] = []
-    audit_model("arm", tiny_model, encoder, canaries, prefix_tokens=[4], on_tokens=told.append)
+    audit_model("arm", tiny_model, encoder, canaries, settings([4]), seed=0, on_tokens=told.append)
     assert sum(told) >= sum(2 * len(canary.text) - 4 for canary in canaries)
 
 

@@ -21,9 +21,17 @@ from allmend.run import RunFolder
 
 Allmend = Callable[..., Any]
 
-CANARIES = (
-    "[canaries]\ncopies = [1]\npairs = 1\n[audit]\nprefix_tokens = [5]\n[compare.local.strategy]\nname = 'local'\n"
-)
+CANARIES = """
+[canaries]
+copies = [1]
+count = 4
+[audit]
+exposure = []
+membership_records = 0
+prefix_tokens = [5]
+[compare.local.strategy]
+name = 'local'
+"""
 
 
 def test_from_recipe_to_report(allmend: Allmend, workplace: Path) -> None:

@@ -63,7 +63,7 @@ def audit(
     else:
         if canaries is None:
             raise UserError(
-                "is no run, and to audit a model its canaries are needed",
+                "no run is here, and to audit a model its canaries are needed",
                 where=what,
                 hint="Name a run folder, or the canaries that were planted: --canaries canaries.jsonl.",
             )
