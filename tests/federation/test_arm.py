@@ -20,7 +20,18 @@ from allmend.federation.privacy.ledger import open_ledger
 from allmend.federation.strategies.private_fedavg import PrivateFedAvg
 from allmend.models.load import LoadedModel
 from allmend.models.tensors import Tensors
-from allmend.recipe import Adapter, Arm, Engine, MemberPrivacy, Privacy, RecordPrivacy, StrategyChoice, Train
+from allmend.recipe import (
+    Adapter,
+    Arm,
+    Deduplicate,
+    Engine,
+    Goldfish,
+    MemberPrivacy,
+    Privacy,
+    RecordPrivacy,
+    StrategyChoice,
+    Train,
+)
 from allmend.strategy import of_group
 
 
@@ -250,6 +261,41 @@ def test_private_training_can_be_repeated_where_it_is_seeded_and_not_where_it_is
         one = trained(seeded, members).shared
         assert equal(trained(seeded, members).shared, one)
         assert not equal(trained(secure, members).shared, trained(secure, members).shared)
+
+
+def test_the_noise_is_what_the_ledger_pays_for(
+    trained: MakeTrained, make_member: Callable[..., Any], settings: Train
+) -> None:
+    """Without Poisson sampling nothing but the noise depends on the multiplier, and a budget is worth one."""
+    members = [make_member("a")]
+    layer = {"sampling": "shuffle", "delta": 1e-2}
+
+    def outcome(**choice: float) -> Tensors:
+        arm = make_arm("fedavg", settings, privacy=Privacy.model_validate({"record": layer | choice}), rounds=3)
+        return trained(arm, members).shared
+
+    silent, one, two = (outcome(noise_multiplier=multiplier) for multiplier in (0.0, 1.0, 2.0))
+    assert not equal(silent, one)
+    assert not equal(one, two)
+    assert equal(outcome(epsilon=5.0), outcome(noise_multiplier=noise_for(rate=None, times=3, epsilon=5.0, delta=1e-2)))
+
+
+def test_layers_on_records_come_before_training_and_are_told(
+    trained: MakeTrained, make_member: Callable[..., Any], settings: Train
+) -> None:
+    one = make_member("a", records=6)
+    twice = replace(one, records=[*one.records, *one.records])
+    found = trained(make_arm("fedavg", settings, privacy=Privacy(deduplicate=Deduplicate())), [twice])
+    plain = trained(make_arm("fedavg", settings), [one])
+    assert found.training.learnt == plain.training.learnt  # each record in one step of each round
+    assert equal(found.shared, plain.shared)
+    assert plain.training.layers == ()
+    assert "6 equal and 0 similar of 12" in found.training.layers[0]
+    goldfish = make_arm("fedavg", settings, privacy=Privacy(goldfish=Goldfish(k=2, context=1)))
+    some = trained(goldfish, [one]).training.learnt
+    everything = sum(tokens for _, tokens in plain.training.learnt.values())
+    assert 0.2 * everything < sum(tokens for _, tokens in some.values()) < 0.8 * everything
+    assert all(some[name][1] <= tokens for name, (_, tokens) in plain.training.learnt.items() if name in some)
 
 
 def test_members_draw_noise_of_their_own(
