@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from allmend.data.canaries import Canary, plant, to_records
+from allmend.data.canary_kinds import KINDS
 from allmend.data.chat import Encoded, Encoder, choose_template
 from allmend.data.files import load_client
 from allmend.data.icd10cm import build_icd10cm
@@ -140,7 +141,12 @@ def _strategy_problems(arm: Arm, key: tuple[str, ...], seed: int) -> list[Proble
 
 
 def _audit_problems(recipe: Recipe) -> list[Problem]:
-    arms, problems = recipe.arms(), []
+    arms, problems = recipe.arms(), list[Problem]()
+    kinds = recipe.canaries.kinds if recipe.canaries else list(KINDS)
+    slots = {slot for kind in kinds for slot in KINDS[kind].slots}
+    if unknown := sorted(set(recipe.audit.exposure or ()) - slots):
+        what = f"{', '.join(kinds)} canaries have no {', '.join(unknown)} (they have {', '.join(sorted(slots))})"
+        problems.append(Problem(("audit", "exposure"), what))
     for index, name in enumerate(recipe.audit.models or ()):
         arm = arms[name]
         if name in (recipe.audit.models or ())[:index]:

@@ -9,8 +9,11 @@ RUN/
   arms/<arm>/round-000003/         the newest checkpoint: server.safetensors, members/<name>.safetensors
   arms/<arm>/adapter/              the outcome (PEFT folder), or model/ after full fine-tuning
   arms/<arm>/members/<name>/       personal outcomes, where the strategy makes them
+  arms/<arm>/learnt.json           how much training looked at each canary, and what the layers of protection did
+  arms/<arm>/views/round-000001/   what each party saw of a round, where the audit wants to know
   scores/<arm>.json                what each model made of every held-out record
-  results/<table>.json             tables of `allmend.results`
+  results/<table>.json             tables of `allmend.results`: utility, privacy, audit
+  results/audit.parquet            one row a probe of the audit
   report.html
 ```
 

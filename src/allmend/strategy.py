@@ -157,8 +157,8 @@ class Client(Protocol):
         name: the member's name.
         examples: number of training records.
         state: kept at the member from round to round; a strategy may read and write it, but for the group `client`,
-            which is the client's own: `client/learnt`, int64 [N, 2], holds for each training record the optimiser steps
-            that saw it and its tokens under the loss, summed over these steps.
+            which is the client's own, as is the fact `steps`: `client/learnt`, int64 [N, 2], holds for each training
+            record the optimiser steps that saw it and its tokens under the loss, summed over these steps.
         initial: the parameters everybody starts from (the same at each member, made from the recipe's seed).
     """
 

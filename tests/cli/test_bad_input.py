@@ -167,6 +167,26 @@ CASES: dict[str, tuple[Callable[[], None], tuple[str, ...]]] = {
         ("clients[2].name", "line 11"),
     ),
     "canaries for a stranger": (lambda: append('[canaries]\nclients = ["west"]\n'), ("line 24", "west")),
+    "a secret that no canary has": (
+        lambda: append('[canaries]\n[audit]\nexposure = ["wart"]\n'),
+        ("audit.exposure (line 25)", "wart", "ward"),
+    ),
+    "a Goldfish that keeps nothing": (
+        lambda: append("[privacy.goldfish]\nk = 1\n"),
+        ("privacy.goldfish.k (line 24)", "greater than or equal to 2"),
+    ),
+    "privacy without noise or budget": (
+        lambda: append("[privacy.record]\nclip = 1.0\n"),
+        ("privacy.record (line 23)", "noise_multiplier and epsilon are both absent"),
+    ),
+    "a budget that one round exceeds": (
+        lambda: append("[privacy.member]\nnoise_multiplier = 1.0\nepsilon = 0.1\n"),
+        ("one round costs ε = ", "more than the budget of 0.1", "Raise epsilon"),
+    ),
+    "members' privacy without members' updates": (
+        lambda: append("[privacy.member]\nepsilon = 8.0\n[compare.alone.strategy]\nname = 'local'\n"),
+        ("privacy.member is for fedavg, and this is 'local'",),
+    ),
 }
 
 
