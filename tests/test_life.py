@@ -22,12 +22,12 @@ from allmend import life
 from allmend.auditing import audit_run
 from allmend.data.canaries import read_canaries
 from allmend.errors import UserError
-from allmend.events import Event, PhaseDone, RoundDone, RunFinished, RunStarted, StepDone, Stopped
+from allmend.events import Event, PhaseDone, RoundDone, RunFinished, RunStarted, StepDone, Stopped, Warned
 from allmend.federation import checkpoint
 from allmend.learn import loop
 from allmend.models import adapters
 from allmend.recipe import Recipe, parse_recipe
-from allmend.results import BASE, AuditTable, UtilityTable
+from allmend.results import BASE, AuditTable, PrivacyTable, UtilityTable
 from allmend.run import RunFolder
 from allmend.strategy import of_group
 
@@ -343,6 +343,100 @@ def test_a_killed_run_ends_at_the_same_bits(moment: str, whole: RunFolder, workp
     ]
 
 
+# --- the same with guarantees
+
+PRIVATE = """
+[privacy.record]
+noise_multiplier = 1.5
+epsilon = 2.5
+delta = 1e-2
+[compare.members.strategy]
+participation = 0.7
+[compare.members.privacy.member]
+noise_multiplier = 1.0
+quantile = 0.5
+[compare.kept.privacy]
+weight_noise = 0.05
+[compare.kept.privacy.goldfish]
+k = 2
+context = 3
+[compare.kept.privacy.deduplicate]
+"""
+
+
+@pytest.fixture(scope="module")
+def private_workplace(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
+    """A recipe whose own arm has a budget for two of its four rounds, and arms with the other layers."""
+    folder = tmp_path_factory.mktemp("private")
+    write_data(folder)
+    text = RECIPE.format(model=tiny_folder).replace("rounds = 3", "rounds = 4")
+    plain = text[: text.index("[compare.local")] + text[text.index("[engine]") :]
+    (folder / "recipe.toml").write_text(plain + PRIVATE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def private(private_workplace: Path) -> RunFolder:
+    """Without interruption. Read it only."""
+    recipe = parse_recipe((private_workplace / "recipe.toml").read_text())
+    return life.tune(recipe, private_workplace / "whole", base=private_workplace)
+
+
+def test_a_private_run_stops_within_its_budget_and_has_learnt(private: RunFolder, tiny_folder: Path) -> None:
+    events = private.history()
+    rounds = [e for e in events if isinstance(e, RoundDone) and e.arm == "fedavg"]
+    assert [e.round for e in rounds] == [1, 2]
+    assert [e.loss for e in rounds] == [None, None]
+    warned = [e.message for e in events if isinstance(e, Warned) and "budget" in e.message]
+    assert len(warned) == 1
+    assert warned[0].startswith("fedavg: the privacy budget ends the training after round 2 of 4")
+    table = private.read_table("privacy", PrivacyTable)
+    assert table is not None
+    assert set(table.budgets) == {"fedavg", "members"}
+    for budget in table.budgets["fedavg"]:
+        assert budget.client is not None
+        assert budget.stopped == 2
+        assert budget.by_round == tuple(event.epsilon[budget.client] for event in rounds)
+        assert budget.epsilon == budget.by_round[-1]
+        assert 0 < (budget.by_round[0] or 0) < (budget.by_round[1] or 0) <= 2.5
+    (members,) = table.budgets["members"]
+    assert (members.unit, members.client, members.stopped, members.steps) == ("member", None, None, 4)
+    assert [len(table.layers[arm]) for arm in ("fedavg", "members", "kept")] == [0, 0, 3]
+    # a peer's loss fell and its ε grew while the adapter that it saved was the initial one
+    tokens = AutoTokenizer.from_pretrained(tiny_folder)("3 plus 3?", return_tensors="pt")["input_ids"]
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        plain = base(tokens).logits
+        for arm in ("fedavg", "members", "kept"):
+            tuned = peft.PeftModel.from_pretrained(base, private.arm(arm) / "adapter").eval()
+            assert (tuned(tokens).logits - plain).abs().max() > 1e-3, arm
+            base = tuned.unload()
+
+
+@pytest.mark.parametrize("moment", ["while a checkpoint is written", "a step", "a member's round", "the budget's end"])
+def test_a_killed_private_run_ends_at_the_same_bits_and_prices(
+    moment: str, private: RunFolder, private_workplace: Path, tmp_path: Path
+) -> None:
+    out, events = tmp_path / "run", private.history()
+    lines = {
+        "a step": next(
+            n for n, e in enumerate(events, start=1) if isinstance(e, StepDone) and (e.client, e.round) == ("south", 2)
+        ),
+        "a member's round": next(
+            n for n, e in enumerate(events, start=1) if isinstance(e, RoundDone) and (e.arm, e.round) == ("members", 2)
+        ),
+        "the budget's end": next(n for n, e in enumerate(events, start=1) if isinstance(e, Warned)),
+    }
+    kill_at(str(lines.get(moment, moment)), private_workplace, out)
+    life.resume(out)
+    assert outcomes(out) == outcomes(private.path)
+    resumed = RunFolder.open(out).history()
+    assert [(e.arm, e.round, e.clients, e.epsilon) for e in resumed if isinstance(e, RoundDone)] == [
+        (e.arm, e.round, e.clients, e.epsilon) for e in events if isinstance(e, RoundDone)
+    ]
+    assert not any(isinstance(e, RoundDone) and e.arm != "kept" and e.loss is not None for e in resumed)
+
+
 def test_killed_again_and_again(whole: RunFolder, workplace: Path, tmp_path: Path) -> None:
     """A listener that ends the process's work at every third event; each resumption goes a little further."""
     out = tmp_path / "run"
@@ -410,16 +504,18 @@ def test_ctrl_c_is_told_reported_and_resumable(
 
 @pytest.mark.timeout(180)
 def test_a_worker_process_stopped_and_resumed_ends_at_the_same_bits(
-    whole: RunFolder, workplace: Path, recipe: Recipe, tmp_path: Path
+    private: RunFolder, private_workplace: Path, tmp_path: Path
 ) -> None:
+    """Where the members are makes no difference, to their noise neither."""
+    recipe = parse_recipe((private_workplace / "recipe.toml").read_text())
     out, engine = tmp_path / "run", recipe.engine.model_copy(update={"workers": 1})
     many = recipe.model_copy(update={"engine": engine, "compare": {}})
-    stop_after(StepDone, lambda **o: life.tune(many, out, base=workplace, **o), round=2)
+    stop_after(StepDone, lambda **o: life.tune(many, out, base=private_workplace, **o), round=2)
     assert multiprocessing.active_children() == []
     life.resume(out)
     assert multiprocessing.active_children() == []
-    adapter = "arms/fedavg/adapter/adapter_model.safetensors"
-    assert outcomes(out)[adapter] == outcomes(whole.path)[adapter]
+    for file in ("arms/fedavg/adapter/adapter_model.safetensors", "scores/fedavg.json"):
+        assert (out / file).read_bytes() == (private.path / file).read_bytes()
 
 
 def stopped(workplace: Path, recipe: Recipe, out: Path) -> Path:

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from allmend.errors import UserError
+from allmend.federation.privacy.ledger import open_ledger
+from allmend.life import rehearse
 from allmend.models.load import load_model
 from allmend.prepare import check, prepare
 from allmend.recipe import Recipe, RecipeError, StrategyChoice, make_recipe
@@ -197,3 +199,93 @@ def test_canaries_for_a_client_that_is_not_there(tmp_path: Path, tiny_folder: Pa
     )
     with pytest.raises(RecipeError, match=r"canaries\.clients: no such client: nobody"):
         prepare(made, tmp_path)
+
+
+# --- guarantees
+
+RECORD = {"noise_multiplier": 1.0, "delta": 1e-3}
+
+
+def test_the_ledger_is_about_the_records_that_the_layers_leave(tiny_folder: Path, tmp_path: Path) -> None:
+    """Of 8 records 4 are left: batches of 2 make 2 steps instead of 4, each with half of the records."""
+    rows = [{"id": f"{i}", "prompt": f"question {i % 4}?", "response": f"{i % 4}", "split": "train"} for i in range(8)]
+    (tmp_path / "north.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = recipe(
+        tiny_folder,
+        "north",
+        train={"batch_size": 2},
+        privacy={"deduplicate": {"similarity": 1.0}, "record": RECORD},
+        compare={"all": {"privacy": {"record": RECORD}}, "none": {"privacy": {}}},
+    )
+    prepared = prepare(made, tmp_path)
+    found = {}
+    for name, arm in made.arms().items():
+        members, whole = prepared.protected(arm)
+        found[name] = open_ledger(whole, members).accounts
+    assert (found["fedavg"]["north"].release.rate, found["fedavg"]["north"].releases(1)) == (2 / 4, 2)
+    assert (found["all"]["north"].release.rate, found["all"]["north"].releases(1)) == (2 / 8, 4)
+    assert found["none"] == {}
+    assert len(prepared.members[0].records) == 8  # nothing is left out for the other arms
+
+
+def test_a_rehearsal_tells_the_price_of_the_pooled_arm_as_it_will_be(tiny_folder: Path, tmp_path: Path) -> None:
+    """One party with all records takes as many steps as its members would."""
+    for client in ("north", "south"):
+        write(tmp_path, client, 8, split="train")
+    made = recipe(
+        tiny_folder,
+        train={"batch_size": 2, "local_steps": 3},
+        strategy={"name": "centralised", "rounds": 5},
+        privacy={"record": RECORD},
+    )
+    _, (disclosure,) = rehearse(made, tmp_path)
+    (account,) = disclosure.ledger.accounts.values()
+    assert account.releases(5) == 5 * 2 * 3
+    assert account.release.rate == 2 / 16
+
+
+@pytest.mark.parametrize(
+    ("privacy", "words"),
+    [
+        (
+            {"record": {"noise_multiplier": 1.0, "delta": 0.2}},
+            ("δ = 0.2 is not below 1/6 (6 records of client 'north')", "below 1/7 (7 records of client 'south')"),
+        ),
+        ({"record": {"noise_multiplier": 1.0, "delta": 0.16}}, ("below 1/7 (7 records of client 'south')",)),
+        ({"record": {"noise_multiplier": 1.0, "delta": 0.14}}, ()),
+        ({"member": {"noise_multiplier": 1.0, "delta": 0.5}}, ("δ = 0.5 is not below 1/2 (2 members)",)),
+        ({"member": {"noise_multiplier": 1.0, "delta": 0.49}}, ()),
+        ({"record": {"noise_multiplier": 0.0}}, ("records' gradients are clipped without noise",)),
+        ({"member": {"noise_multiplier": 0.0}}, ("members' updates are clipped without noise",)),
+        ({"record": RECORD, "deduplicate": {}}, ("for the records that deduplication leaves",)),
+        ({"record": RECORD, "deduplicate": {"similarity": 1.0}}, ()),
+        ({"deduplicate": {}, "goldfish": {}, "weight_noise": 0.1}, ()),
+    ],
+)
+def test_weak_guarantees_are_warned_of(
+    privacy: dict[str, Any], words: tuple[str, ...], tiny_folder: Path, tmp_path: Path
+) -> None:
+    write(tmp_path, "north", 6, split="train")
+    write(tmp_path, "south", 7, split="train")
+    found = prepare(recipe(tiny_folder, privacy=privacy), tmp_path).warnings
+    assert len(found) == len(words)
+    for warning, word in zip(found, words, strict=True):
+        assert word in warning
+        assert "arm 'fedavg'" in warning
+
+
+def test_a_budget_that_cannot_be_kept_stands_at_its_key(tiny_folder: Path, tmp_path: Path) -> None:
+    for client in ("north", "south"):
+        write(tmp_path, client)
+    beyond = {"member": {"epsilon": 1e-6, "delta": 1e-9}}
+    for sections, key in (
+        ({"privacy": beyond}, ("privacy", "member", "epsilon")),
+        ({"compare": {"x": {"privacy": beyond}}}, ("compare", "x", "privacy", "member", "epsilon")),
+    ):
+        with pytest.raises(RecipeError, match="the smallest ε that can be reached is") as raised:
+            check(recipe(tiny_folder, **sections), tmp_path)
+        assert [problem.key for problem in raised.value.problems] == [key]
+        assert "allow a larger ε or δ" in str(raised.value)
+    with pytest.raises(UserError, match="the smallest ε that can be reached is") as late:
+        prepare(recipe(tiny_folder, privacy={"record": beyond["member"]}), tmp_path)
+    assert late.value.where == "arm 'fedavg', client 'north'"

@@ -1,11 +1,25 @@
 """Tables of results: honest numbers only, and their way to disk and back."""
 
 import math
+from pathlib import Path
+from typing import Any, get_args, get_origin
 
 import pytest
 from pydantic import ValidationError
 
-from allmend.results import Difference, Estimate, Utility, UtilityTable
+from allmend.results import (
+    AuditTable,
+    Budget,
+    Comparison,
+    Difference,
+    Estimate,
+    OwnTable,
+    PrivacyTable,
+    Table,
+    Utility,
+    UtilityTable,
+)
+from allmend.run import RunFolder
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -34,3 +48,48 @@ def test_tables_do_not_change_and_take_nothing_unknown() -> None:
         estimate.value = 1.0  # type: ignore[misc]
     with pytest.raises(ValidationError, match="extra"):
         Estimate(value=0.5, n=1, spread=0.1)  # type: ignore[call-arg]
+
+
+ESTIMATE = Estimate(value=0.25, low=0.1, high=0.4, n=7)
+
+
+def test_the_tables_of_the_audit_and_of_privacy_come_back(tmp_path: Path) -> None:
+    """Every field set: what a table holds survives its way to disk."""
+    tables: list[Table] = [
+        filled(AuditTable),
+        filled(PrivacyTable),
+        filled(Comparison),
+        filled(OwnTable),
+    ]
+    for table in tables:
+        again = type(table).model_validate_json(table.model_dump_json())
+        assert again == table
+        run = RunFolder(tmp_path)
+        run.write_table("table", table)
+        assert run.read_table("table", type(table)) == table
+        assert all(not isinstance(value, tuple | dict) or value for _, value in table)  # nothing was left empty
+
+
+def filled(kind: Any) -> Any:
+    """A value of an annotation, with every field given."""
+    if kind is Estimate:
+        return ESTIMATE
+    if isinstance(kind, type) and issubclass(kind, Table):
+        return kind(**{name: filled(field.annotation) for name, field in kind.model_fields.items()})
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (tuple, list):
+        return origin([filled(inner[0])])
+    if origin is dict:
+        return {filled(inner[0]): filled(inner[1])}
+    if inner:  # a union with None
+        return filled(next(one for one in inner if one is not type(None)))
+    return {str: "ä", int: 3, float: 0.1 + 0.2, bool: True}[kind]
+
+
+def test_a_budget_is_finite() -> None:
+    whole = filled(Budget).model_dump()
+    for name in ("epsilon", "delta", "clip", "noise_multiplier"):
+        for value in (math.inf, math.nan):
+            with pytest.raises(ValidationError, match="finite"):
+                Budget(**{**whole, name: value})
+    assert Budget(**{**whole, "epsilon": None}).epsilon is None

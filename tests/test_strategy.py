@@ -91,6 +91,7 @@ def test_what_cannot_be_summed_is_refused_by_name_and_adds_nothing(bad: Reply, w
 def test_what_nobody_sent() -> None:
     sums = Sums()
     assert sums.fact("weight") == 0
+    assert "weight" not in sums
     with pytest.raises(KeyError):
         sums["u/a"]
 
@@ -102,6 +103,15 @@ def test_different_members_may_send_different_tensors() -> None:
     sums.add(Reply({"b": torch.ones(3)}))
     assert sums["a"].tolist() == [1, 1]
     assert sums["b"].tolist() == [2, 2, 2]
+    assert "a" in sums
+    assert "c" not in sums
+
+
+def test_a_number_that_was_sent_is_there_even_if_it_is_0() -> None:
+    sums = Sums()
+    sums.add(Reply(summed_facts={"loss": 0.0}))
+    assert "loss" in sums
+    assert "weight" not in sums
 
 
 def test_what_is_not_declared_in_its_group_is_found() -> None:

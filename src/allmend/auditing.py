@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -234,24 +235,17 @@ def _unseen(arm: str, canaries: Sequence[Canary], counts: Mapping[str, tuple[int
         return set()
     unseen = {canary.id for canary in canaries if canary.inserted and not counts.get(canary.id, (0, 0))[1]}
     privacy = recipe.arms()[arm].privacy
-    sampled = privacy.record is not None and privacy.record.sampling == "poisson"
-    if not unseen or (sampled and all(not counts.get(id, (0, 0))[0] for id in unseen)):
+    if not unseen or (privacy.record is not None and privacy.record.sampling == "poisson"):
         return unseen
-    causes = {
-        "its client took part in no round, or training was too short to reach it": [
-            id for id in unseen if not counts.get(id, (0, 0))[0]
-        ],
-        "steps saw it, but all its tokens were left out of the loss (Goldfish, or a record cut off)": [
-            id for id in unseen if counts.get(id, (0, 0))[0]
-        ],
-    }
-    cause = "; ".join(f"{what}: {', '.join(sorted(ids)[:3])}" for what, ids in causes.items() if ids)
+    layers = [name for name in ("deduplicate", "goldfish") if getattr(privacy, name) is not None]
+    left_out = f", or privacy.{' or privacy.'.join(layers)} left out what there was to learn" if layers else ""
     raise UserError(
-        f"{len(unseen)} of the planted canaries were never learnt from in arm {arm!r}, so that the audit would call "
-        f"them not memorised without a reason ({cause})",
+        f"{len(unseen)} of the planted canaries were never learnt from in arm {arm!r} ({', '.join(sorted(unseen)[:3])}"
+        f"{' …' if len(unseen) > 3 else ''}), so that the audit would call them not memorised without a reason: their "
+        f"client took part in no round, training was too short to reach them{left_out}",
         where="audit",
         hint="Train for a whole pass over the records (train.local_epochs, strategy.rounds, participation), or leave "
-        "the canary's client out of canaries.clients. The tuned models are kept.",
+        "the canaries' client out of canaries.clients, in a new run. The tuned models are kept.",
     )
 
 
@@ -395,7 +389,8 @@ def audit_folder(
     Args:
         model: a source as in a recipe: a folder, a Hub name, a GGUF file.
         canaries: the canaries' file, `canaries.jsonl`, with both those that were inserted and the controls.
-        out: folder for `results/audit.json`, `results/audit.parquet` and `report.html`; it may be there already.
+        out: folder for `results/audit.json`, `results/audit.parquet` and `report.html`; it may be there already, but
+            not as a run.
         adapter: a PEFT folder. The model itself is its reference then.
         reference: source of the model before tuning, where `model` is a tuned one; without it there are no figures
             relative to a base.
@@ -406,12 +401,19 @@ def audit_folder(
     Raises:
         UserError: a model, the adapter or the canaries cannot be used, or they belong to different runs.
     """
+    if RunFolder(Path(out)).marker.exists():
+        raise UserError(
+            "a run is here, whose own audit would be lost", where=out, hint="Choose another folder for this audit."
+        )
     settings = settings or Audit()
     planted = read_canaries(Path(canaries))
     _check_origin(Path(canaries), [Path(one) for one in (adapter, model) if one and Path(one).is_dir()])
     findings: list[Findings] = []
     loaded = load_model(model)
     encoder = Encoder(loaded.tokenizer, "plain", sys.maxsize)
+    if adapter is not None:
+        with applied(loaded.model, Path(adapter)):
+            pass  # told before the base is asked, which takes long
 
     def probe(name: str, module: torch.nn.Module) -> None:
         base = findings[0] if findings else None
@@ -522,17 +524,24 @@ def compare_runs(runs: Sequence[Path | str]) -> Comparison:
     Raises:
         UserError: a folder is no run, it is not audited yet, or it has no such arm.
     """
+    named = [_run_and_arm(str(name)) for name in runs]
+    names = Counter(path.name for path in {run.path.resolve() for run, _ in named})
     models: list[Audited] = []
-    for name in runs:
-        models += _audited_models(str(name))
+    for run, arm in named:
+        name = run.path.resolve().name
+        models += _audited_models(run, arm, name if names[name] == 1 else str(run.path))
     if len(models) < 2:
         raise UserError("there is only one audited model to compare", where="runs", hint="Name several runs or arms.")
     return compare(models)
 
 
-def _audited_models(name: str) -> list[Audited]:
+def _run_and_arm(name: str) -> tuple[RunFolder, str]:
+    """The run in `FOLDER` or `FOLDER:ARM`, and the arm, which is empty where none is named."""
     folder, _, arm = name.rpartition(":") if ":" in name and not Path(name).is_dir() else (name, "", "")
-    run = RunFolder.open(Path(folder))
+    return RunFolder.open(Path(folder)), arm
+
+
+def _audited_models(run: RunFolder, arm: str, label: str) -> list[Audited]:
     audit = run.read_table("audit", AuditTable)
     if audit is None:
         raise UserError("has not been audited yet", where=run.path, hint=f"Run `allmend audit {run.path}`.")
@@ -542,16 +551,18 @@ def _audited_models(name: str) -> list[Audited]:
     privacy = run.read_table("privacy", PrivacyTable)
     utility = run.read_table("utility", UtilityTable)
     probes = read_probes(run.path / "results" / PROBES)
+    texts = {canary.id: canary.text for canary in read_canaries(run.canaries)} if run.canaries.exists() else {}
     found = []
     for model in [arm] if arm else known:
         scores = read_scores(run.scores(model)) if run.scores(model).exists() else []
         found.append(
             Audited(
-                label=f"{run.path.name}/{model}",
+                label=f"{label}/{model}",
                 model=model,
                 audit=audit,
                 utility=utility,
                 probes=[probe for probe in probes if probe.model == model],
+                texts=texts,
                 scores=next((one for one in scores if one.member is None), None),
                 budgets=privacy.budgets.get(model, ()) if privacy else (),
             )

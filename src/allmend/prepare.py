@@ -270,6 +270,13 @@ def _warnings(prepared: Prepared) -> Iterable[str]:
                     f"arm {arm.name!r}: δ = {account.settings.delta:g} is not below 1/{units} ({units} {whose}): a "
                     "mechanism that publishes one of them whole could satisfy the guarantee. Lower delta."
                 )
+        layer = arm.privacy.deduplicate
+        if arm.privacy.record and layer and layer.similarity < 1:
+            # one record more can push out several similar ones, and let those come back that they pushed out
+            yield (
+                f"arm {arm.name!r}: the guarantee is for the records that deduplication leaves, since one record "
+                "decides about others that are similar to it. With similarity = 1 it is for all."
+            )
         if arm.privacy.record and arm.privacy.record.noise_multiplier == 0:
             yield f"arm {arm.name!r}: records' gradients are clipped without noise, which guarantees nothing"
         if arm.privacy.member and arm.privacy.member.noise_multiplier == 0:

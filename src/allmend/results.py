@@ -327,7 +327,7 @@ class ComparedModel(Table):
         exposure: bits, mean over secrets.
         auc: of membership by likelihood ratio.
         accounted: the accountant's ε: the largest over clients, or that of members.
-        measured: the empirical lower bound on ε.
+        measured: the empirical lower bound on ε of one record: from the canaries that stand once.
     """
 
     label: str

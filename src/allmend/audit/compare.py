@@ -6,7 +6,8 @@ of utility overlap.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from allmend.intervals import difference, paired_difference
 from allmend.learn.compare import ModelScores
@@ -33,6 +34,7 @@ class Audited:
         model: the arm's name in its run's tables.
         audit, utility: the run's tables.
         probes: of this model.
+        texts: of the canaries, by id; another run's canaries may have the same ids.
         scores: on held-out records; None where they are not there.
         budgets: of the arm's guarantees.
     """
@@ -42,6 +44,7 @@ class Audited:
     audit: AuditTable
     utility: UtilityTable | None = None
     probes: Sequence[Probe] = ()
+    texts: Mapping[str, str] = field(default_factory=dict)
     scores: ModelScores | None = None
     budgets: Sequence[Budget] = ()
 
@@ -81,7 +84,7 @@ def _row(one: Audited, copies: int | None, prefix: str | None) -> ComparedModel:
     exposure = [row.exposure for row in one.audit.exposure if (row.model, row.copies, row.inserted) == cell]
     member = (one.model, copies, "ratio")
     auc = [row.auc for row in one.audit.membership if (row.model, row.copies, row.score) == member]
-    measured = [bound.epsilon for bound in one.audit.epsilon if bound.model == one.model]
+    measured = [bound.epsilon for bound in one.audit.epsilon if (bound.model, bound.copies) == (one.model, 1)]
     accounted = [budget.epsilon for budget in one.budgets if budget.epsilon is not None]
     return ComparedModel(
         label=one.label,
@@ -95,7 +98,7 @@ def _row(one: Audited, copies: int | None, prefix: str | None) -> ComparedModel:
         exposure=_averaged(exposure),
         auc=next(iter(auc), None),
         accounted=max(accounted, default=None),
-        measured=max(measured, default=None),
+        measured=next(iter(measured), None),
     )
 
 
@@ -134,16 +137,20 @@ def _pair(
     )
 
 
-def _by_canary(one: Audited, copies: int | None, prefix: str | None) -> Mapping[tuple[str, bool], Probe]:
+_Canary: TypeAlias = tuple[str, bool]
+"""Text, and whether it was inserted."""
+
+
+def _by_canary(one: Audited, copies: int | None, prefix: str | None) -> Mapping[_Canary, Probe]:
     return {
-        (probe.canary, probe.inserted): probe
+        (one.texts.get(probe.canary, probe.canary), probe.inserted): probe
         for probe in one.probes
         if (probe.copies, probe.prefix) == (copies, prefix)
     }
 
 
 def _canary_differences(
-    mine: Mapping[tuple[str, bool], Probe], theirs: Mapping[tuple[str, bool], Probe]
+    mine: Mapping[_Canary, Probe], theirs: Mapping[_Canary, Probe]
 ) -> tuple[Estimate | None, Estimate | None]:
     """Exact extraction, and the likelihood gap, of one model minus another's on the same canaries."""
     inserted, controls = ([key for key in mine if key[1] is group] for group in (True, False))

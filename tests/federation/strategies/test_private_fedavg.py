@@ -219,6 +219,15 @@ def test_noise_repeats_by_seed_and_round_where_it_is_seeded_and_never_where_it_i
     assert len({x for values in different for x in values}) == 15
 
 
+def test_the_order_of_the_parameters_decides_no_noise() -> None:
+    """A state that comes back from a checkpoint may hold them in another one."""
+    strategy = PrivateFedAvg(clip=1.0, noise_multiplier=1.0)
+    state = strategy.init({"a": torch.zeros(3), "b": torch.zeros(2), "c": torch.zeros(4)})
+    turned = State(dict(reversed(state.tensors.items())), dict(state.facts))
+    one, other = (strategy.combine(s, Turn(1, 0, 1, 5), Sums(), {}).tensors for s in (state, turned))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_the_type_of_the_parameters_stays(make_toy: MakeToy) -> None:
     strategy = PrivateFedAvg(clip=1.0, noise_multiplier=1.0)
     state = strategy.init({"x": torch.ones(3, dtype=torch.bfloat16)})

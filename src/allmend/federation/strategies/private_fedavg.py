@@ -99,7 +99,7 @@ class PrivateFedAvg:
         clip, expected = _clip(state.facts), self.participation * turn.members
         source = self._source(turn, "update")
         model: Tensors = {}
-        for name, tensor in of_group("model", state.tensors).items():
+        for name, tensor in sorted(of_group("model", state.tensors).items()):  # a checkpoint may turn their order
             key = f"update/{name}"  # nobody sent it where nobody was drawn
             total = sums[key] if key in sums else torch.zeros_like(tensor, dtype=torch.float64)
             if self.noise_multiplier:
