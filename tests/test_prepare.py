@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from allmend.data.canaries import overlap
 from allmend.errors import UserError
 from allmend.federation.privacy.ledger import open_ledger
 from allmend.life import rehearse
@@ -166,6 +167,41 @@ def test_a_canary_that_would_be_cut_is_refused(tiny_folder: Path, tmp_path: Path
     write(tmp_path, "north")
     with pytest.raises(RecipeError, match=r"data\.max_tokens.*canaries have up to \d+ tokens"):
         prepare(recipe(tiny_folder, "north", data={"max_tokens": 40}, canaries={}), tmp_path)
+
+
+def test_canaries_that_all_fall_on_one_side_are_refused_before_anything_is_trained(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    write(tmp_path, "north")
+
+    def coins(seed: int) -> set[bool]:
+        made = recipe(tiny_folder, "north", seed=seed, canaries={"copies": [1], "count": 2})
+        return {canary.inserted for canary in prepare(made, tmp_path).canaries}
+
+    refused = []
+    for seed in range(8):
+        try:
+            assert coins(seed) == {True, False}
+        except RecipeError as error:
+            refused.append(str(error))
+    assert 0 < len(refused) < 8
+    assert all("canaries.count: all 2 coins fell alike" in message for message in refused)
+
+
+def test_a_secret_that_stands_in_a_record_is_drawn_anew(tiny_folder: Path, tmp_path: Path) -> None:
+    """Also one in a record that is only asked for: an audit could not tell the canary from it."""
+    write(tmp_path, "north", 6)
+    made = recipe(tiny_folder, "north", canaries={"copies": [1], "count": 6})
+    before = prepare(made, tmp_path).canaries
+    spoilt = next(canary for canary in before if canary.inserted)
+    for split in ("train", "test"):
+        write(tmp_path, "north", 6)
+        with (tmp_path / "north.jsonl").open("a") as file:
+            file.write(json.dumps({"id": "x", "prompt": "who?", "response": spoilt.text, "split": split}) + "\n")
+        after = prepare(made, tmp_path).canaries
+        assert [canary.id for canary in after] == [canary.id for canary in before]
+        assert spoilt.text not in {canary.text for canary in after}
+        assert not overlap(after, [spoilt.text])
 
 
 def test_a_held_out_record_that_another_client_learns_from_is_left_out(tiny_folder: Path, tmp_path: Path) -> None:

@@ -354,7 +354,7 @@ def _canaries(recipe: Recipe, clients: Sequence[ClientData]) -> list[Canary]:
         raise RecipeError([Problem(("canaries", "clients"), f"no such client: {', '.join(strangers)}")])
     records = [record for client in clients for record in (*client.train, *client.held_out)]
     try:
-        return plant(
+        canaries = plant(
             clients=names,
             copies=recipe.canaries.copies,
             per_cell=recipe.canaries.count_by_copies,
@@ -364,6 +364,10 @@ def _canaries(recipe: Recipe, clients: Sequence[ClientData]) -> list[Canary]:
         )
     except UserError as error:
         raise RecipeError([Problem(("canaries", "count"), str(error))]) from error
+    if len({canary.inserted for canary in canaries}) < 2:
+        what = f"all {len(canaries)} coins fell alike, which leaves nothing to compare: plant more, or change the seed"
+        raise RecipeError([Problem(("canaries", "count"), what)])
+    return canaries
 
 
 def _planted(canaries: Sequence[Canary], client: str, encoder: Encoder) -> list[Encoded]:

@@ -186,6 +186,11 @@ def test_a_cell_without_inserted_canaries_is_refused_and_the_others_are_not(
     assert {row.copies for row in found.membership} == {3}
     assert [gap.copies for gap in found.gaps] == [3]
     assert any("with 1 copies: none was inserted" in reason for reason in found.refused)
+    no_control = [canary for canary in canaries if (canary.copies, canary.inserted) != (1, False)]
+    found = audit(models["halfway"], encoder, no_control)
+    assert [gap.copies for gap in found.gaps] == [3]
+    assert {row.copies for row in found.membership} == {1, 3}  # against the controls of all
+    assert any("gap of canaries with 1 copies: none of them is a control" in reason for reason in found.refused)
 
 
 # --- ε

@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 
+from allmend import life
+from allmend.data.canaries import plant, write_canaries
 from allmend.federation.strategies import fedavg
+from allmend.recipe import make_recipe
 from allmend.run import RunFolder
 
 Allmend = Callable[..., Any]
@@ -183,6 +186,34 @@ CASES: dict[str, tuple[Callable[[], None], tuple[str, ...]]] = {
         lambda: append("[privacy.member]\nnoise_multiplier = 1.0\nepsilon = 0.1\n"),
         ("one round costs ε = ", "more than the budget of 0.1", "Raise epsilon"),
     ),
+    "a budget that no noise keeps": (
+        lambda: append("[privacy.member]\nepsilon = 1e-6\ndelta = 1e-9\n"),
+        ("privacy.member.epsilon (line 24)", "the smallest ε that can be reached is", "allow a larger ε or δ"),
+    ),
+    "a budget that no noise keeps for records": (
+        lambda: append("[privacy.record]\nepsilon = 1e-6\ndelta = 1e-9\n"),
+        ("arm 'fedavg', client 'north'", "the smallest ε that can be reached is", "allow a larger ε or δ"),
+    ),
+    "noise in proportion to no clip": (
+        lambda: append("[privacy.member]\nclip = inf\nepsilon = 3\n"),
+        ("privacy.member (line 23)", "a clip of inf"),
+    ),
+    "a layer that is not there": (
+        lambda: append("[compare.x.privacy.golfish]\n"),
+        ("compare.x.privacy.golfish (line 23)", "did you mean goldfish"),
+    ),
+    "canaries without controls": (
+        lambda: append("[canaries]\ncopies = [1]\ncount = 2\nkinds = ['contract']\nclients = ['north']\n"),
+        ("canaries.count (line 25)", "all 2 coins fell alike"),
+    ),
+    "canaries that would be cut": (
+        lambda: (append("[canaries]\n"), replace("recipe.toml", "max_tokens = 256", "max_tokens = 64")),
+        ("data.max_tokens (line 6)", "canaries have up to"),
+    ),
+    "a client that is called as all of them": (
+        lambda: replace("recipe.toml", '"south"', '"members"'),
+        ("clients[2].name", "line 11", "stands for all clients"),
+    ),
     "members' privacy without members' updates": (
         lambda: append("[privacy.member]\nepsilon = 8.0\n[compare.alone.strategy]\nname = 'local'\n"),
         ("privacy.member is for fedavg, and this is 'local'",),
@@ -232,6 +263,213 @@ def test_a_record_of_a_megabyte_is_cut_and_counted_or_rejected(allmend: Allmend,
     replace("recipe.toml", "max_tokens = 256", 'max_tokens = 256\ntoo_long = "reject"')
     shown = allmend("tune", "recipe.toml", "--dry-run")
     assert "1 training records rejected" in " ".join(shown.out.split())
+
+
+def test_a_delta_that_is_too_large_is_warned_of(allmend: Allmend, workplace: Path) -> None:
+    append("[privacy.record]\nnoise_multiplier = 1.0\ndelta = 0.5\n")
+    for arguments in (("--dry-run",), ()):
+        shown = allmend("tune", "recipe.toml", *arguments)
+        assert (shown.code, shown.err) == (0, "")
+        words = " ".join(shown.out.split())
+        assert words.count("Warning arm 'fedavg': δ = 0.5 is not below 1/") == 2
+        assert "Lower delta" in words
+
+
+def test_goldfish_on_records_shorter_than_its_context_is_told(allmend: Allmend, workplace: Path) -> None:
+    append("[privacy.goldfish]\ncontext = 400\n")
+    assert allmend("tune", "recipe.toml").code == 0
+    (layer,) = json.loads(Path("runs/tiny/results/privacy.json").read_text())["layers"]["fedavg"]
+    assert "0.0% of" in layer
+    assert "records that are not longer than h" in layer
+    assert "not longer than h" in Path("runs/tiny/report.html").read_text()
+
+
+def test_prefixes_that_are_longer_than_every_canary_are_counted(allmend: Allmend, audited: Path) -> None:
+    shown = allmend("audit", "runs/tiny", "--prefix", 5000)
+    assert (shown.code, shown.err) == (0, "")
+    assert "No prefix was tried: every canary is shorter." in shown.out
+    table = json.loads(Path("runs/tiny/results/audit.json").read_text())
+    assert table["skipped_prefixes"] == 2 * (table["canaries"] + table["controls"])  # base model and fedavg
+    assert table["extraction"] == []
+    assert table["design_changed"] is True
+    shown = allmend("audit", "runs/tiny", "--prefix", 20, "--prefix", 5000)
+    assert "prefixes were left out" in " ".join(shown.out.split())
+
+
+# --- audits
+
+
+@pytest.fixture(scope="module")
+def audited_run(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
+    """An audited run, with the folder that its recipe starts from."""
+    folder = tmp_path_factory.mktemp("audited")
+    for client in ("north", "south"):
+        rows = [{"id": f"{client}-{i}", "prompt": f"{i}?", "response": f"{2 * i}"} for i in range(6)]
+        (folder / f"{client}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = make_recipe(
+        {
+            "name": "tiny",
+            "model": {"source": str(tiny_folder)},
+            "data": {"max_tokens": 256},
+            "clients": [{"name": name, "data": f"{name}.jsonl"} for name in ("north", "south")],
+            "adapter": {"rank": 2},
+            "strategy": {"rounds": 1},
+            "canaries": {"copies": [1], "count": 3},
+            "audit": {"prefix_tokens": [20], "exposure": [], "membership_records": 0},
+            "engine": {"threads": 1},
+        }
+    )
+    return life.tune(recipe, folder / "run", base=folder).path
+
+
+@pytest.fixture
+def audited(workplace: Path, audited_run: Path) -> Path:
+    """The same as `runs/tiny` of the current folder."""
+    shutil.copytree(audited_run, "runs/tiny")
+    return workplace
+
+
+def foreign_canaries() -> None:
+    write_canaries(Path("others.jsonl"), plant(clients=["north", "south"], copies=[1], per_cell=3, seed=9))
+
+
+def spoilt_canaries(change: Callable[[list[dict[str, Any]]], object]) -> Callable[[], None]:
+    def spoil() -> None:
+        rows = [json.loads(line) for line in Path("runs/tiny/canaries.jsonl").read_text().splitlines()]
+        change(rows)
+        Path("others.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    return spoil
+
+
+def nothing() -> None:
+    pass
+
+
+OWN = "runs/tiny/canaries.jsonl"
+AUDITS: dict[str, tuple[Callable[[], object], tuple[str, ...], tuple[str, ...]]] = {
+    "canaries of another run": (
+        foreign_canaries,
+        ("audit", "runs/tiny", "--canaries", "others.jsonl"),
+        ("others.jsonl", "not the canaries of the run", OWN),
+    ),
+    "canaries of another run for its adapter": (
+        foreign_canaries,
+        ("audit", "model", "--canaries", "others.jsonl", "--adapter", "runs/tiny/arms/fedavg/adapter"),
+        ("others.jsonl", "not the canaries of the run", "canaries.jsonl"),
+    ),
+    "secrets outside the text": (
+        spoilt_canaries(lambda rows: rows[2]["secret_spans"][-1].update(end=10_000)),
+        ("audit", "model", "--canaries", "others.jsonl"),
+        ("others.jsonl:3", "lies outside the text"),
+    ),
+    "no controls": (
+        spoilt_canaries(lambda rows: [row.update(inserted=True) for row in rows]),
+        ("audit", "model", "--canaries", "others.jsonl"),
+        ("one of the two is missing",),
+    ),
+    "no canaries": (
+        spoilt_canaries(list.clear),
+        ("audit", "model", "--canaries", "others.jsonl"),
+        ("holds no canary",),
+    ),
+    "a file of something else": (
+        nothing,
+        ("audit", "model", "--canaries", "north.jsonl"),
+        ("north.jsonl:1", "is no canary", "Name the canaries.jsonl"),
+    ),
+    "canaries that are not there": (
+        nothing,
+        ("audit", "runs/tiny", "--canaries", "nowhere.jsonl"),
+        ("nowhere.jsonl", "cannot be read"),
+    ),
+    "a model without canaries": (nothing, ("audit", "model"), ("model: no run is here", "--canaries")),
+    "no such model": (nothing, ("audit", "modle", "--canaries", OWN), ("modle",)),
+    "an adapter that is none": (
+        nothing,
+        ("audit", "model", "--canaries", OWN, "--adapter", "runs"),
+        ("runs", "cannot be applied to the model"),
+    ),
+    "an adapter for a run": (nothing, ("audit", "runs/tiny", "--adapter", "x"), ("--adapter is for a model",)),
+    "a reference for a run": (nothing, ("audit", "runs/tiny", "--reference", "x"), ("--reference is for a model",)),
+    "a model's audit into a run": (
+        nothing,
+        ("audit", "model", "--canaries", OWN, "--out", "runs/tiny"),
+        ("runs/tiny", "whose own audit would be lost"),
+    ),
+    "damaged canaries of the run": (
+        lambda: Path(OWN).write_bytes(Path(OWN).read_bytes()[:-30]),
+        ("audit", "runs/tiny"),
+        ("canaries.jsonl:6", "is no canary"),
+    ),
+    "damaged counts": (
+        lambda: Path("runs/tiny/arms/fedavg/learnt.json").write_text("{"),
+        ("audit", "runs/tiny"),
+        ("learnt.json", "cannot be read"),
+    ),
+    "one run": (nothing, ("audit", "compare", "runs/tiny"), ("only one audited model",)),
+    "no run to compare": (nothing, ("audit", "compare", "runs/tiny", "nowhere"), ("nowhere", "no run is here")),
+    "an arm that is not there": (
+        nothing,
+        ("audit", "compare", "runs/tiny", "runs/tiny:local"),
+        ("no audited arm 'local'", "It has fedavg"),
+    ),
+    "a run that is not audited": (
+        lambda: Path("runs/tiny/results/audit.json").unlink(),
+        ("audit", "compare", "runs/tiny", "runs/tiny"),
+        ("not been audited yet", "allmend audit runs/tiny"),
+    ),
+    "damaged probes": (
+        lambda: Path("runs/tiny/results/audit.parquet").write_text("x"),
+        ("audit", "compare", "runs/tiny", "runs/tiny"),
+        ("audit.parquet", "not a table of probes", "Audit the run again"),
+    ),
+    "own records without a run": (
+        nothing,
+        ("audit", "mine", "nowhere", "--data", "north.jsonl"),
+        ("nowhere", "no run is here"),
+    ),
+    "own records that are not there": (
+        nothing,
+        ("audit", "mine", "runs/tiny", "--data", "nowhere.jsonl"),
+        ("nowhere.jsonl",),
+    ),
+    "own records with other fields": (
+        wrong_fields,
+        ("audit", "mine", "runs/tiny", "--data", "south.jsonl"),
+        ("south.jsonl:1", "'question'"),
+    ),
+    "nothing to be asked for": (
+        nothing,
+        ("audit", "mine", "runs/tiny", "--data", "north.jsonl", "--suffix", "0"),
+        ("suffix",),
+    ),
+    "a changed recipe": (
+        lambda: replace("runs/tiny/recipe.toml", "prefix_tokens = [\n    20,\n]", "prefix_tokens = [\n    21,\n]"),
+        ("audit", "runs/tiny"),
+        ("the frozen recipe was changed",),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AUDITS)
+def test_an_audit_that_cannot_be_made_is_told_once_and_writes_nothing(
+    name: str, allmend: Allmend, audited: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    spoil, arguments, words = AUDITS[name]
+    spoil()
+    before = tree(audited)
+    shown = allmend(*arguments)
+    assert shown.code == 2, shown
+    for word in words:
+        assert word in shown.err
+    assert shown.err.count("Error") == 1
+    assert "Traceback" not in shown.err
+    after = tree(audited)
+    assert {path for path in {*after, *before} if after.get(path) != before.get(path)} <= {
+        "runs/tiny/lock", "runs/tiny/events.jsonl",
+    }  # fmt: skip
 
 
 # --- run folders

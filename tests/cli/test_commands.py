@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import allmend as package
 from allmend.cli.recipe import packaged
 from allmend.events import Stopped
 from allmend.recipe import Recipe, parse_recipe
+from allmend.results import Comparison, OwnTable
 from allmend.run import RunFolder
 
 Allmend = Callable[..., Any]
@@ -56,6 +58,105 @@ def test_from_recipe_to_report(allmend: Allmend, workplace: Path) -> None:
     report.unlink()
     assert allmend("report", "runs/tiny").code == 0
     assert report.is_file()
+
+
+LAYERS = """
+[privacy.record]
+noise_multiplier = 1.0
+delta = 1e-2
+[compare.members.privacy.member]
+epsilon = 9.0
+quantile = 0.5
+[compare.plain.privacy]
+"""
+
+
+def test_guarantees_are_told_before_during_and_after(
+    allmend: Allmend, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    with Path("recipe.toml").open("a") as file:
+        file.write(LAYERS)
+    words = " ".join(allmend("tune", "recipe.toml", "--dry-run").out.split())
+    for phrase in ("each record of north: ε = ", "each record of south: ε = ", "each client as a whole: ε = "):
+        assert words.count(phrase) == 1
+    assert "after all rounds; clip 1, noise multiplier 1;" in words
+    assert "whether the change was within the clip" in words
+    promised = float(words.split("each record of north: ε = ")[1].split()[0])
+    shown = allmend("tune", "recipe.toml")
+    assert (shown.code, shown.err) == (0, "")
+    lines = [line for line in shown.out.splitlines() if line.startswith("  round 2:")]
+    assert len(lines) == 3
+    assert "training loss" not in lines[0]
+    assert "training loss" not in lines[1]
+    assert "training loss" in lines[2]
+    assert [("so far" in line) for line in lines] == [True, True, False]
+    budgets = json.loads(Path("runs/tiny/results/privacy.json").read_text())["budgets"]
+    (north,) = (budget["epsilon"] for budget in budgets["fedavg"] if budget["client"] == "north")
+    assert north == pytest.approx(promised, abs=0.005)
+    assert f"ε {max(budget['epsilon'] for budget in budgets['fedavg']):.2f} so far" in lines[0]
+
+
+def test_audits_of_a_run_a_model_and_ones_own_records(
+    allmend: Allmend, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    with Path("recipe.toml").open("a") as file:
+        file.write(CANARIES.replace("local'", "centralised'").replace("compare.local", "compare.pooled"))
+    assert allmend("tune", "recipe.toml").code == 0
+    run = {path: path.read_bytes() for path in Path("runs/tiny").rglob("*") if path.is_file() and path.name != "lock"}
+
+    # `audit RUN` is short for `audit run RUN`, and both do it again
+    plain, named = allmend("audit", "runs/tiny"), allmend("audit", "run", "runs/tiny", "--canaries", CANARY_FILE)
+    for shown in (plain, named):
+        assert (shown.code, shown.err) == (0, "")
+        for words in ("Memorisation of canaries", "base", "fedavg", "pooled", "after a prefix of 5 tokens", "Report"):
+            assert words in shown.out
+        assert "design was changed" not in shown.out
+    assert "design was changed" in allmend("audit", "runs/tiny", "--prefix", 6).out
+    assert allmend("audit", "runs/tiny").code == 0
+    changed = {path for path, content in run.items() if path.read_bytes() != content}
+    assert changed <= {Path("runs/tiny") / name for name in ("events.jsonl", "report.html")}
+
+    # a model made elsewhere, with an adapter
+    shutil.copytree("runs/tiny/arms/fedavg/adapter", "elsewhere")
+    arguments = ("--canaries", CANARY_FILE, "--adapter", "elsewhere", "--prefix", 5, "--out", "found")
+    shown = allmend("audit", "model", *arguments)
+    assert (shown.code, shown.err) == (0, "")
+    assert "adapter" in shown.out
+    assert {path.name for path in Path("found").rglob("*")} == {
+        *("results", "audit.json", "audit.parquet", "report.html"),
+    }
+
+    # side by side
+    shown = allmend("audit", "compare", "runs/tiny:fedavg", "runs/tiny:pooled", "--out", "compared.json")
+    assert (shown.code, shown.err) == (0, "")
+    for words in ("Side by side", "tiny/fedavg", "tiny/pooled", "paired by canary", "95 %"):
+        assert words in shown.out
+    compared = Comparison.model_validate_json(Path("compared.json").read_bytes())
+    assert [model.label for model in compared.models] == ["tiny/fedavg", "tiny/pooled"]
+    assert compared.pairs[0].words[1:] in " ".join(shown.out.split())
+
+    # one's own records
+    before = {path: path.stat().st_mtime_ns for path in Path("runs/tiny").rglob("*")}
+    shown = allmend(
+        "audit", "mine", "runs/tiny", "--data", "north.jsonl", "--controls", "south.jsonl", "--out", "o.json"
+    )
+    assert (shown.code, shown.err) == (0, "")
+    for words in ("Your records", "controls", "0 of ", "completes none of your records", "does not show"):
+        assert words in shown.out
+    assert "with --controls to tell" not in shown.out
+    own = OwnTable.model_validate_json(Path("o.json").read_bytes())
+    assert {row.record for row in own.rows} == {
+        json.loads(line)["id"] for line in Path("north.jsonl").read_text().splitlines()
+    }
+    assert "with --controls to tell" in " ".join(
+        allmend("audit", "mine", "runs/tiny", "--data", "north.jsonl").out.split()
+    )
+    assert {path: path.stat().st_mtime_ns for path in Path("runs/tiny").rglob("*")} == before
+
+
+CANARY_FILE = "runs/tiny/canaries.jsonl"
 
 
 def test_a_dry_run_shows_what_leaves_and_writes_nothing(allmend: Allmend, workplace: Path) -> None:
@@ -110,7 +211,7 @@ def test_small_commands(allmend: Allmend, workplace: Path) -> None:
     shown = allmend("model", "fetch", "model")
     assert shown.code == 0
     assert str(Path("model").resolve()) in shown.out
-    for command in ("tune", "audit", "report", "demo", "doctor", "recipe", "model"):
+    for command in ("tune", "audit", "privacy", "report", "demo", "doctor", "recipe", "model"):
         assert command in allmend("--help").out
         assert allmend(command, "--help").code == 0
 

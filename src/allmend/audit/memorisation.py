@@ -280,7 +280,9 @@ def _membership(
             name, records="canaries", copies=copies, members=inserted, non_members=controls, seed=seed
         )
         if not inserted:
-            refused.append(f"{name}: membership of canaries with {copies} copies: none was inserted and seen")
+            refused.append(f"{name}: all but ε of canaries with {copies} copies: none was inserted and seen")
+        if all(canary.inserted for canary in canaries if canary.copies == copies):
+            refused.append(f"{name}: likelihood gap of canaries with {copies} copies: none of them is a control")
     if reference is None:  # say it once, for the base model
         refused += refusals(records="canaries", copies=None, members=1, non_members=len(controls))
     return rows, refused
