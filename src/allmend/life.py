@@ -13,16 +13,10 @@ from pathlib import Path
 import torch
 
 import allmend
-from allmend.auditing import (
-    VIEWS,
-    audit_arms,
-    audited,
-    design_digest,
-    expected_tokens,
-    privacy_table,
-    write_cards,
-    write_learnt,
-)
+from allmend.auditing.guarantees import privacy_table
+from allmend.auditing.learnt import write_learnt
+from allmend.auditing.outcomes import audited
+from allmend.auditing.runs import VIEWS, audit_arms, design_digest, expected_tokens, write_cards
 from allmend.data.canaries import write_canaries
 from allmend.errors import UserError
 from allmend.events import (

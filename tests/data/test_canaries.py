@@ -361,6 +361,9 @@ def test_the_examples_of_the_next_test_are_good(tmp_path: Path) -> None:
     ):
         path.write_text(line)
         assert len(read_canaries(path)) == 1
+    path.write_text(with_spans((5, 9, "born", 6)))  # as other programs write a whole number
+    ((span,),) = (canary.secret_spans for canary in read_canaries(path))
+    assert (span.bits, type(span.bits)) == (6.0, float)
 
 
 @pytest.mark.parametrize(
@@ -384,6 +387,7 @@ def test_the_examples_of_the_next_test_are_good(tmp_path: Path) -> None:
         (with_spans((5, 9, "a", math.nan)), "nan bits"),
         (with_spans((5, 9, "a", math.inf)), "inf bits"),
         (with_spans((5, 9, "a", -1.0)), "-1.0 bits"),
+        (with_spans((5, 9, "a", True)), "'bits' is True, not of type float"),
         (with_spans((10, 18, "phone", 26.6), kind="clinical-note"), "'phone' .* has none"),
         (with_spans((10, 18, "record", 20.0), kind="clinical-note"), "20.00 bits.* has one of 26.58"),
     ],

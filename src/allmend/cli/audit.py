@@ -47,7 +47,8 @@ def audit(
     out: Annotated[Path, typer.Option(help="Where the audit of a model goes.")] = Path("audit"),
 ) -> None:
     """Ask models for canaries, controls beside them, and write the audit and the report."""
-    from allmend import auditing
+    from allmend.auditing.folders import audit_folder
+    from allmend.auditing.runs import audit_run
     from allmend.recipe import Audit
 
     console = Console()
@@ -58,7 +59,7 @@ def audit(
             if value is not None:
                 raise UserError(f"{name} is for a model, and this is a run", where=run, hint="Leave it out.")
         with shown(console, run) as listen:
-            table = auditing.audit_run(run, canaries=canaries, changes=changes, listeners=[listen])
+            table = audit_run(run, canaries=canaries, changes=changes, listeners=[listen])
         report = run / "report.html"
     else:
         if canaries is None:
@@ -68,7 +69,7 @@ def audit(
                 hint="Name a run folder, or the canaries that were planted: --canaries canaries.jsonl.",
             )
         with counting(console) as on_tokens:
-            table = auditing.audit_folder(
+            table = audit_folder(
                 what,
                 canaries,
                 out=out,
@@ -88,9 +89,9 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON, too.")] = None,
 ) -> None:
     """Put audited models side by side: utility, memorisation, privacy; each against the first."""
-    from allmend import auditing
+    from allmend.auditing.side_by_side import compare_runs
 
-    comparison = auditing.compare_runs(runs)
+    comparison = compare_runs(runs)
     show_comparison(Console(), comparison)
     if out is not None:
         write_atomic(out, comparison.model_dump_json(indent=1).encode())
@@ -105,11 +106,11 @@ def mine(
     out: Annotated[Path | None, typer.Option(help="Write the figures, record by record, as JSON.")] = None,
 ) -> None:
     """Ask a run's models for your own records, on your own machine. Nothing leaves it."""
-    from allmend import auditing
+    from allmend.auditing import own
 
     console = Console()
     with counting(console) as on_tokens:
-        table = auditing.mine(run, data, controls=controls, suffix_tokens=suffix, on_tokens=on_tokens)
+        table = own.mine(run, data, controls=controls, suffix_tokens=suffix, on_tokens=on_tokens)
     show_own(console, table)
     if out is not None:
         write_atomic(out, table.model_dump_json(indent=1).encode())

@@ -267,8 +267,8 @@ def _canary(row: Any) -> Canary:
         raise ValueError("'text' is empty")
     spans: list[SecretSpan] = []
     for fields in row["secret_spans"]:
-        _check_types(fields, {"start": int, "end": int, "slot": str, "bits": float})
-        span = SecretSpan(**fields)
+        _check_types(fields, {"start": int, "end": int, "slot": str, "bits": (float, int)})
+        span = SecretSpan(**{**fields, "bits": float(fields["bits"])})
         where = f"the secret span {span.start}–{span.end}"
         if not 0 <= span.start < span.end <= len(row["text"]):
             raise ValueError(f"{where} lies outside the text of {len(row['text'])} characters")
@@ -294,10 +294,11 @@ def _check_slot(kind: str, span: SecretSpan) -> None:
         )
 
 
-def _check_types(row: Any, types: Mapping[str, type]) -> None:
+def _check_types(row: Any, types: Mapping[str, type | tuple[type, ...]]) -> None:
     if not isinstance(row, dict) or row.keys() != types.keys():
         found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
         raise ValueError(f"it must have the fields {', '.join(types)}, not {found}")
     for name, type_ in types.items():
-        if type(row[name]) is not type_:
-            raise ValueError(f"{name!r} is {row[name]!r}, not of type {type_.__name__}")
+        allowed = type_ if isinstance(type_, tuple) else (type_,)
+        if type(row[name]) not in allowed:  # a bool is no number
+            raise ValueError(f"{name!r} is {row[name]!r}, not of type {allowed[0].__name__}")

@@ -60,11 +60,3 @@ class _LogLikelihood(torch.autograd.Function):
         found = (logits - normaliser[:, None]).exp_().mul_(-weight[:, None])
         found.index_put_((source_of, targets), gradient, accumulate=True)
         return found, None, None
-
-
-def log_likelihood_and_hit(model: Any, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
-    """`log_likelihood`, and whether the target is the most likely token, float32 [N] and bool [N]."""
-    logits = logits_at_sources(model, row)
-    chosen = logits[row.source_of, row.targets]
-    best = logits.argmax(-1)[row.source_of]
-    return chosen - logits.logsumexp(-1)[row.source_of], best == row.targets

@@ -1,0 +1,60 @@
+"""What the layers of protection did and what their guarantees have cost, from a run's recipe and log."""
+
+import math
+from collections.abc import Sequence
+
+from allmend.auditing.learnt import read_layers
+from allmend.events import RoundDone
+from allmend.federation.privacy.ledger import open_ledger
+from allmend.prepare import Prepared
+from allmend.results import MEMBERS, Budget, PrivacyTable
+from allmend.run import RunFolder
+
+
+def privacy_table(run: RunFolder, prepared: Prepared) -> PrivacyTable:
+    """Every arm's layers in words, and what its guarantees have cost, from the recipe and the run's log."""
+    layers, budgets = {}, {}
+    history = run.history()
+    for name, arm in prepared.recipe.arms().items():
+        parties, whole = prepared.protected(arm)
+        rounds = [event for event in history if isinstance(event, RoundDone) and event.arm == name]
+        found = []
+        for party, account in open_ledger(whole, parties).accounts.items():
+            if account.settings.clip == math.inf:  # neither clip nor noise: training as without the layer
+                continue
+            by_round = tuple(event.epsilon.get(party) for event in rounds)
+            took_part = sum(party == MEMBERS or party in event.clients for event in rounds)
+            spent = account.epsilon(took_part)
+            found.append(
+                Budget(
+                    unit=account.unit,
+                    client=None if party == MEMBERS else party,
+                    epsilon=spent if math.isfinite(spent) else None,
+                    delta=account.settings.delta,
+                    noise_multiplier=account.release.noise_multiplier,
+                    clip=account.settings.clip,
+                    sampling=account.sampling,
+                    steps=account.releases(took_part),
+                    by_round=by_round,
+                    simulated=arm.privacy.randomness == "seeded",
+                    stopped=len(rounds) if 0 < len(rounds) < arm.strategy.rounds else None,
+                )
+            )
+        layers[name] = read_layers(run, name)
+        if found:
+            budgets[name] = tuple(found)
+    return PrivacyTable(layers=layers, budgets=budgets)
+
+
+def largest_delta(budgets: Sequence[Budget]) -> float:
+    """The δ that all of a model's guarantees hold at, 0 without any."""
+    return max((budget.delta for budget in budgets), default=0.0)
+
+
+def accounted_epsilon(budgets: Sequence[Budget]) -> float | None:
+    """ε of one record: by the records' guarantee, which the members' implies too."""
+    spent = (
+        [budget.epsilon for budget in budgets if budget.unit == unit and budget.epsilon is not None]
+        for unit in ("record", "member")
+    )
+    return min((max(values) for values in spent if values), default=None)

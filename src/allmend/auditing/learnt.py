@@ -1,0 +1,96 @@
+"""How much training looked at each canary: what was never learnt from cannot have been memorised."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from allmend.data.canaries import Canary, canary_of
+from allmend.errors import UserError
+from allmend.federation.arm import Training
+from allmend.recipe import Recipe
+from allmend.results import Learnt
+from allmend.run import RunFolder, write_atomic
+
+_LEARNT = "learnt.json"
+
+
+def write_learnt(run: RunFolder, arm: str, canaries: Sequence[Canary], training: Training) -> None:
+    """Keep how much training looked at each canary: steps that saw a copy, and its tokens under the loss."""
+    counts = {canary.id: [0, 0] for canary in canaries if canary.inserted}
+    for record, (steps, tokens) in training.learnt.items():
+        if (canary := canary_of(record)) in counts:
+            counts[canary][0] += steps
+            counts[canary][1] += tokens
+    content = {"canaries": counts, "layers": training.layers}
+    write_atomic(run.arm(arm) / _LEARNT, json.dumps(content, indent=1).encode())
+
+
+def read_learnt(run: RunFolder, arm: str) -> dict[str, tuple[int, int]]:
+    """Steps and tokens by canary; empty for a run that kept no count.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    return {name: (steps, tokens) for name, (steps, tokens) in _read_learnt(run, arm)["canaries"].items()}
+
+
+def read_layers(run: RunFolder, arm: str) -> tuple[str, ...]:
+    """What the layers of protection did in an arm, in words."""
+    return tuple(_read_learnt(run, arm)["layers"])
+
+
+def _read_learnt(run: RunFolder, arm: str) -> dict[str, Any]:
+    path = run.arm(arm) / _LEARNT
+    if not path.exists():
+        return {"canaries": {}, "layers": []}
+    try:
+        found: dict[str, Any] = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot be read: {error}", where=path, hint="Start a new run.") from error
+    return found
+
+
+def never_learnt(
+    arm: str, canaries: Sequence[Canary], counts: Mapping[str, tuple[int, int]], recipe: Recipe
+) -> set[str]:
+    """Ids of inserted canaries that Poisson sampling never drew.
+
+    Raises:
+        UserError: a canary was not learnt from for another reason: that it is not in the model would prove nothing.
+    """
+    if not counts:
+        return set()
+    unseen = {canary.id for canary in canaries if canary.inserted and not counts.get(canary.id, (0, 0))[1]}
+    privacy = recipe.arms()[arm].privacy
+    if not unseen or (privacy.record is not None and privacy.record.sampling == "poisson"):
+        return unseen
+    layers = [name for name in ("deduplicate", "goldfish") if getattr(privacy, name) is not None]
+    left_out = f", or privacy.{' or privacy.'.join(layers)} left out what there was to learn" if layers else ""
+    raise UserError(
+        f"{len(unseen)} of the planted canaries were never learnt from in arm {arm!r} ({', '.join(sorted(unseen)[:3])}"
+        f"{' …' if len(unseen) > 3 else ''}), so that the audit would call them not memorised without a reason: their "
+        f"client took part in no round, training was too short to reach them{left_out}",
+        where="audit",
+        hint="Train for a whole pass over the records (train.local_epochs, strategy.rounds, participation), or leave "
+        "the canaries' client out of canaries.clients, in a new run. The tuned models are kept.",
+    )
+
+
+def learnt_rows(arm: str, canaries: Sequence[Canary], counts: Mapping[str, tuple[int, int]]) -> list[Learnt]:
+    """The counts of an arm's canaries, one row for each number of copies."""
+    rows = []
+    for copies in sorted({canary.copies for canary in canaries}):
+        found = [counts[canary.id] for canary in canaries if canary.copies == copies and canary.id in counts]
+        if found:
+            steps, tokens = ([one[place] for one in found] for place in (0, 1))
+            rows.append(
+                Learnt(
+                    model=arm,
+                    copies=copies,
+                    canaries=len(found),
+                    tokens=sum(tokens) / len(found),
+                    steps=sum(steps) / len(found),
+                    least_tokens=min(tokens),
+                )
+            )
+    return rows

@@ -1,0 +1,183 @@
+"""The audit of a run: its base model and the shared outcome of every arm."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from allmend.audit.memorisation import Findings, RecordGroup, audit_model, tokens_to_read
+from allmend.audit.views import view_rows
+from allmend.auditing.guarantees import accounted_epsilon, largest_delta, privacy_table
+from allmend.auditing.learnt import learnt_rows, never_learnt, read_learnt
+from allmend.auditing.outcomes import audited, outcome
+from allmend.auditing.tables import PROBES, check_same_canaries, findings_table
+from allmend.data.canaries import Canary, read_canaries
+from allmend.data.splits import uniform
+from allmend.errors import UserError
+from allmend.federation.arm import trainable_of
+from allmend.meter import Meter
+from allmend.models.load import LoadedModel
+from allmend.models.tensors import read_tensors
+from allmend.prepare import Prepared, differs, prepare, read_frozen, threads
+from allmend.probes import write_probes
+from allmend.recipe import Audit, Recipe
+from allmend.report.card import memorisation_card, write_card
+from allmend.report.page import write_report
+from allmend.results import BASE, AuditTable, Learnt, PrivacyTable
+from allmend.run import EventLog, RunFolder
+
+VIEWS = "views"
+"""Folder of what each party saw of an arm's rounds, in the arm's folder."""
+
+
+def design_digest(settings: Audit, canaries: Sequence[Canary]) -> str:
+    """SHA-256 of all that an audit's figures depend on beside the model: measures, cells, texts and coins."""
+    content = [settings.model_dump(), [asdict(canary) for canary in canaries]]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def expected_tokens(prepared: Prepared) -> float:
+    """What the audit of one model reads and generates, about."""
+    return tokens_to_read(prepared.canaries, prepared.encoder, prepared.recipe.audit, _groups(prepared))
+
+
+def audit_run(
+    out: Path | str,
+    *,
+    canaries: Path | str | None = None,
+    changes: Mapping[str, Any] | None = None,
+    model: LoadedModel | None = None,
+    listeners: Sequence[Any] = (),
+) -> AuditTable:
+    """Audit a run's models again, from the artefacts on disk, and write its audit table and report.
+
+    Args:
+        out: a run whose recipe has canaries.
+        canaries: the run's own canaries, where the caller wants to be sure that they are.
+        changes: keys of the recipe's `[audit]` and their values for this audit (`{"prefix_tokens": [20, 50]}`).
+        model: the recipe's model, where the caller has it in memory already.
+        listeners: told every event.
+
+    Raises:
+        UserError: there is no run, it is in use, has no canaries or no tuned model yet, or `canaries` are others.
+    """
+    run = RunFolder.open(Path(out))
+    if canaries is not None and run.canaries.exists():
+        check_same_canaries(Path(canaries), run.canaries)
+    with run.lock():
+        recipe = read_frozen(run)
+        settings = _changed(recipe.audit, changes or {})
+        prepared = prepare(recipe, Path(str(run.facts["base"])), model=model)
+        if prepared.model.digest != run.facts.get("model"):
+            raise differs("the base model", run)
+        with threads(recipe), run.log(listeners) as log:
+            table = audit_arms(run, prepared, log, settings)
+        write_cards(run, recipe)
+        write_report(run.path)
+    return table
+
+
+def _changed(settings: Audit, changes: Mapping[str, Any]) -> Audit:
+    try:
+        return Audit.model_validate(settings.model_dump() | dict(changes))
+    except ValidationError as error:
+        raise UserError(f"not an audit that can be made: {error.errors()[0]['msg']}", where="audit") from None
+
+
+def audit_arms(run: RunFolder, prepared: Prepared, log: EventLog, settings: Audit) -> AuditTable:
+    """Audit the base model and every arm's shared outcome, as they lie on disk, and write table and probes."""
+    if not run.canaries.exists():
+        raise UserError(
+            "the run has no canaries, so there is nothing to audit",
+            where=run.path,
+            hint="Add [canaries] to the recipe and start a new run.",
+        )
+    recipe, canaries = prepared.recipe, read_canaries(run.canaries)
+    groups = _groups(prepared)
+    budgets = privacy_table(run, prepared).budgets
+    findings: list[Findings] = []
+    learnt: list[Learnt] = []
+    for name in (BASE, *audited(recipe)):
+        unseen: set[str] = set()
+        if name != BASE:
+            counts = read_learnt(run, name)
+            unseen = never_learnt(name, canaries, counts, recipe)
+            learnt += learnt_rows(name, canaries, counts)
+        meter = Meter(log.emit, f"audit {name}", expected_tokens(prepared))
+        with outcome(run, prepared.model, name) as module:
+            findings.append(
+                audit_model(
+                    name,
+                    module,
+                    prepared.encoder,
+                    canaries,
+                    settings,
+                    seed=recipe.seed,
+                    reference=findings[0] if findings else None,
+                    groups=groups,
+                    unseen=unseen,
+                    delta=largest_delta(budgets.get(name, ())),
+                    accounted=accounted_epsilon(budgets.get(name, ())),
+                    on_tokens=meter.add,
+                )
+            )
+        meter.done()
+    fixed = run.facts.get("audit")
+    table = findings_table(
+        findings,
+        canaries,
+        recipe.seed,
+        learnt=tuple(learnt),
+        views=tuple(row for name in audited(recipe) for row in _views(run, prepared, canaries, name)),
+        design_changed=None if fixed is None else fixed != design_digest(settings, canaries),
+    )
+    run.write_table("audit", table)
+    write_probes(run.path / "results" / PROBES, [probe for found in findings for probe in found.probes])
+    return table
+
+
+def _groups(prepared: Prepared) -> list[RecordGroup]:
+    """Each client's training and held-out records that membership is inferred for: as many of both."""
+    limit = prepared.recipe.audit.membership_records
+    groups = []
+    for client, records in prepared.train.items():
+        held_out = prepared.held_out[client]
+        n = min(limit, len(records), len(held_out))
+        chosen = [sorted(some, key=lambda record: uniform(record.id))[:n] for some in (records, held_out)]
+        if n:
+            groups.append(RecordGroup(client, *chosen))
+    return groups
+
+
+def _views(run: RunFolder, prepared: Prepared, canaries: Sequence[Canary], arm: str) -> Iterator[Any]:
+    """The likelihood gap in what each party saw of an arm's rounds, where it was kept."""
+    folders = sorted((run.arm(arm) / VIEWS).glob("round-*"))
+    if not folders:
+        return
+    with trainable_of(prepared.model, prepared.recipe.arms()[arm].adapter, seed=prepared.recipe.seed) as trainable:
+        trainable.model.eval()
+        for folder in folders:
+            round = int(folder.name.removeprefix("round-"))
+            for path in sorted(folder.glob("*.safetensors")):
+                tensors, _ = read_tensors(path)
+                trainable.load(tensors)
+                member = None if path.stem == "broadcast" else path.stem.removeprefix("update-")
+                yield from view_rows(arm, round, member, trainable.model, prepared.encoder, canaries)
+
+
+def write_cards(run: RunFolder, recipe: Recipe) -> None:
+    """Write what was found into the README of every audited arm's folder."""
+    audit = run.read_table("audit", AuditTable)
+    if audit is None:
+        return
+    privacy = run.read_table("privacy", PrivacyTable)
+    source = recipe.model.source
+    name = None if Path(source).is_absolute() or source.startswith(".") else source
+    for arm in audited(recipe):
+        for folder in (run.arm(arm) / "adapter", run.arm(arm) / "model"):
+            if folder.is_dir():
+                write_card(folder, memorisation_card(audit, privacy, arm=arm), base_model=name)

@@ -1,0 +1,69 @@
+"""Audited runs, and arms of runs, side by side."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from allmend.audit.compare import Audited, compare
+from allmend.auditing.tables import PROBES
+from allmend.data.canaries import read_canaries
+from allmend.errors import UserError
+from allmend.learn.scores import read_scores
+from allmend.probes import read_probes
+from allmend.results import BASE, AuditTable, Comparison, PrivacyTable, UtilityTable
+from allmend.run import RunFolder
+
+
+def compare_runs(runs: Sequence[Path | str]) -> Comparison:
+    """The audited models of several runs (and arms of one run) side by side, each against the first tuned one.
+
+    Args:
+        runs: run folders, or `FOLDER:ARM` for one arm of it.
+
+    Raises:
+        UserError: a folder is no run, it is not audited yet, or it has no such arm.
+    """
+    named = [_run_and_arm(str(name)) for name in runs]
+    names = Counter(path.name for path in {run.path.resolve() for run, _ in named})
+    models: list[Audited] = []
+    for run, arm in named:
+        name = run.path.resolve().name
+        models += _audited_models(run, arm, name if names[name] == 1 else str(run.path))
+    if len(models) < 2:
+        raise UserError("there is only one audited model to compare", where="runs", hint="Name several runs or arms.")
+    return compare(models)
+
+
+def _run_and_arm(name: str) -> tuple[RunFolder, str]:
+    """The run in `FOLDER` or `FOLDER:ARM`, and the arm, which is empty where none is named."""
+    folder, _, arm = name.rpartition(":") if ":" in name and not Path(name).is_dir() else (name, "", "")
+    return RunFolder.open(Path(folder)), arm
+
+
+def _audited_models(run: RunFolder, arm: str, label: str) -> list[Audited]:
+    audit = run.read_table("audit", AuditTable)
+    if audit is None:
+        raise UserError("has not been audited yet", where=run.path, hint=f"Run `allmend audit {run.path}`.")
+    known = [model for model in dict.fromkeys(gap.model for gap in audit.gaps) if model != BASE]
+    if arm and arm not in known:
+        raise UserError(f"has no audited arm {arm!r}", where=run.path, hint=f"It has {', '.join(known)}.")
+    privacy = run.read_table("privacy", PrivacyTable)
+    utility = run.read_table("utility", UtilityTable)
+    probes = read_probes(run.path / "results" / PROBES)
+    texts = {canary.id: canary.text for canary in read_canaries(run.canaries)} if run.canaries.exists() else {}
+    found = []
+    for model in [arm] if arm else known:
+        scores = read_scores(run.scores(model)) if run.scores(model).exists() else []
+        found.append(
+            Audited(
+                label=f"{label}/{model}",
+                model=model,
+                audit=audit,
+                utility=utility,
+                probes=[probe for probe in probes if probe.model == model],
+                texts=texts,
+                scores=next((one for one in scores if one.member is None), None),
+                budgets=privacy.budgets.get(model, ()) if privacy else (),
+            )
+        )
+    return found

@@ -1,0 +1,40 @@
+"""What audits of runs and of models made elsewhere have in common: one table, one file of probes, one origin."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from allmend.audit.memorisation import Findings
+from allmend.data.canaries import Canary, read_canaries
+from allmend.errors import UserError
+from allmend.results import AuditTable
+
+PROBES = "audit.parquet"
+"""The audit's rows, one a probe, in `results/`."""
+
+
+def findings_table(findings: Sequence[Findings], canaries: Sequence[Canary], seed: int, **more: Any) -> AuditTable:
+    """The table of one audit; `more` are columns that only some audits have."""
+    rows: dict[str, Any] = {
+        name: tuple(row for found in findings for row in getattr(found, name))
+        for name in ("extraction", "gaps", "discoverable", "exposure", "membership", "epsilon", "refused")
+    }
+    return AuditTable(
+        **rows,
+        canaries=sum(canary.inserted for canary in canaries),
+        controls=sum(not canary.inserted for canary in canaries),
+        skipped_prefixes=sum(found.skipped for found in findings),
+        identifiers={found.model: found.identifiers for found in findings},
+        seed=seed,
+        **more,
+    )
+
+
+def check_same_canaries(given: Path, own: Path) -> None:
+    """Whether two files hold the same canaries.
+
+    Raises:
+        UserError: they do not, or one cannot be read.
+    """
+    if read_canaries(given) != read_canaries(own):
+        raise UserError(f"these are not the canaries of the run in {own.parent}", where=given, hint=f"Use {own}.")
