@@ -318,7 +318,7 @@ class ComparedModel(Table):
     """One audited model beside others: utility, what it memorised, and what was promised.
 
     Attributes:
-        label: `RUN/ARM`.
+        label: the name of the arm, `RUN/ARM` where there are several runs.
         perplexity, accuracy: on the pooled held-out records.
         copies: of the canaries that the following are about: the largest number that all models have.
         prefix: of `exact`: the longest that all have.
@@ -328,6 +328,7 @@ class ComparedModel(Table):
         auc: of membership by likelihood ratio.
         accounted: the accountant's ε: the largest over clients, or that of members.
         measured: the empirical lower bound on ε of one record: from the canaries that stand once.
+        measured_together: the same of `copies` records together; None where that is one.
     """
 
     label: str
@@ -342,6 +343,7 @@ class ComparedModel(Table):
     auc: Estimate | None = None
     accounted: float | None = None
     measured: float | None = None
+    measured_together: float | None = None
 
 
 class ComparedPair(Table):

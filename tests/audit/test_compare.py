@@ -149,8 +149,11 @@ def test_measured_and_accounted_epsilon_are_about_one_record() -> None:
     ]  # fmt: skip
     (row,) = compare([replace(audited("private"), budgets=budgets)]).models
     assert (row.measured, row.accounted) == (1.0, 3.0)
+    assert row.measured_together == 10.0
     (row,) = compare([audited("plain", copies=(10,))]).models
-    assert (row.measured, row.accounted) == (None, None)
+    assert (row.measured, row.measured_together, row.accounted) == (None, 10.0, None)
+    (row,) = compare([audited("once", copies=(1,))]).models
+    assert (row.measured, row.measured_together) == (1.0, None)
 
 
 def test_utility_is_that_of_the_pooled_records() -> None:
@@ -228,7 +231,7 @@ def test_other_records_are_not_paired_and_none_are_needed() -> None:
     [
         (0.2, 2.0, "other reduces memorisation against base, at utility that overlaps"),
         (2.0, 2.0, "other increases memorisation against base, at utility that overlaps"),
-        (1.0, 2.0, "no difference in memorisation shown between other and base"),
+        (1.0, 2.0, "No difference in memorisation shown between other and base"),
         (0.2, 3.0, "other keeps less of the canaries than base, but their utility differs too"),
         (2.0, 3.0, "other keeps more of the canaries than base, but their utility differs too"),
         (0.2, 1.0, "other keeps less of the canaries than base, but their utility differs too"),

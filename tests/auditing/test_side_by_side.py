@@ -36,7 +36,7 @@ def test_runs_with_other_secrets_are_not_paired_and_keep_apart_names(
 
 def test_runs_are_compared_canary_by_canary(run: RunFolder) -> None:
     found = compare_runs([f"{run.path}:fedavg", f"{run.path}:goldfish", f"{run.path}:once"])
-    assert [model.label for model in found.models] == ["run/fedavg", "run/goldfish", "run/once"]
+    assert [model.label for model in found.models] == ["fedavg", "goldfish", "once"]
     probes = {
         (probe.model, probe.canary): probe
         for probe in read_probes(run.path / "results" / "audit.parquet")

@@ -84,7 +84,7 @@ def _row(one: Audited, copies: int | None, prefix: str | None) -> ComparedModel:
     exposure = [row.exposure for row in one.audit.exposure if (row.model, row.copies, row.inserted) == cell]
     member = (one.model, copies, "ratio")
     auc = [row.auc for row in one.audit.membership if (row.model, row.copies, row.score) == member]
-    measured = [bound.epsilon for bound in one.audit.epsilon if (bound.model, bound.copies) == (one.model, 1)]
+    measured = {bound.copies: bound.epsilon for bound in one.audit.epsilon if bound.model == one.model}
     accounted = [budget.epsilon for budget in one.budgets if budget.epsilon is not None]
     return ComparedModel(
         label=one.label,
@@ -98,7 +98,8 @@ def _row(one: Audited, copies: int | None, prefix: str | None) -> ComparedModel:
         exposure=_averaged(exposure),
         auc=next(iter(auc), None),
         accounted=max(accounted, default=None),
-        measured=next(iter(measured), None),
+        measured=measured.get(1),
+        measured_together=None if copies in (None, 1) else measured.get(copies),
     )
 
 
@@ -196,10 +197,10 @@ def _bounds(estimate: Estimate) -> tuple[float, float]:
 
 def _verdict(label: str, other: str, gap: Estimate | None, same_utility: bool | None) -> str:
     if gap is None:
-        return f"{label} and {other} were not asked for the same canaries: no difference can be given"
+        return f"No difference can be given: {label} and {other} were not asked for the same canaries"
     low, high = _bounds(gap)
     if low <= 0 <= high:
-        return f"no difference in memorisation shown between {label} and {other}"
+        return f"No difference in memorisation shown between {label} and {other}"
     less = high < 0
     if same_utility is None:
         return f"{label} memorises {'less' if less else 'more'} than {other}; their utility was not measured"

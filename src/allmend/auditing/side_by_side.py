@@ -24,11 +24,13 @@ def compare_runs(runs: Sequence[Path | str]) -> Comparison:
         UserError: a folder is no run, it is not audited yet, or it has no such arm.
     """
     named = [_run_and_arm(str(name)) for name in runs]
-    names = Counter(path.name for path in {run.path.resolve() for run, _ in named})
+    folders = {run.path.resolve() for run, _ in named}
+    names = Counter(path.name for path in folders)
     models: list[Audited] = []
     for run, arm in named:
         name = run.path.resolve().name
-        models += _audited_models(run, arm, name if names[name] == 1 else str(run.path))
+        label = f"{name if names[name] == 1 else run.path}/" if len(folders) > 1 else ""
+        models += _audited_models(run, arm, label)
     if len(models) < 2:
         raise UserError("there is only one audited model to compare", where="runs", hint="Name several runs or arms.")
     return compare(models)
@@ -40,7 +42,7 @@ def _run_and_arm(name: str) -> tuple[RunFolder, str]:
     return RunFolder.open(Path(folder)), arm
 
 
-def _audited_models(run: RunFolder, arm: str, label: str) -> list[Audited]:
+def _audited_models(run: RunFolder, arm: str, prefix: str) -> list[Audited]:
     audit = run.read_table("audit", AuditTable)
     if audit is None:
         raise UserError("has not been audited yet", where=run.path, hint=f"Run `allmend audit {run.path}`.")
@@ -56,7 +58,7 @@ def _audited_models(run: RunFolder, arm: str, label: str) -> list[Audited]:
         scores = read_scores(run.scores(model)) if run.scores(model).exists() else []
         found.append(
             Audited(
-                label=f"{label}/{model}",
+                label=prefix + model,
                 model=model,
                 audit=audit,
                 utility=utility,
