@@ -360,7 +360,7 @@ def _canaries(recipe: Recipe, clients: Sequence[ClientData]) -> list[Canary]:
             per_cell=recipe.canaries.count_by_copies,
             seed=recipe.seed,
             kinds=recipe.canaries.kinds,
-            avoid=[text for record in records for text in _texts(record)],
+            avoid=[text for record in records for text in record.texts],
         )
     except UserError as error:
         raise RecipeError([Problem(("canaries", "count"), str(error))]) from error
@@ -399,10 +399,6 @@ def _apart(clients: Sequence[ClientData]) -> list[ClientData]:
 
 def _content(record: Record) -> tuple[object, ...]:
     return record.messages, record.text
-
-
-def _texts(record: Record) -> Iterable[str]:
-    return (record.text, *(message.content for message in record.messages))
 
 
 def _fit(

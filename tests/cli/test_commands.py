@@ -284,3 +284,22 @@ def test_interruptions_of_a_real_process(allmend: Allmend, workplace: Path) -> N
     assert shown.code == 0
     adapter = Path("arms/fedavg/adapter/adapter_model.safetensors")
     assert ("run" / adapter).read_bytes() == ("whole" / adapter).read_bytes()
+
+
+def test_a_dry_run_counts_what_looks_like_personal_data_and_does_not_show_it(
+    allmend: Allmend, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert "has the form of personal data" in allmend("tune", "recipe.toml", "--dry-run").out
+    rows = [json.loads(line) for line in Path("north.jsonl").read_text().splitlines()]
+    secrets = [f"{row['id']}@hospital.org, born 3 May 1950" for row in rows]
+    changed = [row | {"response": secret} for row, secret in zip(rows, secrets, strict=True)]
+    Path("north.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))
+    shown = allmend("tune", "recipe.toml", "--dry-run")
+    assert (shown.code, shown.err) == (0, "")
+    (line,) = (line for line in shown.out.splitlines() if "e-mail address" in line)
+    north = next(line for line in shown.out.splitlines() if "│ north" in line)
+    training = int(north.split("│")[2])
+    assert f"e-mail address {training}, date {training} " in line
+    assert "north" in line
+    assert "hospital.org" not in shown.out

@@ -26,6 +26,7 @@ def show_disclosures(console: Console, prepared: "Prepared", disclosures: "Seque
         own = len(member.records) - planted
         records.add_row(member.name, f"{own:,}", f"{planted:,}", f"{held_out:,}", notes or "none")
     console.print(records)
+    _show_identifiers(console, prepared)
     for disclosure in disclosures:
         table = Table(
             "what", "which", "size", "who sees it", title=f"Arm {disclosure.arm}: what leaves a member", show_lines=True
@@ -57,6 +58,24 @@ def show_disclosures(console: Console, prepared: "Prepared", disclosures: "Seque
     console.print("Everything fits; nothing was trained or written. All clients are simulated in this process.")
     for warning in prepared.warnings:
         console.print(f"[yellow]Warning[/yellow] {escape(warning)}", highlight=False)
+
+
+def _show_identifiers(console: Console, prepared: "Prepared") -> None:
+    """What looks like personal data in the training records: counts, and never the text."""
+    from allmend.data.identifiers import count_identifiers
+
+    found = {
+        client: count_identifiers(text for record in records for text in record.texts)
+        for client, records in prepared.train.items()
+    }
+    if not any(found.values()):
+        console.print("Nothing in the training records has the form of personal data (names have none).\n")
+        return
+    table = Table("client", "found in training records", title="What looks like personal data")
+    for client, counts in found.items():
+        words = (f"{kind} {count:,}" for kind, count in counts.items())
+        table.add_row(escape(client), ", ".join(words) or "nothing")
+    console.print(table)
 
 
 def _guarantee(name: str, account: "Account") -> str:

@@ -43,6 +43,11 @@ class Record:
         """The last assistant turn, or the running text itself."""
         return self.messages[-1].content if self.messages else self.text
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All that is written in it: every turn, or the running text."""
+        return tuple(message.content for message in self.messages) or (self.text,)
+
 
 def question(
     id: str, prompt: str, response: str, *, choices: tuple[str, ...] = (), kind: str = "", held_out: bool | None = None
