@@ -69,6 +69,16 @@ def test_guarantee_names_its_unit_and_all_that_it_rests_on(with_table: Callable[
     assert "e ε = 7.39" in text  # e²
 
 
+def test_clip_and_noise_are_layers_too(with_table: Callable[..., str]) -> None:
+    members = BUDGET.model_copy(update={"unit": "member", "client": None})
+    for budget, told in ((BUDGET, "each training record"), (members, "each member with all its records")):
+        text = with_table(budget, layers=("Goldfish loss (k = 4)",))
+        assert f"fedavg Goldfish loss (k = 4) differential privacy for {told}, ε below" in text
+        text = with_table(budget.model_copy(update={"epsilon": None, "noise_multiplier": 0.0}))
+        assert f"fedavg clip for {told}, without noise" in text
+        assert "differential privacy for" not in text
+
+
 def test_every_epsilon_by_round_is_on_the_page(run: Path, privacy_table: PrivacyTable) -> None:
     text = words(run)
     for b in privacy_table.budgets["private"]:

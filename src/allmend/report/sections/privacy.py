@@ -1,12 +1,13 @@
 """Which layers protected the records, and what the guarantees came to."""
 
 import math
+from collections.abc import Sequence
 
 from allmend.report import numbers
 from allmend.report.charts import Axis, Point, Series, line_chart
 from allmend.report.evidence import Evidence
 from allmend.report.markup import Cell, Html, Rows, details, figure, join, paragraph, section, table, tag
-from allmend.results import Budget
+from allmend.results import Budget, PrivacyTable
 
 MOST = 8
 """Accounts of an arm that have a line each; those that cost most."""
@@ -27,14 +28,27 @@ def _account(budget: Budget) -> str:
     return budget.client or "members"
 
 
-def _layers(evidence: Evidence, layers: dict[str, tuple[str, ...]]) -> Html:
+def _noise(budgets: Sequence[Budget]) -> list[str]:
+    """Clipping and noise as layers among the others; what they come to stands in a table of its own."""
+    units = {"record": "each training record", "member": "each member with all its records"}
+    noisy = {b.unit for b in budgets if b.epsilon is not None}
+    return [
+        f"differential privacy for {units[unit]}, ε below"
+        if unit in noisy
+        else f"clip for {units[unit]}, without noise"
+        for unit in dict.fromkeys(b.unit for b in budgets)
+    ]
+
+
+def _layers(privacy: PrivacyTable) -> Html:
     def shown(layer: str) -> Html:
         bare = layer.removesuffix(NO_GUARANTEE).rstrip(" ;,.") if layer.endswith(NO_GUARANTEE) else layer
         unproven = bare != layer or "weight noise" in layer or "weight_noise" in layer
         return tag("li", bare, "; " if unproven else None, tag("strong", NO_GUARANTEE) if unproven else None)
 
+    layers = {arm: [*words, *_noise(privacy.budgets.get(arm, ()))] for arm, words in privacy.layers.items()}
     arms = [
-        tag("div", tag("dt", arm), tag("dd", tag("ul", *map(shown, words)) if words else "no layer"))
+        tag("div", tag("dt", arm), tag("dd", tag("ul", *map(shown, words)) if words else "no layer of privacy"))
         for arm, words in layers.items()
     ]
     return tag("dl", *arms, class_="layers")
@@ -142,11 +156,11 @@ def privacy(evidence: Evidence) -> Html:
         return section("privacy", title, paragraph(words))
     if not flat:
         words = "No arm has a guarantee of differential privacy: what the layers bought is what the audit measures."
-        return section("privacy", title, _layers(evidence, table_.layers), paragraph(words))
+        return section("privacy", title, _layers(table_), paragraph(words))
     return section(
         "privacy",
         title,
-        _layers(evidence, table_.layers),
+        _layers(table_),
         paragraph(
             tag("strong", "How to read ε: "),
             "whatever anybody sees of the training, it is at most ",
