@@ -89,6 +89,8 @@ class RoundDone(_Event):
     seconds: float
     epsilon: dict[str, float] = {}
     """ε spent so far, by client for the records' guarantee, under `members` for the members'."""
+    took_part: dict[str, int] = {}
+    """Rounds that each client has begun to train in, broken-off tries included where they cost."""
     training_seconds: float
     """Of `seconds`, the part spent in clients' work; the rest is exchange, aggregation and checkpoint."""
 

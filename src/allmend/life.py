@@ -3,6 +3,7 @@
 import contextlib
 import os
 import platform
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -287,7 +288,12 @@ def _arm(run: RunFolder, prepared: Prepared, log: EventLog, arm: Arm) -> list[Mo
         return read_scores(run.scores(arm.name))
     recipe = prepared.recipe
     members, arm = prepared.parties(arm)
+    checkpoints = _checkpoints(run, recipe, arm.name)
     views = run.arm(arm.name) / VIEWS if recipe.audit.views and arm.adapter.kind == "lora" else None
+    if views is not None:  # of a round that was broken off; its second try may be other members'
+        for folder in views.glob("round-*"):
+            if int(folder.name.removeprefix("round-")) > checkpoints.newest_round():
+                shutil.rmtree(folder)
     with trainable_of(prepared.model, arm.adapter, seed=recipe.seed) as trainable:
         training = train_arm(
             arm,
@@ -295,7 +301,7 @@ def _arm(run: RunFolder, prepared: Prepared, log: EventLog, arm: Arm) -> list[Mo
             members,
             seed=recipe.seed,
             engine=recipe.engine,
-            checkpoints=_checkpoints(run, recipe, arm.name),
+            checkpoints=checkpoints,
             emit=log.emit,
             observe=None if views is None else partial(_keep_view, views),
         )

@@ -6,6 +6,7 @@ anything heavy starts.
 
 import contextlib
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from allmend.federation.member import Member
 from allmend.federation.privacy.layers import protected
 from allmend.federation.privacy.ledger import open_ledger
 from allmend.federation.strategies import STRATEGIES, options_of
+from allmend.learn.objective import records_stay_apart
 from allmend.models.adapters import check_lora
 from allmend.models.attention import packs
 from allmend.models.load import LoadedModel, linear_layers, load_model
@@ -270,6 +272,11 @@ def _warnings(prepared: Prepared) -> Iterable[str]:
                     f"arm {arm.name!r}: δ = {account.settings.delta:g} is not below 1/{units} ({units} {whose}): a "
                     "mechanism that publishes one of them whole could satisfy the guarantee. Lower delta."
                 )
+            if account.release.noise_multiplier and not math.isfinite(account.whole):
+                yield (
+                    f"arm {arm.name!r}: a noise multiplier of {account.release.noise_multiplier:g} is too little for "
+                    f"any guarantee ({whose})"
+                )
         layer = arm.privacy.deduplicate
         if arm.privacy.record and layer and layer.similarity < 1:
             # one record more can push out several similar ones, and let those come back that they pushed out
@@ -300,11 +307,12 @@ def prepare_model(recipe: Recipe, base: Path, *, model: LoadedModel | None = Non
     if recipe.engine.workers and model.model.device.type != "cpu":
         what = f"worker processes need the model on the CPU, and it is on {model.model.device}: set it to 0"
         raise RecipeError([Problem(("engine", "workers"), what)])
-    if not packs(model.model):
+    if not (packs(model.model) and records_stay_apart(model.model)):
         raise UserError(
             f"records cannot be packed for this architecture ({model.model.config.model_type})",
             where="model.source",
-            hint="Use a decoder whose attention transformers can replace, such as Llama, Qwen, Mistral or SmolLM.",
+            hint="Use a decoder in which attention alone mixes tokens, and transformers can replace it, such as Llama, "
+            "Qwen, Mistral or SmolLM.",
         )
     # the mask of a packed row would let tokens look further back than a sliding window does
     reaches = (getattr(model.model.config, key, None) for key in ("sliding_window", "max_position_embeddings"))

@@ -64,7 +64,8 @@ def noise_cost(
         out: a finished run whose own arm is a LoRA that all share.
         noise_on_average: standard deviation on the mean update, in clips.
         rounds: T.
-        clip: C; the mean length of a round's change in this run when None.
+        clip: C; when None, the length of the whole change in this run over its rounds. A single member's change in a
+            round is longer than that as a rule, so that its clip would be larger and the noise too.
         model: the recipe's model, where the caller has it in memory already.
 
     Raises:

@@ -194,6 +194,12 @@ class MemberPrivacy(Noise):
     quantile: Annotated[float, Field(gt=0, lt=1)] | None = None
     """When given, C follows this quantile of the updates' norms, from `clip` on (adaptive clipping)."""
 
+    @model_validator(mode="after")
+    def _finite_start(self) -> Self:
+        if self.quantile is not None and self.clip == math.inf:
+            raise ValueError("a clip of inf follows no quantile: set a clip to start from, or remove quantile")
+        return self
+
 
 class Privacy(Section):
     """Layers against memorisation; each is absent unless it is named."""
@@ -380,6 +386,11 @@ class Recipe(Section):
                 problems += _problems(error, prefix=("compare", name, "privacy"))
             if len(sections) == 4:
                 arms[name] = Arm(name, **sections)
+        for name, arm in arms.items():
+            if arm.privacy.record and arm.adapter.dropout:
+                key = ("adapter", "dropout") if name == self.strategy.name else ("compare", name, "adapter", "dropout")
+                what = "what one record changes cannot be bounded with dropout: set it to 0, or remove privacy.record"
+                problems.append(Problem(key, what))
         if problems:
             raise RecipeError(problems)
         return arms

@@ -66,6 +66,8 @@ def test_without_a_fraction_all_members_take_part(allmend: Allmend) -> None:
         (("--clients", 3, "--delta", 0), "delta: 0"),
         (("--clients", 3, "--delta", "nan"), "delta: nan"),
         (("--clients", 3, "--delta", 1e-300, "--fraction", 0.5), "smallest ε that can be reached"),
+        (("--clients", 3, "--clip", 1.0), "--clip: only a run's model has a use for it"),
+        (("--clients", 3, "--clip", 0, "--run", "nowhere"), "--clip: 0 is no clip"),
         (("--records", 9, "--batch-size", 10, "--local-steps", 1), "10 is more than the 9 records"),
     ],
 )

@@ -5,7 +5,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from allmend.federation.checkpoint import Checkpoint, Checkpoints
 from allmend.federation.member import Member
 from allmend.federation.privacy.accounting import noise_for
 from allmend.federation.privacy.ledger import open_ledger
+from allmend.federation.strategies.fedavg import FedAvg
 from allmend.federation.strategies.private_fedavg import PrivateFedAvg
 from allmend.models.load import LoadedModel
 from allmend.models.tensors import Tensors
@@ -32,7 +33,7 @@ from allmend.recipe import (
     StrategyChoice,
     Train,
 )
-from allmend.strategy import of_group
+from allmend.strategy import State, Sums, Turn, of_group
 
 
 def make_arm(strategy: str, train: Train, *, privacy: Privacy | None = None, rounds: int = 2, **options: Any) -> Arm:
@@ -384,3 +385,37 @@ def test_noise_that_is_chosen_for_a_budget_lasts_for_all_rounds(
     assert not found.of(Warned)
     for name, spent in found.of(RoundDone)[-1].epsilon.items():
         assert 0.97 * 3.0 < spent <= 3.0, name
+
+
+class PowerCutError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("randomness", ["seeded", "secure"])
+def test_a_round_that_is_broken_off_is_paid_for_where_its_noise_does_not_come_again(
+    randomness: Literal["seeded", "secure"],
+    trained: MakeTrained,
+    make_member: Callable[..., Any],
+    settings: Train,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    members = [make_member("a"), make_member("b")]
+    privacy = Privacy(record=RecordPrivacy(noise_multiplier=2.0, delta=1e-2), randomness=randomness)
+    arm = make_arm("fedavg", settings, privacy=privacy, rounds=3)
+    price = open_ledger(arm, members).accounts["a"].epsilon
+
+    def cut(strategy: FedAvg, state: State, turn: Turn, sums: Sums, seen: Any) -> State:
+        if turn.round == 2:
+            raise PowerCutError
+        return combine(strategy, state, turn, sums, seen)
+
+    combine = FedAvg.combine
+    with monkeypatch.context() as patch:
+        patch.setattr(FedAvg, "combine", cut)
+        for _ in range(2):
+            with pytest.raises(PowerCutError):
+                trained(arm, members, folder="same")
+    found = trained(arm, members, folder="same")
+    tries = [2, 3] if randomness == "seeded" else [4, 5]
+    assert [event.took_part for event in found.of(RoundDone)] == [{"a": n, "b": n} for n in tries]
+    assert [event.epsilon["a"] for event in found.of(RoundDone)] == [price(n) for n in tries]

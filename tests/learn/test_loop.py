@@ -283,7 +283,6 @@ def noise(clip: float, noise_multiplier: float, sampling: str = "poisson", rando
 TRAINABLES = {
     "q/v": lora,
     "all linear": lambda model: lora(model, targets="all-linear"),
-    "dropout": lambda model: lora(model, dropout=0.5),
     "full": full,
 }
 

@@ -1,15 +1,34 @@
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    Lfm2Config,
+    LlamaForCausalLM,
+    MixtralConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 from allmend.data.chat import Encoder
 from allmend.data.packing import Row, pack
 from allmend.data.records import Record, question
-from allmend.learn.objective import _LogLikelihood, log_likelihood, logits_at_sources
+from allmend.learn.objective import _LogLikelihood, log_likelihood, logits_at_sources, records_stay_apart
+from allmend.models.attention import packs
 
 MakeModel = Callable[..., LlamaForCausalLM]
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +92,21 @@ def test_a_model_of_half_precision_gives_single_precision(make_tiny_model: MakeM
         found = log_likelihood(model.bfloat16(), row)
     assert found.dtype == torch.float32
     assert torch.allclose(found, exact, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("config", "apart"),
+    [
+        (GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=300, n_positions=64), True),
+        (Lfm2Config(layer_types=["full_attention", "full_attention"], **SMALL), True),
+        (Lfm2Config(layer_types=["conv", "full_attention"], **SMALL), False),
+        (MixtralConfig(num_local_experts=3, **SMALL), True),
+    ],
+    ids=["gpt2", "attention", "convolutions", "experts"],
+)
+def test_records_stay_apart_where_attention_alone_mixes_tokens(config: PretrainedConfig, apart: bool) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    assert packs(model)
+    assert records_stay_apart(model) is apart

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
@@ -15,11 +15,14 @@ from allmend.data.chat import Encoded
 from allmend.data.packing import Row, pack
 from allmend.learn.objective import log_likelihood
 from allmend.learn.per_example import (
+    ROUNDING,
     _Direct,
+    _factors,
     _Ghost,
     _gradients,
     _Layer,
     _layer,
+    _norm,
     _records,
     _watched,
     clipped_sum,
@@ -125,7 +128,7 @@ def test_norms_are_those_of_each_record_by_itself(
         for row in rows:
             layers = watched(trainable, row)
             assert layers.keys() == trainable.parameters().keys()
-            whole = torch.tensor([norm(expected[index]) for index in _records(row)])
+            whole = torch.tensor([norm(expected[index]) for index in _records(row)], dtype=torch.float64)
             for name, layer in layers.items():
                 norms = torch.stack([expected[index][name].norm() for index in _records(row)])
                 assert ((layer.norms() - norms).abs() < 1e-5 * whole).all(), name
@@ -148,7 +151,7 @@ def test_both_ways_are_one(lengths: list[int], wide: int, high: int, seed: int) 
     each = torch.stack([d.T @ a for a, d in zip(x.split(lengths), delta.split(lengths), strict=True)])
     summed = (weights[:, None, None] * each).sum(0)
     for layer in (_Direct(each), _Ghost(x, delta, lengths), _layer(x, delta, lengths)):
-        assert torch.allclose(layer.norms(), each.flatten(1).norm(dim=1), rtol=1e-4, atol=1e-5)
+        assert torch.allclose(layer.norms(), each.double().flatten(1).norm(dim=1), rtol=1e-4, atol=1e-5)
         assert torch.allclose(layer.weighted_sum(weights), summed, rtol=1e-4, atol=1e-5)
 
 
@@ -173,6 +176,23 @@ def test_opacus_finds_the_same_gradients(make_tiny_model: MakeModel, which: str)
     whole = torch.stack(list(norms.values())).norm(dim=0)
     for name, of_layer in norms.items():
         assert ((layers[name].norms() - of_layer).abs() < 1e-5 * whole).all(), name
+
+
+@given(st.integers(0, 99))
+@settings(max_examples=5, deadline=None)
+def test_the_norm_of_many_numbers_is_not_too_small(seed: int) -> None:
+    """In float32 the norm of an embedding's gradient comes out too small by more than what `ROUNDING` leaves."""
+    generator = torch.Generator().manual_seed(seed)
+    gradient = torch.randn(20_000, 576, generator=generator)
+    exact = gradient.double().square().sum().sqrt().item()
+    (factor,) = _factors([_norm(gradient)[None]], 1.0)
+    assert 1 - 2 * ROUNDING <= factor.item() * exact <= 1
+    # factors that nearly cancel: the second half of the tokens takes back what the first half gave
+    x = torch.randn(20, 64, generator=generator)
+    delta = torch.randn(20, 8, generator=generator)
+    x, delta = torch.cat([x, x]), torch.cat([delta, -delta * (1 - 1e-3)])
+    whole = (delta.double().T @ x.double()).norm().item()
+    assert _Ghost(x, delta, [40]).norms().item() == pytest.approx(whole, rel=1e-9)
 
 
 # --- the clipped sum

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
 from scipy import stats
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from allmend.data.chat import Encoded
 from allmend.data.packing import pack
@@ -139,6 +139,37 @@ def test_secure_samples_do_not_come_again() -> None:
     assert next(poisson_batches(200, 100, how, seed=0, first=0)) != next(
         poisson_batches(200, 100, how, seed=0, first=0)
     )
+
+
+# --- dropout
+
+
+@pytest.mark.parametrize("base", ["llama", "gpt2"])  # which has dropout of its own
+def test_one_record_more_moves_a_step_by_the_clip_at_most_whatever_is_dropped_in_plain_training(
+    make_tiny_model: MakeModel, records: list[Encoded], monkeypatch: pytest.MonkeyPatch, base: str
+) -> None:
+    summed: list[torch.Tensor] = []
+
+    def keep(trainable: Trainable, rows: Any, how: RecordNoise, *, size: int, **where: Any) -> float:
+        loss = private_gradient(trainable, rows, how, size=size, **where)
+        summed.append(size * gradient(trainable))
+        return loss
+
+    monkeypatch.setattr("allmend.learn.loop.private_gradient", keep)
+    clip, sums = 1e-3, {}
+    for kept in (records[:7], records[:8]):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=300, n_positions=64)
+            model = make_tiny_model() if base == "llama" else GPT2LMHeadModel(config)
+        trainable = add_lora(model, rank=4, alpha=16.0, targets="all-linear", dropout=0.3, seed=1)
+        trainable.load({name: tensor + 0.1 for name, tensor in trainable.state().items()})
+        how = noise(clip=clip, noise_multiplier=0.0, sampling="shuffle")
+        settings = Train(batch_size=8, learning_rate=1e-3)
+        train(trainable, kept, settings, steps=1, first_step=0, schedule_step=0, total_steps=1, seed=0, noise=how)
+        sums[len(kept)] = summed[-1]
+    assert (sums[8] - sums[7]).norm() <= clip * (1 + 1e-4)  # sums in float32 are subtracted
+    assert sums[7].norm() > clip
 
 
 # --- a whole run

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from allmend.auditing.learnt import read_layers
 from allmend.events import RoundDone
+from allmend.federation.checkpoint import Checkpoints
 from allmend.federation.privacy.ledger import open_ledger
 from allmend.prepare import Prepared
 from allmend.results import MEMBERS, Budget, PrivacyTable
@@ -18,12 +19,15 @@ def privacy_table(run: RunFolder, prepared: Prepared) -> PrivacyTable:
     for name, arm in prepared.recipe.arms().items():
         parties, whole = prepared.protected(arm)
         rounds = [event for event in history if isinstance(event, RoundDone) and event.arm == name]
+        done = rounds[-1].took_part if rounds else {}
+        # a round that the budget kept from being tried again was begun all the same
+        trained = Checkpoints(run.arm(name), identity="").begun(len(rounds) + 1) or done
         found = []
         for party, account in open_ledger(whole, parties).accounts.items():
             if account.settings.clip == math.inf:  # neither clip nor noise: training as without the layer
                 continue
             by_round = tuple(event.epsilon.get(party) for event in rounds)
-            took_part = sum(party == MEMBERS or party in event.clients for event in rounds)
+            took_part = len(rounds) if party == MEMBERS else trained.get(party, 0)
             spent = account.epsilon(took_part)
             found.append(
                 Budget(

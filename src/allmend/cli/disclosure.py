@@ -38,7 +38,7 @@ def show_disclosures(console: Console, prepared: "Prepared", disclosures: "Seque
                 name,
                 what,
                 "a number" if name in declaration.numbers else full,
-                "summed over members; the strategy sees the sum only",
+                "summed over members; only the sum is used, but whoever sums could see each",
             )
         for name, why in declaration.seen.items():
             seen = f"seen by {declaration.seen_by} one by one"
@@ -53,6 +53,12 @@ def show_disclosures(console: Console, prepared: "Prepared", disclosures: "Seque
         )
         for name, account in disclosure.ledger.accounts.items():
             console.print(_guarantee(name, account), highlight=False)
+        if disclosure.ledger.accounts and prepared.recipe.arms()[disclosure.arm].privacy.randomness == "seeded":
+            console.print(
+                "Noise and draws come from the recipe's seed: a simulation, without guarantee against whoever knows "
+                'it. A guarantee needs privacy.randomness = "secure".',
+                highlight=False,
+            )
         where = " All records stand in one place: a simulation." if disclosure.simulated_only else ""
         console.print(f"{sent} {disclosure.trainable:,} parameters learn.{where}\n", highlight=False)
     console.print("Everything fits; nothing was trained or written. All clients are simulated in this process.")
@@ -82,9 +88,9 @@ def _guarantee(name: str, account: "Account") -> str:
     """One guarantee and what it costs over the whole run, in a sentence."""
     whose = "each client as a whole" if account.unit == "member" else f"each record of {name}"
     spent = account.whole
-    cost = (
-        f"ε = {spent:.2f} at δ = {account.settings.delta:g}" if math.isfinite(spent) else "no guarantee without noise"
-    )
+    cost = f"ε = {spent:.2f} at δ = {account.settings.delta:g}"
+    if not math.isfinite(spent):
+        cost = "no guarantee with so little noise" if account.release.noise_multiplier else "no guarantee without noise"
     return (
         f"For {whose}: {cost} after all rounds; clip {account.settings.clip:g}, noise multiplier "
         f"{account.release.noise_multiplier:.3g}; {account.sampling}."

@@ -1,5 +1,6 @@
 """`allmend privacy`: what a privacy budget costs, before anything is trained."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,7 +36,7 @@ def plan(
     run: Annotated[
         Path | None, typer.Option(help="A finished run: ask its held-out records with as much noise on its model.")
     ] = None,
-    clip: Annotated[float | None, typer.Option(help="The clip to assume (with --run); a mean round's change.")] = None,
+    clip: Annotated[float | None, typer.Option(help="The clip to assume (with --run).")] = None,
 ) -> None:
     """Find the noise that keeps a run within its budget, and show what other numbers would need.
 
@@ -79,6 +80,12 @@ def plan(
             "what records' noise costs can only be seen by training with it: every step goes on from the last",
             where="--run",
             hint="Add an arm with [privacy.record] to the recipe.",
+        )
+    if clip is not None and (run is None or not 0 < clip < math.inf):
+        raise UserError(
+            "only a run's model has a use for it" if run is None else f"{clip:g} is no clip",
+            where="--clip",
+            hint="Name a finished run with --run." if run is None else "Choose a number above 0.",
         )
     console = Console()
     _show(console, found)

@@ -139,6 +139,7 @@ def train_arm(
     members = [_with_noise(member, arm.privacy, ledger) for member in members]
     rounds = arm.strategy.rounds
     start = checkpoints.newest() or Checkpoint(0, strategy.init(trainable.state()), {})
+    start = replace(start, took_part=checkpoints.begun(start.round + 1) or start.took_part)
     emit(
         ArmStarted(
             arm=arm.name, strategy=strategy.name, round=start.round + 1, rounds=rounds, trainable=trainable.count

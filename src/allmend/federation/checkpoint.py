@@ -1,5 +1,6 @@
 """Checkpoints of a federation: the coordinator's and every member's state after a round, whole or not at all."""
 
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -8,15 +9,16 @@ from typing import Any
 
 from allmend.errors import UserError
 from allmend.models.tensors import JSON, read_tensors, write_tensors
-from allmend.run import folder_atomic
+from allmend.run import folder_atomic, write_atomic
 from allmend.strategy import State
 
 _SERVER = "server.safetensors"
+_BEGUN = "begun.json"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """States after `round`, and in how many rounds each member took part."""
+    """States after `round`, and how many rounds each member has begun to train in."""
 
     round: int
     server: State
@@ -56,6 +58,29 @@ class Checkpoints:
         for folder in older:
             if folder.name != f"round-{checkpoint.round:06d}":
                 shutil.rmtree(folder, ignore_errors=True)
+
+    def begin(self, round: int, took_part: Mapping[str, int]) -> None:
+        """Note that members begin to train in `round`, before they do: `begun` knows of it even if it is broken off.
+
+        Raises:
+            UserError: the operating system refused.
+        """
+        write_atomic(self.folder / _BEGUN, json.dumps({"round": round, "took_part": dict(took_part)}).encode())
+
+    def begun(self, round: int) -> dict[str, int] | None:
+        """How many rounds each member has begun to train in, if `round` was begun last and broken off.
+
+        Raises:
+            UserError: the note cannot be read.
+        """
+        path = self.folder / _BEGUN
+        if not path.exists():
+            return None
+        try:
+            note = json.loads(path.read_bytes())
+            return dict(note["took_part"]) if note["round"] == round else None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"cannot be read: {error}", where=path, hint="Start a new run.") from error
 
     def newest_round(self) -> int:
         """The round of the newest checkpoint; 0 before the first. Nothing is read but names."""

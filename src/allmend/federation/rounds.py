@@ -62,9 +62,14 @@ def run_rounds(
         for leg in range(strategy.legs):
             turn = Turn(round, leg, rounds, len(engine.members))
             tasks = strategy.plan(state, turn, engine.members)
-            if leg == 0 and (spent := ledger.exhausted(took_part, round - 1, tasks)):
-                emit(Warned(message=_BUDGET.format(arm, round - 1, rounds, ", ".join(spent))))
-                return Checkpoint(round - 1, state, engine.states(), took_part)
+            if leg == 0:
+                if spent := ledger.exhausted(took_part, round - 1, tasks):
+                    emit(Warned(message=_BUDGET.format(arm, round - 1, rounds, ", ".join(spent))))
+                    return Checkpoint(round - 1, state, engine.states(), took_part)
+                for name in tasks:
+                    took_part[name] = took_part.get(name, 0) + 1
+                if ledger.anew:  # replies of a round that is broken off were seen, and those of its second try will be
+                    checkpoints.begin(round, took_part)
             sums, seen = Sums(), {}
             answers = _Timed(engine.work(strategy, tasks))
             for answer in answers:
@@ -83,8 +88,6 @@ def run_rounds(
                 summed_loss = sums.fact("loss") / weight if "loss" in sums else None
         if observe and (shared := strategy.shared(state)) is not None:
             observe(round, None, shared)
-        for name in sent:
-            took_part[name] = took_part.get(name, 0) + 1
         trained, loss = tokens()
         done = RoundDone(
             arm=arm,
@@ -98,6 +101,7 @@ def run_rounds(
             seconds=0.0,
             training_seconds=working,
             epsilon=ledger.spent(took_part, round),
+            took_part=dict(took_part),
         )
         checkpoint = Checkpoint(round, state, engine.states(), took_part)
         checkpoints.save(checkpoint, announce=partial(_announce, done, began, emit))

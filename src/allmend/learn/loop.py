@@ -135,7 +135,8 @@ def train(
         total_steps: steps of the whole schedule.
         seed: of data order, dropout and seeded noise.
         optimizer: AdamW's state from an earlier call; fresh when None.
-        noise: makes every step private for each record; the loss is the mean over records then.
+        noise: makes every step private for each record; the loss is the mean over records then, and nothing is
+            dropped out, neither in the adapter nor in the model.
         on_step: told after every step.
 
     Raises:
@@ -164,7 +165,8 @@ def train(
         stream = batches(len(usable), settings.batch_size, seed=seed, first=first_step)
     done: list[Step] = []
     learnt = torch.zeros(len(records), 2, dtype=torch.int64)
-    trainable.model.train()
+    # a mask of dropout over a packed row changes with every record in it, and no clip would bound what one record does
+    trainable.model.train(noise is None)
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             for index in range(steps):
@@ -176,7 +178,8 @@ def train(
                 rows, loss = _gradient(
                     trainable, chosen, settings, noise, size=size or len(batch), seed=seed, step=number
                 )
-                norm = _descend(adam, parameters, settings, rate, loss, number)
+                # what a step tells is noisy then, and so must be what an error tells
+                norm = _descend(adam, parameters, settings, rate, loss if noise is None else None, number)
                 targets = torch.zeros(len(batch), dtype=torch.int64)
                 for row in rows:
                     targets += row.owner.bincount(minlength=len(batch))
@@ -259,8 +262,8 @@ def _descend(
     if not (math.isfinite(loss or 0.0) and math.isfinite(norm)):
         adam.zero_grad(set_to_none=True)
         raise DivergedError(
-            f"training diverged at step {number + 1}: loss {loss or 0.0:.4g}, gradient norm {norm:.4g}, "
-            f"learning rate {rate:.3g}",
+            f"training diverged at step {number + 1}: {'' if loss is None else f'loss {loss:.4g}, '}gradient norm "
+            f"{norm:.4g}, learning rate {rate:.3g}",
             hint=_DIVERGED,
         )
     for group in adam.param_groups:

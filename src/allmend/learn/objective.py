@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 
-from allmend.data.packing import Row
+from allmend.data.chat import Encoded
+from allmend.data.packing import Row, pack
 from allmend.models.attention import packed_attention
 
 
@@ -60,3 +61,24 @@ class _LogLikelihood(torch.autograd.Function):
         found = (logits - normaliser[:, None]).exp_().mul_(-weight[:, None])
         found.index_put_((source_of, targets), gradient, accumulate=True)
         return found, None, None
+
+
+@torch.inference_mode()
+def records_stay_apart(model: Any) -> bool:
+    """Whether a record in a packed row is read as if alone, whatever stands before it.
+
+    Attention is told where records end (`packed_attention`). A layer that mixes tokens in another way, as convolutions
+    and recurrences do, is not, and would let a record see its neighbour.
+    """
+    first, other, text = (torch.arange(24) % model.config.vocab_size).view(3, 8)
+    read, again = (_read_behind(model, before, text) for before in (first, other))
+    # between experts, a token's arithmetic may depend on how many others come along, in the last bits
+    rounding = 4 * torch.finfo(model.dtype).eps * read.abs().max()
+    return bool((again - read).abs().max() <= rounding)
+
+
+def _read_behind(model: Any, first: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """log p of a text's targets in a packed row, behind another text of its length."""
+    every, trunk, places = torch.ones_like(text, dtype=torch.bool), torch.zeros_like(text), torch.arange(len(text))
+    (row,) = pack([Encoded("", ids, every, trunk, places) for ids in (first, text)], 2 * len(text))
+    return log_likelihood(model, row.to(model.device))[row.owner == 1]

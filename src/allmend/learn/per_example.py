@@ -25,7 +25,7 @@ from allmend.models.adapters import Trainable
 from allmend.models.tensors import Tensors
 
 ROUNDING = 1e-6
-"""How far a norm in float32 may be off, relatively; clipped gradients stay below the bound by as much."""
+"""How far a sum of clipped gradients in float32 may be off, relatively; they stay below the bound by as much."""
 
 
 def separable_rows(trainable: Trainable, records: Sequence[Encoded], tokens_per_pass: int) -> list[Row]:
@@ -77,7 +77,7 @@ def _clipped_whole(trainable: Trainable, row: Row, clip: float) -> tuple[Tensors
     if len(_records(row)) > 1:
         raise ValueError("several records share a row, and only LoRA can tell their gradients apart")
     gradients, loss = _gradients(trainable, row)
-    factor = _factors([torch.linalg.vector_norm(gradient) for gradient in gradients.values()], clip).item()
+    factor = _factors([_norm(gradient) for gradient in gradients.values()], clip).item()
     return {name: gradient.mul_(factor) for name, gradient in gradients.items()}, loss
 
 
@@ -107,9 +107,19 @@ def _gradients(trainable: Trainable, row: Row) -> tuple[Tensors, float]:
     return {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}, losses
 
 
+def _norm(gradient: torch.Tensor, dim: tuple[int, ...] | None = None) -> torch.Tensor:
+    norm: torch.Tensor = torch.linalg.vector_norm(_with_float64(gradient), dim=dim, dtype=torch.float64)
+    return norm
+
+
+def _with_float64(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, where there are numbers of double precision: not on Apple's GPUs."""
+    return tensor.cpu() if tensor.device.type == "mps" else tensor
+
+
 def _factors(norms: Sequence[torch.Tensor], clip: float) -> torch.Tensor:
     """min(1, C / ‖g‖), float64 on the CPU, from the norms of g's parts."""
-    whole = torch.linalg.vector_norm(torch.stack([norm.cpu() for norm in norms]).double(), dim=0)
+    whole = torch.linalg.vector_norm(torch.stack([norm.cpu() for norm in norms]), dim=0)
     return torch.clamp(clip * (1 - ROUNDING) / whole, max=1)
 
 
@@ -117,7 +127,7 @@ class _Layer(Protocol):
     """The gradients of one layer's weight [out, in] for n records."""
 
     def norms(self) -> torch.Tensor:
-        """Float32 [n]."""
+        """Float64 [n]: in float32 the norm of many numbers comes out too small, by 1e-3 for an embedding's."""
         ...
 
     def weighted_sum(self, weights: torch.Tensor) -> torch.Tensor:
@@ -132,8 +142,7 @@ class _Direct:
     gradients: torch.Tensor
 
     def norms(self) -> torch.Tensor:
-        norms: torch.Tensor = torch.linalg.vector_norm(self.gradients, dim=(1, 2))
-        return norms
+        return _norm(self.gradients, dim=(1, 2))
 
     def weighted_sum(self, weights: torch.Tensor) -> torch.Tensor:
         return torch.einsum("n,noi->oi", weights.to(self.gradients), self.gradients)
@@ -148,7 +157,7 @@ class _Ghost:
     lengths: list[int]
 
     def norms(self) -> torch.Tensor:
-        pairs = _by_record(self.x, self.delta, self.lengths)
+        pairs = _by_record(_with_float64(self.x).double(), _with_float64(self.delta).double(), self.lengths)
         squares = [((x @ x.T) * (delta @ delta.T)).sum() for x, delta in pairs]
         return torch.stack(squares).clamp(min=0).sqrt()
 

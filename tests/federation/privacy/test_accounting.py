@@ -11,7 +11,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from allmend.errors import UserError
-from allmend.federation.privacy.accounting import NOISE_RANGE, Release, affordable, describe, epsilon, noise_for
+from allmend.federation.privacy.accounting import NOISE_RANGE, Release, describe, epsilon, noise_for
 
 DELTA = 1e-5
 
@@ -149,15 +149,6 @@ def test_a_budget_that_no_noise_keeps() -> None:
 
 def test_a_budget_that_hardly_any_noise_keeps() -> None:
     assert noise_for(rate=None, times=1, epsilon=1e9, delta=DELTA) == NOISE_RANGE[0]
-
-
-@pytest.mark.parametrize("rate", [None, 0.1])
-def test_what_a_budget_affords(rate: float | None) -> None:
-    release, budget = Release(4.0, rate), 1.5
-    count = affordable(release, epsilon=budget, delta=DELTA, at_most=10_000)
-    assert epsilon(release, count, DELTA) <= budget < epsilon(release, count + 1, DELTA)
-    assert affordable(release, epsilon=budget, delta=DELTA, at_most=count - 1) == count - 1
-    assert affordable(Release(0.0, rate), epsilon=budget, delta=DELTA, at_most=9) == 0
 
 
 def test_words_name_the_unit() -> None:

@@ -146,3 +146,13 @@ def test_a_batch_larger_than_the_data() -> None:
 def test_a_budget_out_of_reach() -> None:
     with pytest.raises(UserError, match="smallest ε that can be reached"):
         members(rounds=10**6, fraction=1.0, epsilon=0.01)
+
+
+def test_other_numbers_that_no_noise_keeps_within_the_budget_are_left_out() -> None:
+    """The plan itself is possible; twice its rounds are not."""
+    found = members(clients=100, rounds=200, fraction=1.0, epsilon=0.05, delta=1e-5)
+    choices = [need.choice for need in found.others]
+    assert "100 rounds" in choices
+    assert "400 rounds" not in choices
+    with pytest.raises(UserError, match="400 releases"):
+        members(clients=100, rounds=400, fraction=1.0, epsilon=0.05, delta=1e-5)

@@ -10,7 +10,6 @@ for releases without sampling the exact ε of the Gaussian mechanism (Balle & Wa
 """
 
 import math
-from bisect import bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -107,11 +106,6 @@ def noise_for(*, rate: float | None, times: int, epsilon: float, delta: float) -
     while cost(noise) > epsilon:
         noise = _up(noise * (1 + 1e-6), 4)
     return noise
-
-
-def affordable(release: Release, *, epsilon: float, delta: float, at_most: int) -> int:
-    """How many releases, up to `at_most`, cost no more than ε together."""
-    return bisect_right(range(1, at_most + 1), epsilon, key=lambda times: _epsilon(release, times, delta))
 
 
 def describe(unit: Unit) -> str:

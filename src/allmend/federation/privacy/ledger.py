@@ -8,6 +8,7 @@ from allmend.errors import UserError
 from allmend.federation.member import Member
 from allmend.federation.privacy.accounting import Release, epsilon, noise_for
 from allmend.learn.loop import steps_per_round
+from allmend.learn.private import sampling_rate
 from allmend.recipe import Arm, MemberPrivacy, Noise, RecordPrivacy
 from allmend.results import MEMBERS
 
@@ -44,15 +45,21 @@ class Account:
 
 @dataclass(frozen=True)
 class Ledger:
-    """The accounts of an arm, by client, and under `MEMBERS` that of the guarantee for members."""
+    """The accounts of an arm, by client, and under `MEMBERS` that of the guarantee for members.
+
+    Attributes:
+        accounts: by name.
+        anew: whether clients that begin a round again draw new noise, so that both tries cost.
+    """
 
     accounts: Mapping[str, Account] = field(default_factory=dict)
+    anew: bool = False
 
     def spent(self, took_part: Mapping[str, int], rounds: int) -> dict[str, float]:
         """ε of each account that has noise.
 
         Args:
-            took_part: rounds in which each client has trained.
+            took_part: rounds that each client has begun to train in.
             rounds: rounds in all.
         """
         found = {}
@@ -97,7 +104,8 @@ def open_ledger(arm: Arm, members: Sequence[Member]) -> Ledger:
                 where=_whose(arm, name),
                 hint="Raise epsilon or noise_multiplier, or take fewer or smaller steps in a round.",
             )
-    return Ledger(accounts)
+    anew = arm.privacy.record is not None and arm.privacy.randomness == "secure"
+    return Ledger(accounts, anew)
 
 
 def member_account(arm: Arm, settings: MemberPrivacy) -> Account:
@@ -117,7 +125,7 @@ def _of_records(arm: Arm, settings: RecordPrivacy, member: Member) -> Account:
     steps = steps_per_round(len(member.records), arm.train)
     records = max(1, sum(record.learns for record in member.records))
     if settings.sampling == "poisson":
-        rate = min(1.0, arm.train.batch_size / records)
+        rate = sampling_rate(records, arm.train.batch_size)
         words = f"each step draws every record with probability {rate:.3g}, independently (Poisson)"
         multiplier = _multiplier(settings, rate, arm.strategy.rounds * steps, _whose(arm, member.name))
         return Account(

@@ -1,8 +1,10 @@
 """What a budget costs before anything is trained: the noise that it needs, and what other numbers would need."""
 
+import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from allmend.errors import UserError
 from allmend.federation.privacy.accounting import Release, Unit, describe, epsilon, noise_for
@@ -85,7 +87,7 @@ def plan_members(*, clients: int, rounds: int, fraction: float, epsilon: float, 
         need=asked,
         spent=_spent(Release(asked.noise_multiplier, rate), 1, rounds, delta),
         others=(
-            *(need(f"{other:,} rounds", rounds=other) for other in _other_rounds(rounds)),
+            *_within_reach(partial(need, f"{other:,} rounds", rounds=other) for other in _other_rounds(rounds)),
             *(need(f"{factor * clients:,} members", clients=factor * clients) for factor in (3, 10)),
         ),
         warnings=(*_member_warnings(clients, fraction), *_budget_warnings(clients, "member", epsilon, delta)),
@@ -131,15 +133,22 @@ def plan_records(*, records: int, batch_size: int, local_steps: int, rounds: int
         need=asked,
         spent=_spent(Release(asked.noise_multiplier, batch_size / records), local_steps, rounds, delta),
         others=(
-            *(need(f"{other:,} rounds", rounds=other) for other in _other_rounds(rounds)),
-            *(
-                need(f"batches of {factor * batch_size:,}", batch_size=factor * batch_size)
+            *_within_reach(partial(need, f"{other:,} rounds", rounds=other) for other in _other_rounds(rounds)),
+            *_within_reach(
+                partial(need, f"batches of {factor * batch_size:,}", batch_size=factor * batch_size)
                 for factor in (4, 16)
                 if factor * batch_size <= records
             ),
         ),
         warnings=(*_record_warnings(records, batch_size), *_budget_warnings(records, "record", epsilon, delta)),
     )
+
+
+def _within_reach(needs: Iterable[Callable[[], Need]]) -> Iterator[Need]:
+    """Those of other plans that some noise keeps within the budget."""
+    for need in needs:
+        with contextlib.suppress(UserError):
+            yield need()
 
 
 def _check_counts(**counts: int) -> None:
