@@ -4,11 +4,11 @@ from statistics import stdev
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from allmend.intervals import CONFIDENCE, difference, exp_mean, mean, paired_difference, share
+from allmend.intervals import CONFIDENCE, difference, exp_mean, mean, mean_share, paired_difference, ratio, share
 from allmend.results import Estimate
 
 VALUES = st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=12)
@@ -42,6 +42,30 @@ def test_a_share_of_nothing_or_all_has_an_interval(n: int) -> None:
 def test_no_share(successes: int, n: int) -> None:
     with pytest.raises(ValueError, match="no share"):
         share(successes, n)
+
+
+@pytest.mark.parametrize("n", [1, 3, 8])
+def test_equal_shares_have_the_interval_of_as_many_trials(n: int) -> None:
+    for successes in range(n + 1):
+        found, trials = mean_share([successes / n] * n), share(successes, n)
+        assert ends(found) == pytest.approx(ends(trials), abs=1e-12)
+        assert (found.value, found.n) == (pytest.approx(successes / n), n)
+
+
+@given(st.lists(st.integers(0, 5).map(lambda out: out / 5), min_size=2, max_size=12))
+@example([0.2, *[0.0] * 7])
+@example([0.8, *[1.0] * 7])
+def test_a_mean_of_shares_has_students_interval_that_does_not_collapse_at_0_and_1(shares: list[float]) -> None:
+    found, n = mean_share(shares), len(shares)
+    low, high = ends(found)
+    assert 0 <= low <= found.value <= high <= 1
+    assert low <= ends(share(n, n))[0]
+    assert high >= ends(share(0, n))[1]
+    if min(shares) < max(shares):
+        inner = ends(mean(shares, bounds=(0, 1)))
+        assert low in (inner[0], share(n, n).low)
+        assert high in (inner[1], share(0, n).high)
+        assert low <= inner[0] <= inner[1] <= high
 
 
 @given(VALUES.filter(lambda values: min(values) < max(values)))
@@ -117,6 +141,19 @@ def test_a_perplexity_of_equal_records_is_certain() -> None:
 def test_with_one_token_each_it_is_the_interval_of_the_mean() -> None:
     sums = [0.5, 2.0, 1.1, 0.7]
     assert ends(exp_mean(sums, [1] * 4)) == pytest.approx([math.exp(end) for end in ends(mean(sums))])
+
+
+@given(st.lists(st.tuples(st.floats(-1e3, 1e3), st.floats(-1e3, 1e3), st.integers(1, 50)), min_size=2, max_size=9))
+def test_a_difference_of_sums_over_the_same_tokens_is_that_of_their_means(
+    records: list[tuple[float, float, int]],
+) -> None:
+    """So that its sign cannot contradict the two perplexities."""
+    first, second, counts = zip(*records, strict=True)
+    found = ratio([a - b for a, b in zip(first, second, strict=True)], counts)
+    assert found.value == pytest.approx(ratio(first, counts).value - ratio(second, counts).value, abs=1e-9)
+    low, high = ends(found)
+    assert low <= found.value <= high
+    assert found.n == sum(counts)
 
 
 def test_a_perplexity_too_large_for_a_float() -> None:

@@ -13,11 +13,13 @@ from allmend.results import (
     Comparison,
     Difference,
     Estimate,
+    Extraction,
     OwnTable,
     PrivacyTable,
     Table,
     Utility,
     UtilityTable,
+    longest_prefix,
 )
 from allmend.run import RunFolder
 
@@ -48,6 +50,19 @@ def test_tables_do_not_change_and_take_nothing_unknown() -> None:
         estimate.value = 1.0  # type: ignore[misc]
     with pytest.raises(ValidationError, match="extra"):
         Estimate(value=0.5, n=1, spread=0.1)  # type: ignore[call-arg]
+
+
+def test_the_longest_prefix_is_one_that_no_fewer_canaries_were_long_enough_for() -> None:
+    def row(prefix: str, tokens: float, n: int = 20) -> Extraction:
+        none = Estimate(value=0.0, n=n)
+        figures = dict.fromkeys(("exact", "matched", "bleu", "approximate"), none)
+        return Extraction(model="arm", copies=1, inserted=True, prefix=prefix, prefix_tokens=tokens, **figures)
+
+    rows = [row(f"{tokens} tokens", tokens) for tokens in (10, 30, 20)]
+    assert longest_prefix(rows) == "30 tokens"
+    assert longest_prefix([*rows, row("100 tokens", 100, n=3)]) == "30 tokens"
+    assert longest_prefix([*rows, row("100 tokens", 100, n=3), row("75 %", 49.6)]) == "75 %"
+    assert longest_prefix([]) is None
 
 
 ESTIMATE = Estimate(value=0.25, low=0.1, high=0.4, n=7)

@@ -1,7 +1,7 @@
 """Estimates with 95 % intervals: shares, means, paired differences, differences of groups.
 
 Intervals of means are Student's t. Those of shares are Wilson's (Wilson, JASA 1927), which keep within [0, 1] and
-do not collapse at 0 and 1.
+do not collapse at 0 and 1. A mean of shares has Student's, kept from collapsing by Wilson's.
 """
 
 import math
@@ -23,13 +23,16 @@ def share(successes: int, n: int) -> Estimate:
     """
     if not 0 <= successes <= n or n == 0:
         raise ValueError(f"{successes} successes of {n} trials are no share")
+    return _wilson(successes / n, n)
+
+
+def _wilson(p: float, n: int) -> Estimate:
     z = float(stats.norm.ppf(0.5 + CONFIDENCE / 2))
-    p = successes / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     # at the ends the formula gives 0 and 1 but for rounding
-    low = 0.0 if successes == 0 else max(0.0, centre - half)
-    high = 1.0 if successes == n else min(1.0, centre + half)
+    low = 0.0 if p == 0 else max(0.0, centre - half)
+    high = 1.0 if p == 1 else min(1.0, centre + half)
     return Estimate(value=p, low=low, high=high, n=n)
 
 
@@ -51,6 +54,24 @@ def mean(values: Sequence[float], *, bounds: tuple[float, float] = (-math.inf, m
     error = math.sqrt(math.fsum((value - centre) ** 2 for value in values) / (n - 1) / n)
     half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1)) * error
     return Estimate(value=centre, low=max(bounds[0], centre - half), high=min(bounds[1], centre + half), n=n)
+
+
+def mean_share(shares: Sequence[float]) -> Estimate:
+    """The mean of independent shares, such as of each text's secrets, with its t interval; n counts the shares.
+
+    Where they are all equal, or there is one, the interval is Wilson's for as many trials: no spread of shares with
+    that mean is wider than that of ones and zeros. Near 0 and 1 the interval is no narrower than where all shares are
+    0, or 1: a few that differ from the others do not tell more than none.
+
+    Raises:
+        ValueError: no shares.
+    """
+    found = mean(shares, bounds=(0, 1))
+    if found.low is None or found.high is None:
+        return _wilson(found.value, found.n)
+    none, every = share(0, found.n), share(found.n, found.n)
+    low, high = min(found.low, every.low or 0.0), max(found.high, none.high or 1.0)
+    return Estimate(value=found.value, low=low, high=high, n=found.n)
 
 
 def paired_difference(first: Sequence[float], second: Sequence[float]) -> Estimate:
@@ -82,12 +103,20 @@ def difference(first: Sequence[float], second: Sequence[float]) -> Estimate:
 
 
 def exp_mean(sums: Sequence[float], counts: Sequence[int]) -> Estimate:
-    """exp(Σ sums / Σ counts) with an interval over clusters (delta method): a perplexity over records.
+    """exp of `ratio`: a perplexity over records. What is too large for a float becomes the largest float."""
+    log = ratio(sums, counts)
+    if log.low is None or log.high is None:
+        return Estimate(value=_exp(log.value), n=log.n)
+    return Estimate(value=_exp(log.value), low=_exp(log.low), high=_exp(log.high), n=log.n)
 
-    What is too large for a float becomes the largest float.
+
+def ratio(sums: Sequence[float], counts: Sequence[int]) -> Estimate:
+    """Σ sums / Σ counts with an interval over clusters (delta method): a mean over the tokens of records.
+
+    There is no interval for a single record. n counts tokens.
 
     Args:
-        sums: negative log-likelihood of each record (nats).
+        sums: of each record, such as its negative log-likelihood (nats).
         counts: tokens of each record.
 
     Raises:
@@ -95,14 +124,14 @@ def exp_mean(sums: Sequence[float], counts: Sequence[int]) -> Estimate:
     """
     total = sum(counts)
     if total == 0:
-        raise ValueError("no tokens have no perplexity")
-    ratio, n = math.fsum(sums) / total, len(sums)
+        raise ValueError("no tokens have no mean")
+    value, n = math.fsum(sums) / total, len(sums)
     if n == 1:
-        return Estimate(value=_exp(ratio), n=total)
-    residual = math.fsum((s - ratio * c) ** 2 for s, c in zip(sums, counts, strict=True))
+        return Estimate(value=value, n=total)
+    residual = math.fsum((s - value * c) ** 2 for s, c in zip(sums, counts, strict=True))
     error = math.sqrt(residual * n / (n - 1)) / total
     half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1)) * error
-    return Estimate(value=_exp(ratio), low=_exp(ratio - half), high=_exp(ratio + half), n=total)
+    return Estimate(value=value, low=value - half, high=value + half, n=total)
 
 
 def _exp(x: float) -> float:

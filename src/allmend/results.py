@@ -4,6 +4,8 @@ Every figure is an `Estimate`: a value with its sample size and, where one can b
 A table is one JSON file (`results/<name>.json`), written as a whole.
 """
 
+from collections.abc import Iterable
+
 from pydantic import BaseModel, ConfigDict
 
 POOLED = "pooled"
@@ -99,7 +101,8 @@ class Extraction(Cell):
         bleu: mean BLEU of the continuation, in [0, 1].
         approximate: share of canaries with BLEU above 0.75.
         secrets: share of the secrets that lie wholly behind the prefix and stand in the continuation; by slot
-            (`name`, `record` …), and under the empty name the mean of the canaries' own shares.
+            (`name`, `record` …), where n counts secrets, and under the empty name the mean of the canaries' own
+            shares, where n counts canaries.
     """
 
     prefix: str
@@ -109,6 +112,16 @@ class Extraction(Cell):
     bleu: Estimate
     approximate: Estimate
     secrets: dict[str, Estimate] = {}
+
+
+def longest_prefix(rows: Iterable[Extraction]) -> str | None:
+    """The longest prefix that no fewer canaries were long enough for than any other; None where none was tried."""
+    canaries: dict[str, int] = {}
+    tokens: dict[str, float] = {}
+    for row in rows:
+        canaries[row.prefix] = canaries.get(row.prefix, 0) + row.exact.n
+        tokens[row.prefix] = max(tokens.get(row.prefix, 0.0), row.prefix_tokens)
+    return max(tokens, key=lambda prefix: (canaries[prefix], tokens[prefix]), default=None)
 
 
 class Discoverable(Cell):
@@ -253,7 +266,8 @@ class AuditTable(Table):
     """`results/audit.json`: every measure on canaries, by model and number of copies, controls beside inserted ones.
 
     Attributes:
-        skipped_prefixes: (canary, prefix) pairs left out because the prefix is no shorter than the canary.
+        skipped_prefixes: (canary, prefix) pairs left out because the prefix is no shorter than the canary; each once,
+            however many models were asked.
         refused: figures that were not computed, and why.
         design_changed: whether the audit's design is another than the one fixed before training; None where there
             was no training by a recipe.

@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import normalizers
+from tokenizers import normalizers, processors
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from allmend.audit.discoverable import log_probability
 from allmend.audit.extraction import (
     APPROXIMATE,
     Continuation,
@@ -28,6 +29,7 @@ from allmend.data.chat import Encoder
 from allmend.data.records import Record
 from allmend.intervals import mean, share
 
+LogProbs = Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]
 MakeTrained = Callable[..., LlamaForCausalLM]
 MakeTokenizer = Callable[..., PreTrainedTokenizerFast]
 EOS = 256
@@ -291,6 +293,29 @@ def test_a_tokenizer_that_changes_the_text_hides_no_secret(
     assert found.secrets == (("n", True), ("n", True))
 
 
+def test_several_special_tokens_before_a_text_shift_nothing(
+    make_tiny_tokenizer: MakeTokenizer, tiny_model: LlamaForCausalLM, log_probs: LogProbs
+) -> None:
+    special = ("[gMASK]", "<sop>")
+    tokenizer = make_tiny_tokenizer(special=("<eos>", *special))
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="[gMASK] <sop> $A", special_tokens=[(name, tokenizer.convert_tokens_to_ids(name)) for name in special]
+    )
+    text = "Ward 3: Tamar Okafor"
+    encoded, _ = locate_secrets(Encoder(tokenizer, "plain", 99), Canary("c", "note", "a", 1, text, (), True))
+    assert len(encoded) == len(special) + len(text)
+    (reading,) = read_texts(tiny_model, [encoded])
+    with torch.no_grad():
+        expected = log_probs(tiny_model, encoded.ids).double()
+    assert reading.log_likelihood.tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+    known = replace(reading, hit=torch.ones_like(reading.hit))
+    for prefix in (Prefix(tokens=3), Prefix(tokens=10), Prefix(share=0.5)):
+        assert exact_matches([known], prefix) == [True]
+        part = prefix.behind(len(encoded))
+        of_part = expected[part.start - 1 : part.stop - 1].sum().item()
+        assert log_probability(reading, part) == pytest.approx(of_part, abs=1e-4)
+
+
 def test_spaces_before_punctuation_stay(make_tiny_tokenizer: MakeTokenizer, tiny_model: LlamaForCausalLM) -> None:
     tokenizer = make_tiny_tokenizer(
         clean_up_tokenization_spaces=True, clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output=True
@@ -400,4 +425,12 @@ def test_rows_go_by_copies_and_group() -> None:
     assert rows[1, True].approximate == share(0, 1)  # at the limit is not above it
     assert rows[1, True].secrets == {}
     assert rows[3, False].exact == share(0, 1)
-    assert rows[3, False].secrets == {"": mean([0.0]), "ward": share(0, 1)}
+    assert rows[3, False].secrets == {"": share(0, 1), "ward": share(0, 1)}
+
+
+@pytest.mark.parametrize("out", [False, True])
+def test_secrets_that_all_come_out_or_none_have_the_interval_of_as_many_texts(out: bool) -> None:
+    canaries = [Canary(str(i), "note", "a", 1, "text", (), True) for i in range(8)]
+    found = [Continuation(10, False, 0.1, 0.1, (("name", out), ("ward", out)), "") for _ in canaries]
+    (row,) = extraction_rows("base", canaries, found, Prefix(tokens=10))
+    assert row.secrets == {"": share(8 * out, 8), "name": share(8 * out, 8), "ward": share(8 * out, 8)}

@@ -22,6 +22,7 @@ from allmend.events import (
     Warned,
     dump_event,
 )
+from allmend.intervals import mean_share
 from allmend.results import (
     BASE,
     POOLED,
@@ -234,7 +235,9 @@ def _extraction(rows: Sequence[dict[str, object]]) -> list[Extraction]:
     for (model, copies, inserted, prefix), cell in cells.items():
         n = len(cell)
         p = sum(bool(row["exact"]) for row in cell) / n
-        out, asked = (sum(int(str(row[key])) for row in cell) for key in ("secrets_out", "secrets"))
+        out, asked = ([int(str(row[key])) for row in cell] for key in ("secrets_out", "secrets"))
+        wards = sum(min(1, o) for o in out)  # one in each, and the rest are records
+        records = sum(asked) - n
         found.append(
             Extraction.model_validate(
                 {
@@ -247,7 +250,11 @@ def _extraction(rows: Sequence[dict[str, object]]) -> list[Extraction]:
                     "matched": about(0.1 + 0.6 * p, 0.06, n),
                     "bleu": about(0.12 + 0.7 * p, 0.07, n),
                     "approximate": share(p, n),
-                    "secrets": {"": share(out / asked, asked), "ward": share(p, n), "record": share(p / 2, n)},
+                    "secrets": {
+                        "": mean_share([o / a for o, a in zip(out, asked, strict=True)]),
+                        "ward": share(wards / n, n),
+                        "record": share((sum(out) - wards) / records, records),
+                    },
                 }
             )
         )

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from allmend import intervals
-from allmend.report.base_rate import Outcome, Verdict, hits, judged, longest_prefix, outcomes
+from allmend.report.base_rate import Outcome, Secrets, Verdict, hits, judged, outcomes, secrets_of
 from allmend.results import AuditTable, Estimate, Extraction
 
 N = 20
@@ -70,14 +70,21 @@ def test_secrets_weigh_as_much_as_whole_texts() -> None:
     assert Outcome("arm", 1, silent, loud).verdict is Verdict.NOTHING
 
 
-def test_longest_prefix_is_one_that_no_fewer_canaries_were_long_enough_for() -> None:
-    rows = [row(exact=out(0), prefix=f"{p} tokens", tokens=p) for p in (10, 30, 20)]
-    assert longest_prefix(table(*rows)) == "30 tokens"
-    short = row(exact=intervals.share(1, 3), prefix="100 tokens", tokens=100)
-    assert longest_prefix(table(*rows, short)) == "30 tokens"
-    share = row(exact=out(0), prefix="75 %", tokens=49.6)
-    assert longest_prefix(table(*rows, short, share)) == "75 %"
-    assert longest_prefix(table()) is None
+@pytest.mark.parametrize("planted", [[1.0] * 8, [0.4, 0.6, 0.8, 0.6, 0.4, 0.8, 0.6, 0.6]])
+def test_secrets_that_come_out_of_canaries_and_never_of_controls_are_memorised(planted: list[float]) -> None:
+    shares = [[0.0] * len(planted), planted]
+    silent, loud = (row(exact=out(0), secrets={"": intervals.mean_share(each)}) for each in shares)
+    assert Outcome("arm", 1, loud, silent).verdict is Verdict.MEMORISED
+    assert Outcome("arm", 1, silent, silent).verdict is Verdict.NOTHING
+
+
+def test_a_single_secret_of_many_is_counted_as_one() -> None:
+    one = {"": intervals.mean_share([0.2, *[0.0] * 7]), "a": intervals.share(1, 16), "b": intervals.share(0, 24)}
+    found = secrets_of(row(exact=out(0), secrets=one))
+    assert found == Secrets(1, 40, one[""])
+    assert Outcome("arm", 1, row(exact=out(0), secrets=one), None).verdict is not Verdict.NOTHING
+    assert secrets_of(row(exact=out(0))) is None
+    assert secrets_of(None) is None
 
 
 def test_outcomes_set_canaries_beside_controls_of_their_own_cell() -> None:

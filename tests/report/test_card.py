@@ -3,12 +3,18 @@
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
 
+from allmend.data.chat import Encoded
 from allmend.errors import UserError
-from allmend.report import numbers
+from allmend.federation.member import Member
+from allmend.federation.privacy.layers import protected
+from allmend.intervals import mean_share, share
+from allmend.recipe import Privacy
+from allmend.report import bounds, numbers
 from allmend.report.card import memorisation_card, replaced, write_card
 from allmend.results import BASE, AuditTable, Budget, PrivacyTable
 
@@ -26,7 +32,8 @@ def test_holds_the_main_figures_of_its_arm(audit_table: AuditTable, privacy_tabl
     (auc,) = [m for m in audit_table.membership if (m.model, m.copies, m.score) == ("private", 10, "ratio")]
     assert f"AUC {numbers.number(auc.auc.value)}" in card
     assert "at most 2.80 at δ = 10⁻⁵" in card
-    assert "Measured ε (canaries with 10 copies): at least 0.26" in card
+    (once,) = [b for b in audit_table.epsilon if (b.model, b.copies) == ("private", 1)]
+    assert f"Measured ε of 1 copy: {bounds.measured(once)} at" in card
     assert "allmend audit" in card
     assert "Absence of extraction is not absence of memorisation" in card
 
@@ -43,6 +50,58 @@ def test_judges_each_number_of_copies_beside_controls_and_base_model(audit_table
     ]
     card = memorisation_card(audit_table.model_copy(update={"extraction": tuple(alike)}), None, arm="fedavg")
     assert card.count("guessed, not memorised |") == 3
+
+
+def test_a_single_secret_that_came_out_is_counted(audit_table: AuditTable) -> None:
+    leak = {"": mean_share([0.2, *[0.0] * 7]), "ward": share(1, 8), "record": share(0, 32)}
+    rows = tuple(
+        e.model_copy(update={"secrets": leak}) if (e.copies, e.inserted) == (3, True) else e
+        for e in audit_table.extraction
+    )
+    card = memorisation_card(audit_table.model_copy(update={"extraction": rows}), None, arm="private")
+    (line,) = [line for line in card.splitlines() if line.startswith("| 3 |")]
+    assert "| 1 of 40 (" in line
+    assert not line.endswith("| nothing came out |")
+
+
+def test_measured_epsilon_is_not_picked_by_its_size(audit_table: AuditTable, privacy_table: PrivacyTable) -> None:
+    falling = [b.model_copy(update={"epsilon": 5 / (b.copies or 1)}) for b in audit_table.epsilon]
+    table = audit_table.model_copy(update={"epsilon": tuple(falling)})
+    card = memorisation_card(table, privacy_table, arm="fedavg").replace("\u202f", " ")
+    assert "Measured ε of 10 copies together: at least 0.50 at" in card
+    several = audit_table.model_copy(update={"epsilon": tuple(b for b in falling if b.copies != 1)})
+    bare = [b.model_copy(update={"accounted": None}) for b in several.epsilon]
+    card = memorisation_card(several.model_copy(update={"epsilon": tuple(bare)}), privacy_table, arm="private")
+    assert "10 copies together: at least 0.50 (accounted for one record only) at" in card.replace("\u202f", " ")
+
+
+@pytest.mark.parametrize("unit", ["record", "member"])
+def test_counts_of_training_records_stay_out_of_a_card_with_a_guarantee(audit_table: AuditTable, unit: str) -> None:
+    def encoded(i: int) -> Encoded:
+        ids = torch.arange(20) + i % 50
+        return Encoded(str(i), ids, torch.ones(20, dtype=torch.bool), torch.zeros(20, dtype=torch.long), ids - ids[0])
+
+    settings = Privacy.model_validate({"deduplicate": {}, "goldfish": {"context": 21}, "weight_noise": 0.001})
+    member = Member("a", [encoded(i) for i in range(103)], seed=0)
+    _, layers = protected([member], settings)
+    budget = Budget(unit=unit, client=None, epsilon=2.0, delta=1e-5, noise_multiplier=1, clip=1, sampling="", steps=3)
+
+    def told(*budgets: Budget) -> str:
+        table = PrivacyTable(layers={"private": layers}, budgets={"private": budgets})
+        silent = audit_table.model_copy(update={"epsilon": ()})
+        return (
+            memorisation_card(silent, table, arm="private").partition("Layers of privacy:")[2].partition("Limits:")[0]
+        )
+
+    assert all(layer in told() for layer in layers)
+    guarded = told(budget)
+    assert "of 103 records left out" in told()
+    assert "tokens left out" in told()
+    assert "103" not in guarded
+    assert "left out" not in guarded
+    for setting in ("deduplication within each client (", "Goldfish loss (k = 4, h = 21,", "standard deviation 0.001"):
+        assert setting in guarded
+    assert "no formal guarantee" in guarded
 
 
 def test_names_no_client(audit_table: AuditTable, privacy_table: PrivacyTable) -> None:

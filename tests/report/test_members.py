@@ -5,6 +5,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
+from allmend import intervals
 from allmend.probes import Probe
 from allmend.report.base_rate import Verdict
 from allmend.report.members import by_member
@@ -74,7 +75,9 @@ def test_counts_of_each_member_are_those_of_a_plain_count(rows: list[Probe]) -> 
         shortest = [p.prefix_tokens for p in own if p.client == client and p.inserted and p.exact]
         assert (PREFIXES[m.prefix] if m.prefix else None) == min(shortest, default=None)
         at = [p for p in own if p.client == client and p.inserted and p.prefix == "20 tokens"]
-        assert (m.secrets.n if m.secrets else 0) == sum(p.secrets for p in at)
+        assert (m.secrets.asked if m.secrets else 0) == sum(p.secrets for p in at)
+        assert (m.secrets.out if m.secrets else 0) == sum(p.secrets_out for p in at)
+        assert (m.secrets.share.n if m.secrets else 0) == len(at)
 
 
 @given(probes, probes)
@@ -89,6 +92,21 @@ def test_a_member_is_judged_by_its_own_canaries_alone(own: list[Probe], others: 
 def test_the_most_serious_stand_first(rows: list[Probe]) -> None:
     verdicts = [m.verdict for m in by_member(rows, "arm", "20 tokens")]
     assert verdicts == sorted(verdicts, reverse=True)
+
+
+def test_a_member_is_judged_as_the_table_of_all_is() -> None:
+    """Secrets of one text depend on each other: eight canaries are eight, however many secrets they hold."""
+    outs = [3, 4, 1, 0, 2, 0, 4, 1]
+    loud = [probe(canary=str(i), secrets=4, secrets_out=out) for i, out in enumerate(outs)]
+    silent = [probe(canary=f"c{i}", inserted=False, secrets=4) for i in range(8)]
+    (m,) = by_member([*loud, *silent], "arm", "20 tokens")
+    assert m.secrets is not None
+    assert m.control_secrets is not None
+    assert m.secrets.share == intervals.mean_share([out / 4 for out in outs])
+    assert m.control_secrets.share == intervals.share(0, 8)
+    # as if all secrets were independent, the two would be apart
+    assert (intervals.share(sum(outs), 32).low or 0) > (intervals.share(0, 32).high or 1)
+    assert m.verdict is Verdict.UNCLEAR
 
 
 def test_secrets_without_a_whole_canary_count() -> None:

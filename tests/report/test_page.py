@@ -78,6 +78,19 @@ def test_summary_names_difference_interval_and_sample(run: Path) -> None:
     assert "Largest message: 1.85 MB per member and round" in seen
 
 
+def test_summary_sets_single_copies_alone_beside_the_accounted_epsilon(
+    run: Path, change: Callable[..., None], audit_table: AuditTable
+) -> None:
+    once = [b.model_copy(update={"epsilon": 1.5}) for b in audit_table.epsilon if b.copies == 1]
+    more = [b.model_copy(update={"epsilon": 6.25}) for b in audit_table.epsilon if b.copies != 1]
+    for known, told in ((once + more, True), (more, False)):
+        change("audit", epsilon=[b.model_dump() for b in known])
+        page = words(read(run))
+        summary = page[page.index("the accountant bounds") : page.index("Largest message")].replace("\u202f", " ")
+        assert ("Measured from canaries with 1 copy: at least 1.50." in summary) is told
+        assert "6.25" not in summary
+
+
 def test_interval_over_zero_is_no_difference(run: Path) -> None:
     path = run / "results/utility.json"
     table = UtilityTable.model_validate_json(path.read_bytes())

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from allmend.audit.likelihood import Reading
 from allmend.data.canaries import Canary
 from allmend.data.chat import Encoded, Encoder
-from allmend.intervals import mean, share
+from allmend.intervals import mean, mean_share, share
 from allmend.results import Estimate, Extraction
 
 APPROXIMATE = 0.75
@@ -288,5 +288,5 @@ def _recovered(cell: Sequence[Continuation]) -> dict[str, Estimate]:
     for slot, reproduced in (secret for one in cell for secret in one.secrets):
         by_slot.setdefault(slot, []).append(reproduced)
     shares = [fmean(reproduced for _, reproduced in one.secrets) for one in cell if one.secrets]
-    over_all = {"": mean(shares, bounds=(0, 1))} if shares else {}
+    over_all = {"": mean_share(shares)} if shares else {}
     return over_all | {slot: share(sum(values), len(values)) for slot, values in sorted(by_slot.items())}

@@ -1,10 +1,11 @@
 """The end of a run on the terminal: the figures that matter, and where everything lies."""
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from allmend.cli.figures import count, plain, points, share
-from allmend.results import POOLED, AuditTable, UtilityTable
+from allmend.results import POOLED, AuditTable, UtilityTable, longest_prefix
 from allmend.run import RunFolder
 
 
@@ -16,8 +17,8 @@ def show_outcome(console: Console, run: RunFolder) -> None:
         show_audit(console, audit)
     outcomes = [path for what in ("adapter", "model", "members") for path in run.path.glob(f"arms/*/{what}")]
     for folder in sorted(outcomes):
-        console.print(f"Model   {folder}", highlight=False, soft_wrap=True)
-    console.print(f"Report  {(run.path / 'report.html').resolve()}", highlight=False, soft_wrap=True)
+        console.print(f"Model   {escape(str(folder))}", highlight=False, soft_wrap=True)
+    console.print(f"Report  {escape(str((run.path / 'report.html').resolve()))}", highlight=False, soft_wrap=True)
 
 
 def _show_utility(console: Console, utility: UtilityTable) -> None:
@@ -46,8 +47,7 @@ def show_audit(console: Console, audit: AuditTable) -> None:
         "ε at least",
         title="Memorisation of canaries",
     )
-    longest = max((row.prefix_tokens for row in audit.extraction), default=0)
-    prefix = next((row.prefix for row in audit.extraction if row.prefix_tokens == longest), None)
+    prefix = longest_prefix(audit.extraction)
     exact = {(row.model, row.copies, row.inserted): row.exact for row in audit.extraction if row.prefix == prefix}
     auc = {
         (row.model, row.copies): row.auc
@@ -80,4 +80,4 @@ def show_audit(console: Console, audit: AuditTable) -> None:
     if audit.design_changed:
         console.print("[yellow]The audit's design was changed after training.[/yellow]", highlight=False)
     for reason in audit.refused:
-        console.print(f"Not given: {reason}.", highlight=False)
+        console.print(f"Not given: {escape(reason)}.", highlight=False)

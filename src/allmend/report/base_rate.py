@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 
-from allmend.results import AuditTable, Estimate, Extraction
+from allmend.results import AuditTable, Estimate, Extraction, longest_prefix
 
 ALL_SECRETS = ""
 """The slot under which `Extraction.secrets` holds the share over all slots."""
@@ -47,6 +47,29 @@ def judged(planted: Estimate, control: Estimate | None, *, lucky: bool = False) 
 
 
 @dataclass(frozen=True)
+class Secrets:
+    """Secrets of several canaries: how many came out, and what that says of others.
+
+    Attributes:
+        out: secrets that came out.
+        asked: secrets behind the prefix.
+        share: mean of the canaries' own shares; n counts canaries, since secrets of one text depend on each other.
+    """
+
+    out: int
+    asked: int
+    share: Estimate
+
+
+def secrets_of(row: Extraction | None) -> Secrets | None:
+    """The secrets of a cell; None where the prefix leaves none to bring out, or there is no such cell."""
+    if row is None or ALL_SECRETS not in row.secrets:
+        return None
+    out, asked = hits(share for slot, share in row.secrets.items() if slot != ALL_SECRETS)
+    return Secrets(out, asked, row.secrets[ALL_SECRETS])
+
+
+@dataclass(frozen=True)
 class Outcome:
     """Extraction in one model and of one number of copies, planted canaries beside their controls.
 
@@ -66,25 +89,15 @@ class Outcome:
         """The more serious of the verdicts on whole texts and on secrets."""
         control = self.control
         found = judged(self.planted.exact, control.exact if control else None)
-        if (secrets := self.planted.secrets.get(ALL_SECRETS)) is not None:
-            null = control.secrets.get(ALL_SECRETS) if control else None
-            found = max(found, judged(secrets, null, lucky=True))
+        if (secrets := secrets_of(self.planted)) is not None:
+            null = secrets_of(control)
+            found = max(found, judged(secrets.share, null.share if null else None, lucky=True))
         return found
-
-
-def longest_prefix(audit: AuditTable) -> str | None:
-    """The longest prefix that no fewer canaries were long enough for than any other; None where none was tried."""
-    canaries: dict[str, int] = {}
-    tokens: dict[str, float] = {}
-    for row in audit.extraction:
-        canaries[row.prefix] = canaries.get(row.prefix, 0) + row.exact.n
-        tokens[row.prefix] = max(tokens.get(row.prefix, 0.0), row.prefix_tokens)
-    return max(tokens, key=lambda prefix: (canaries[prefix], tokens[prefix]), default=None)
 
 
 def outcomes(audit: AuditTable, model: str) -> list[Outcome]:
     """What came out of a model at the longest prefix, by number of copies in rising order."""
-    prefix = longest_prefix(audit)
+    prefix = longest_prefix(audit.extraction)
     rows = {(e.copies, e.inserted): e for e in audit.extraction if (e.model, e.prefix) == (model, prefix)}
     return [
         Outcome(model, copies, row, rows.get((copies, False)))

@@ -10,9 +10,9 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 
 from allmend.errors import UserError
-from allmend.report import numbers
-from allmend.report.base_rate import ALL_SECRETS, longest_prefix, outcomes
-from allmend.results import BASE, AuditTable, Budget, Estimate, Exposure, PrivacyTable
+from allmend.report import bounds, numbers
+from allmend.report.base_rate import Secrets, hits, outcomes, secrets_of
+from allmend.results import BASE, AuditTable, Budget, Estimate, Exposure, PrivacyTable, longest_prefix
 from allmend.run import write_atomic
 
 FILE = "README.md"
@@ -39,12 +39,13 @@ def memorisation_card(audit: AuditTable, privacy: PrivacyTable | None, *, arm: s
     Returns:
         Markdown that starts with the heading `## Memorisation` and ends with a line break.
     """
+    guarantee = bounds.guaranteed(arm, audit, privacy)
     parts = [
         f"## {HEADING}",
         _intro(audit),
         *_extraction(audit, arm),
-        *_further(audit, arm),
-        *_guarantees(privacy, arm),
+        *_further(audit, arm, guarantee=guarantee),
+        *_layers(privacy, arm, guarantee=guarantee),
     ]
     if audit.design_changed:
         parts.append("**The design of the audit was changed after training: read the figures as exploration.**")
@@ -75,11 +76,16 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _share(estimate: Estimate | None) -> str:
-    if estimate is None:
-        return numbers.NONE
-    ends = numbers.interval(estimate, lambda share: numbers.hundredths(share, 0))
-    out = f"{numbers.count(round(estimate.value * estimate.n))} of {numbers.count(estimate.n)}"
-    return out + (f" ({ends}{numbers.THIN}%)" if ends else "")
+    return numbers.NONE if estimate is None else numbers.out_of(*hits([estimate])) + _ends(estimate)
+
+
+def _secrets(found: Secrets | None) -> str:
+    return numbers.NONE if found is None else numbers.out_of(found.out, found.asked) + _ends(found.share)
+
+
+def _ends(share: Estimate) -> str:
+    ends = numbers.interval(share, lambda end: numbers.hundredths(end, 0))
+    return f" ({ends}{numbers.THIN}%)" if ends else ""
 
 
 def _plain(estimate: Estimate | None) -> str:
@@ -105,7 +111,7 @@ def _extraction(audit: AuditTable, arm: str) -> Iterator[str]:
         return [
             numbers.count(number),
             *(_share(e.exact if e else None) for e in (planted, control, untrained.planted if untrained else None)),
-            *(_share(e.secrets.get(ALL_SECRETS) if e else None) for e in (planted, control)),
+            *(_secrets(secrets_of(e)) for e in (planted, control)),
             _plain(gaps.get((arm, number))),
             _plain(gaps.get((BASE, number))),
             o.verdict.words if o else numbers.NONE,
@@ -114,15 +120,15 @@ def _extraction(audit: AuditTable, arm: str) -> Iterator[str]:
     if found:
         yield (
             "*Recited*: continued without an error, greedily. *Secrets*: names, dates and numbers behind "
-            f"the prefix that come out. Both given the first {longest_prefix(audit)}. *Gap*: log-likelihood over "
-            "controls, nats per token."
+            "the prefix that come out; the interval is that of their share, mean over canaries. Both given the first "
+            f"{longest_prefix(audit.extraction)}. *Gap*: log-likelihood over controls, nats per token."
         )
     recited = ["recited: planted", "controls", "base model", "secrets: planted", "controls"]
     yield _table(["copies", *recited, "gap", "gap of base model", "verdict"], [line(number) for number in copies])
 
 
-def _further(audit: AuditTable, arm: str) -> Iterator[str]:
-    """Exposure, membership and measured ε, each for the most copies."""
+def _further(audit: AuditTable, arm: str, *, guarantee: bool) -> Iterator[str]:
+    """Exposure, membership and measured ε, each for the most copies; ε of a single one where there is a guarantee."""
     lines = []
     exposed = [e for e in audit.exposure if e.model == arm]
     for slot, values in dict.fromkeys((e.slot, e.values) for e in exposed):
@@ -133,14 +139,12 @@ def _further(audit: AuditTable, arm: str) -> Iterator[str]:
         m = max(scored, key=lambda m: m.copies or 0)
         score = f"score `{m.score}`, {numbers.counted(m.copies or 0, 'copy', 'copies')}"
         lines.append(f"Membership ({score}): AUC {_plain(m.auc)}; guessing is 0.5.")
-    bounds = [b for b in audit.epsilon if b.model == arm]
-    if bounds:
-        b = max(bounds, key=lambda b: b.epsilon)
-        copies = "all canaries" if b.copies is None else f"canaries with {numbers.counted(b.copies, 'copy', 'copies')}"
-        measured = f"at least {numbers.number(b.epsilon)}" if b.epsilon else "0 is not ruled out"
+    if known := [b for b in audit.epsilon if b.model == arm]:
+        b = bounds.quoted(known, beside_guarantee=guarantee)
+        only = f" ({bounds.accounted(b, guarantee=True)})" if guarantee and b.accounted is None else ""
         lines.append(
-            f"Measured ε ({copies}): {measured} at {numbers.percent(b.confidence, 0)} confidence, "
-            f"δ = {numbers.power(b.delta)}, {numbers.count(b.right)} of {numbers.count(b.guesses)} guesses right."
+            f"Measured ε of {bounds.about(b)}: {bounds.measured(b)}{only} at {numbers.percent(b.confidence, 0)} "
+            f"confidence, δ = {numbers.power(b.delta)}, {numbers.out_of(b.right, b.guesses)} guesses right."
         )
     if lines:
         yield "\n".join(f"- {line}" for line in lines)
@@ -154,7 +158,16 @@ def _exposed(rows: list[Exposure]) -> str:
     return f"Exposure of `{rows[0].slot}` ({among}), bits: {shown}; guessing is 1.44."
 
 
-def _guarantees(privacy: PrivacyTable | None, arm: str) -> Iterator[str]:
+def _without_counts(layer: str) -> str:
+    """A layer's settings without what it counted in training records.
+
+    The counts carry no noise, and the card lies in the folder that the guarantee is about. They stand behind a colon,
+    where weight noise alone has a setting.
+    """
+    return layer if layer.startswith("weight noise") else layer.partition(":")[0]
+
+
+def _layers(privacy: PrivacyTable | None, arm: str, *, guarantee: bool) -> Iterator[str]:
     """The layers that were on, and the dearest account of each unit of protection."""
     if privacy is None:
         return
@@ -162,7 +175,7 @@ def _guarantees(privacy: PrivacyTable | None, arm: str) -> Iterator[str]:
     for b in privacy.budgets.get(arm, ()):
         if b.epsilon is not None and b.epsilon >= dearest.get(b.unit, (0.0,))[0]:
             dearest[b.unit] = (b.epsilon, b)
-    lines = list(privacy.layers.get(arm, ()))
+    lines = [_without_counts(layer) if guarantee else layer for layer in privacy.layers.get(arm, ())]
     for unit, (epsilon, b) in dearest.items():
         what = "one member with all its records" if unit == "member" else "one training record"
         noise = f"noise multiplier {numbers.number(b.noise_multiplier)}, clip {numbers.number(b.clip)}"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from allmend import intervals
 from allmend.probes import Probe
-from allmend.report.base_rate import Verdict, judged
+from allmend.report.base_rate import Secrets, Verdict, judged
 from allmend.results import Estimate
 
 
@@ -21,7 +21,7 @@ class MemberOutcome:
         control: the same of its controls; None where it has none.
         copies: how many came out, by number of copies.
         prefix: the shortest prefix that brought one out; None where none did.
-        secrets: share of the secrets behind one prefix that came out; None where there is none.
+        secrets: those behind one prefix; None where there is none.
         control_secrets: the same of its controls.
     """
 
@@ -31,14 +31,17 @@ class MemberOutcome:
     control: Estimate | None
     copies: dict[int, int]
     prefix: str | None
-    secrets: Estimate | None
-    control_secrets: Estimate | None
+    secrets: Secrets | None
+    control_secrets: Secrets | None
 
     @property
     def verdict(self) -> Verdict:
         """The more serious of the verdicts on whole texts and on secrets."""
         found = judged(self.planted, self.control)
-        return found if self.secrets is None else max(found, judged(self.secrets, self.control_secrets, lucky=True))
+        if self.secrets is None:
+            return found
+        null = self.control_secrets.share if self.control_secrets else None
+        return max(found, judged(self.secrets.share, null, lucky=True))
 
 
 def by_member(probes: Sequence[Probe], model: str, prefix: str | None) -> list[MemberOutcome]:
@@ -64,10 +67,12 @@ def _of_member(model: str, client: str, probes: Sequence[Probe], prefix: str | N
         exact = {p.canary for p in probes if p.inserted == inserted and p.exact}
         return intervals.share(len(exact), len(known)) if known else None
 
-    def secrets(inserted: bool) -> Estimate | None:
-        asked = [p for p in probes if p.inserted == inserted and p.prefix == prefix]
-        whole = sum(p.secrets for p in asked)
-        return intervals.share(sum(p.secrets_out for p in asked), whole) if whole else None
+    def secrets(inserted: bool) -> Secrets | None:
+        asked = [p for p in probes if p.inserted == inserted and p.prefix == prefix and p.secrets]
+        if not asked:
+            return None
+        share = intervals.mean_share([p.secrets_out / p.secrets for p in asked])
+        return Secrets(sum(p.secrets_out for p in asked), sum(p.secrets for p in asked), share)
 
     planted = came_out(True)
     if planted is None:

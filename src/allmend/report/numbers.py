@@ -77,6 +77,11 @@ def count(value: float) -> str:
     return f"{value:,.0f}"
 
 
+def out_of(part: float, whole: float) -> str:
+    """A part of what was counted: 3 of 16."""
+    return f"{count(part)} of {count(whole)}"
+
+
 def counted(value: int, noun: str, plural: str | None = None) -> str:
     """A count with its noun: 1 copy, 3 copies."""
     return f"{count(value)} {noun if value == 1 else plural or noun + 's'}"

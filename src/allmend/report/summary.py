@@ -4,12 +4,12 @@ import math
 from dataclasses import dataclass
 from statistics import fmean
 
-from allmend.report import numbers
-from allmend.report.base_rate import Verdict, hits, longest_prefix, outcomes
+from allmend.report import bounds, numbers
+from allmend.report.base_rate import Verdict, hits, outcomes
 from allmend.report.evidence import Evidence
 from allmend.report.markup import Html, join, tag
 from allmend.report.numbers import THIN
-from allmend.results import BASE, POOLED, Estimate
+from allmend.results import BASE, POOLED, Estimate, longest_prefix
 
 
 @dataclass(frozen=True)
@@ -131,11 +131,10 @@ def _recited(evidence: Evidence, model: str) -> Finding | None:
     out, n = hits(o.planted.exact for o in found)
     null, controls = hits(o.control.exact for o in found if o.control)
     verdict = max(o.verdict for o in found)
-    shown = f"{numbers.count(out)} of {numbers.count(n)}"
-    sentence = (
-        f"Given the first {longest_prefix(evidence.audit)}, {model} recites {shown} planted canaries without an error"
-    )
-    sentence += f", and {numbers.count(null)} of {numbers.count(controls)} controls" if controls else ""
+    shown = numbers.out_of(out, n)
+    given = longest_prefix(evidence.audit.extraction)
+    sentence = f"Given the first {given}, {model} recites {shown} planted canaries without an error"
+    sentence += f", and {numbers.out_of(null, controls)} controls" if controls else ""
     sentence += f": {verdict.words}."
     most = found[-1]
     if verdict is Verdict.MEMORISED:
@@ -157,11 +156,8 @@ def _guaranteed(evidence: Evidence) -> Finding | None:
     unit = "member with all its records" if budget.unit == "member" else "training record"
     sentence = f"With {arm}, the accountant bounds what any one {unit} can change by ε = {numbers.number(epsilon)} "
     sentence += f"(δ = {numbers.power(budget.delta)})."
-    measured = [b for b in (evidence.audit.epsilon if evidence.audit else ()) if b.model == arm]
-    if measured:
-        most = max(measured, key=lambda b: b.epsilon)
-        sentence += f" The audit measures at least {numbers.number(most.epsilon)}"
-        sentence += f" from canaries with {numbers.counted(most.copies, 'copy', 'copies')}." if most.copies else "."
+    known = [b for b in (evidence.audit.epsilon if evidence.audit else ()) if (b.model, b.copies) == (arm, 1)]
+    sentence += "".join(f" Measured from canaries with 1 copy: {bounds.measured(bound)}." for bound in known)
     sentence += " Noise from the recipe’s seed: a simulation." if budget.simulated else ""
     return Finding(f"ε ≤ {numbers.number(epsilon)}", f"for one {unit}, accounted", sentence)
 

@@ -215,6 +215,68 @@ def test_measured_epsilon_above_the_accounted_one_is_a_warning(
     assert ("▲ A measured bound lies above the accounted ε" in words(section(run))) is contradicts
 
 
+def bound(copies: int | None, epsilon: float, model: str = "private") -> dict[str, object]:
+    return {
+        "model": model,
+        "copies": copies,
+        "epsilon": epsilon,
+        "delta": 1e-5,
+        "confidence": 0.95,
+        "guesses": 12,
+        "right": 12,
+        "canaries": 24,
+        "accounted": 3.1 if (model, copies) == ("private", 1) else None,
+    }
+
+
+def test_only_single_copies_stand_beside_the_accounted_epsilon(run: Path, change: Change) -> None:
+    change("audit", epsilon=[bound(1, 0.5), bound(10, 2.5), bound(None, 2.75), bound(10, 1.25, "fedavg")])
+    found = [words(row) for table in section(run).iter("table") for row in table.findall("tbody/tr")]
+    measured = [row for row in found if "coins" in row]
+    assert len(measured) == 4
+    assert "1 copyat least 0.503.10" in measured[0]
+    assert "10 copies togetherat least 2.50accounted for one record only" in measured[1]
+    assert "all canaries togetherat least 2.75accounted for one record only" in measured[2]
+    assert "10 copies togetherat least 1.25no guarantee" in measured[3]
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ([bound(1, 0.5), bound(10, 2.5), bound(None, 2.75)], "private, 1 copy: at least 0.50 (accounted: 3.10)"),
+        ([bound(10, 2.5)], "private, 10 copies together: at least 2.50 (accounted for one record only)"),
+        (
+            [bound(c, 3 / (c or 0.5), "fedavg") for c in (1, 10, None)],
+            "fedavg, 10 copies together: at least 0.30 (no guarantee)",
+        ),
+        ([bound(1, 0.0)], "private, 1 copy: 0 not ruled out (accounted: 3.10)"),
+    ],
+)
+def test_headline_of_measured_epsilon_is_not_picked_by_its_size(
+    run: Path, change: Change, rows: list[dict[str, object]], says: str
+) -> None:
+    change("audit", epsilon=rows)
+    assert f"Measured ε{says}" in words(section(run)).replace("Measured ε ", "Measured ε")
+
+
+def test_a_single_secret_that_came_out_is_counted(run: Path, change: Change) -> None:
+    audit = json.loads((run / "results/audit.json").read_bytes())
+    leak = {"": {"value": 0.025, "low": 0.0, "high": 0.32, "n": 8}}
+    leak |= {"ward": {"value": 0.125, "n": 8}, "record": {"value": 0.0, "n": 32}}
+    for e in audit["extraction"]:
+        if (e["model"], e["inserted"]) == ("private", True):
+            e["secrets"] = leak
+    change("audit", extraction=audit["extraction"])
+    probes(run, lambda row: row | {"secrets_out": int(row["canary"] == "injuries/3x/000"), "exact": False})
+    page = section(run)
+    assert "Of the secrets behind it, 1 of 40 come out with 10 copies" in words(page)
+    (table,) = [t for t in page.iter("table") if words(t).startswith("What comes out after")]
+    private = [words(row[5]) for row in table.findall("tbody/tr") if words(row[0]) == "private"]
+    assert private
+    assert all(cell.startswith("1 of 40") for cell in private)
+    assert "1 of 27" in rows(run, "By member")["injuries"]  # nine canaries of three secrets
+
+
 def test_rates_that_need_more_non_members_say_so(run: Path) -> None:
     seen = [words(cell) for cell in section(run).iter("td")]
     assert "–needs 100 non-members" in seen

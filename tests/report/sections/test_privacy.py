@@ -69,6 +69,16 @@ def test_guarantee_names_its_unit_and_all_that_it_rests_on(with_table: Callable[
     assert "e ε = 7.39" in text  # e²
 
 
+@pytest.mark.parametrize(("record", "member"), [(True, False), (False, True), (True, True)])
+def test_epsilon_is_said_to_hold_where_it_does(with_table: Callable[..., str], record: bool, member: bool) -> None:
+    members = BUDGET.model_copy(update={"unit": "member", "client": None})
+    text = with_table(*[BUDGET] * record, *[members] * member)
+    assert ("what leaves the client and the final model (for a record)" in text) is record
+    assert ("the models sent to all (for a member)" in text) is member
+    assert "not hold for the run folder and this page" in text
+    assert "whatever anybody sees" not in text
+
+
 def test_clip_and_noise_are_layers_too(with_table: Callable[..., str]) -> None:
     members = BUDGET.model_copy(update={"unit": "member", "client": None})
     for budget, told in ((BUDGET, "each training record"), (members, "each member with all its records")):
@@ -101,6 +111,7 @@ def test_budget_that_stopped_training_is_told(with_table: Callable[..., str]) ->
 def test_without_noise_there_is_no_figure(with_table: Callable[..., str]) -> None:
     text = with_table(BUDGET.model_copy(update={"epsilon": None, "noise_multiplier": 0.0, "by_round": (None, None)}))
     assert "no noise, no guarantee" in text
+    assert "How to read ε" not in text
     assert "Simulation" not in text
 
 

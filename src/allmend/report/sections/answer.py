@@ -3,18 +3,19 @@
 from collections.abc import Callable, Iterator, Sequence
 
 from allmend.report import numbers
-from allmend.report.base_rate import ALL_SECRETS, Outcome, Verdict, hits, longest_prefix, outcomes
+from allmend.report.base_rate import Outcome, Secrets, Verdict, hits, outcomes, secrets_of
 from allmend.report.evidence import Evidence
 from allmend.report.markup import Cell, Html, Rows, paragraph, table, tag
 from allmend.report.members import MemberOutcome, by_member
 from allmend.report.sections.extraction import copies_of
 from allmend.report.sections.utility import titled
-from allmend.results import BASE, AuditTable, Estimate
+from allmend.results import BASE, AuditTable, Estimate, longest_prefix
 
 MOST_MEMBERS = 60
 """Rows of the table by member; the most serious stand first."""
 MOST_NAMED = 6
 """Members that a sentence names."""
+BY_CANARY = "of secrets, the percentage is the mean over canaries"
 SIGNS = {Verdict.NOTHING: "○", Verdict.GUESSED: "≈", Verdict.UNCLEAR: "?", Verdict.MEMORISED: "▲"}
 
 
@@ -25,17 +26,21 @@ def badge(verdict: Verdict) -> Html:
 
 
 def _of(*estimates: Estimate) -> str:
-    out, n = hits(estimates)
-    return f"{numbers.count(out)} of {numbers.count(n)}"
+    return numbers.out_of(*hits(estimates))
+
+
+def _cell(counts: str, share: Estimate) -> Cell:
+    """A count, with the percentage and its interval under it."""
+    ends = numbers.interval(share, lambda end: numbers.hundredths(end, 0))
+    return Cell(counts, numbers.percent(share.value, 0) + (f" ({ends})" if ends else ""), share.value)
 
 
 def _counted(estimate: Estimate | None) -> Cell:
-    """A share as a count, with its percentage and interval under it."""
-    if estimate is None:
-        return Cell(numbers.NONE)
-    ends = numbers.interval(estimate, lambda share: numbers.hundredths(share, 0))
-    under = numbers.percent(estimate.value, 0) + (f" ({ends})" if ends else "")
-    return Cell(_of(estimate), under, estimate.value)
+    return Cell(numbers.NONE) if estimate is None else _cell(_of(estimate), estimate)
+
+
+def _secrets(found: Secrets | None) -> Cell:
+    return Cell(numbers.NONE) if found is None else _cell(numbers.out_of(found.out, found.asked), found.share)
 
 
 def _answer(audit: AuditTable, model: str, found: Sequence[Outcome]) -> Html:
@@ -46,12 +51,13 @@ def _answer(audit: AuditTable, model: str, found: Sequence[Outcome]) -> Html:
     words = (
         f" recites {_of(*(o.planted.exact for o in found))} planted canaries without an error when given their first "
     )
-    words += f"{longest_prefix(audit)}; {_of(*controls)} controls" if controls else "; there are no controls"
+    words += f"{longest_prefix(audit.extraction)}; {_of(*controls)} controls" if controls else "; there are no controls"
     words += f"; the base model {_of(*untrained)}." if untrained else "; the base model was not asked."
-    if (secrets := most.planted.secrets.get(ALL_SECRETS)) is not None:
-        null = most.control.secrets.get(ALL_SECRETS) if most.control else None
-        words += f" Of the secrets behind it, {_of(secrets)} come out with {copies_of(most.copies)}"
-        words += f" ({_of(null)} in controls)." if null else "."
+    if (secrets := secrets_of(most.planted)) is not None:
+        null = secrets_of(most.control)
+        words += f" Of the secrets behind it, {numbers.out_of(secrets.out, secrets.asked)} come out"
+        words += f" with {copies_of(most.copies)}"
+        words += f" ({numbers.out_of(null.out, null.asked)} in controls)." if null else "."
     if verdict is Verdict.NOTHING and (high := most.planted.exact.high) is not None:
         words += f" With {copies_of(most.copies)}, a share of up to {numbers.percent(high, 0)} is not ruled out."
     return tag("li", badge(verdict), paragraph(tag("strong", titled(model)), words))
@@ -72,16 +78,17 @@ def came_out(evidence: Evidence, audit: AuditTable) -> list[Html]:
                 titled(o.model),
                 Cell(numbers.count(o.copies), value=o.copies),
                 *(_counted(e.exact if e else None) for e in three),
-                *(_counted(e.secrets.get(ALL_SECRETS) if e else None) for e in three),
+                *(_secrets(secrets_of(e)) for e in three),
                 badge(o.verdict),
             ]
         )
     beside = ["controls", "base model"]
     head = ["Model", "Copies", "Recited: planted", *beside, "Secrets out: planted", *beside, "Verdict"]
+    caption = f"What comes out after the first {longest_prefix(audit.extraction)} of a canary"
     return [
         tag("h3", "Did anything come out?"),
         tag("ul", *(_answer(audit, model, cells) for model, cells in found.items()), class_="answers"),
-        table(f"What comes out after the first {longest_prefix(audit)} of a canary (95 % interval)", head, body),
+        table(f"{caption} (95 % interval; {BY_CANARY})", head, body),
     ]
 
 
@@ -120,20 +127,20 @@ def _member(m: MemberOutcome, model: Sequence[str]) -> list[str | Cell]:
         _counted(m.control),
         copies or numbers.NONE,
         m.prefix or numbers.NONE,
-        _counted(m.secrets),
-        _counted(m.control_secrets),
+        _secrets(m.secrets),
+        _secrets(m.control_secrets),
         badge(m.verdict),
     ]
 
 
 def whose(evidence: Evidence, audit: AuditTable) -> list[Html]:
     """What each member needs to know of its own canaries; models that give nothing away have a sentence alone."""
-    found = {model: by_member(evidence.probes, model, longest_prefix(audit)) for model in evidence.audited}
+    found = {model: by_member(evidence.probes, model, longest_prefix(audit.extraction)) for model in evidence.audited}
     if not any(found.values()):
         return []
     leaky = [model for model, members in found.items() if any(m.verdict for m in members)]
     lines = sorted((m for model in leaky for m in found[model]), key=lambda m: -m.verdict)
-    caption = "By member: its own canaries, recited after any prefix that was tried (95 % interval)"
+    caption = f"By member: its own canaries, recited after any prefix that was tried (95 % interval; {BY_CANARY})"
     if len(lines) > MOST_MEMBERS:
         caption += f"; the {MOST_MEMBERS} most serious, the rest is in results/audit.parquet"
     several = len(leaky) > 1

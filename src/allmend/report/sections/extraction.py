@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from allmend.report import numbers
-from allmend.report.base_rate import ALL_SECRETS, hits, longest_prefix, outcomes
+from allmend.report.base_rate import ALL_SECRETS, hits, outcomes
 from allmend.report.charts import NEUTRAL, Axis, Point, Series, line_chart
 from allmend.report.evidence import Evidence
 from allmend.report.marks import legend
 from allmend.report.markup import Cell, Html, Rows, details, figure, in_figures, measure, table, tag
 from allmend.report.sections.utility import cell, titled
-from allmend.results import AuditTable, Discoverable, Estimate, Extraction
+from allmend.results import AuditTable, Discoverable, Estimate, Extraction, longest_prefix
 
 CONTROLS = "controls"
 BARS = "Bars are 95 % intervals; those of the controls stand in the table."
@@ -95,7 +95,7 @@ MEASURES: tuple[tuple[str, str, Pick], ...] = (
     ),
     (
         "secrets",
-        "Share of the names, dates and numbers behind the prefix that stand in the continuation.",
+        "Share of the names, dates and numbers behind the prefix that stand in the continuation, mean over canaries.",
         lambda e: e.secrets.get(ALL_SECRETS),
     ),
     ("BLEU", "Mean agreement of the continuation with the canary; 100 % is identical.", lambda e: e.bleu),
@@ -136,12 +136,14 @@ def _prefix_table(audit: AuditTable) -> Html:
         ]
 
     head = ["Model", "Copies", "Canaries", "Prefix", "Exact", "Secrets", "Matched", "BLEU", "BLEU over 0.75"]
-    caption = "Continuations of canaries from a prefix (95 % interval; n canaries, of secrets n secrets)"
+    caption = (
+        "Continuations of canaries from a prefix (95 % interval; n canaries; secrets: mean of each canary’s share)"
+    )
     return in_figures(table(caption, head, [line(e) for e in audit.extraction]), len(audit.extraction))
 
 
 def _secrets_table(audit: AuditTable) -> Html:
-    prefix = longest_prefix(audit)
+    prefix = longest_prefix(audit.extraction)
     rows = [e for e in audit.extraction if e.prefix == prefix]
     slots = [slot for slot in dict.fromkeys(slot for e in rows for slot in e.secrets) if slot != ALL_SECRETS]
     body: Rows = [
@@ -167,9 +169,8 @@ def extraction(evidence: Evidence, audit: AuditTable) -> Html:
     found = outcomes(audit, model)
     out, n = hits(o.planted.exact for o in found)
     null, controls = hits(o.control.exact for o in found if o.control)
-    headline = (
-        f"{titled(model)}: {out} of {n} planted canaries after {longest_prefix(audit)}, {null} of {controls} controls"
-    )
+    headline = f"{titled(model)}: {out} of {n} planted canaries after {longest_prefix(audit.extraction)}"
+    headline += f", {null} of {controls} controls"
     return measure(
         "What a prefix brings out", headline, *_prefix_charts(audit), _secrets_table(audit), _prefix_table(audit)
     )
@@ -224,7 +225,7 @@ def discoverable(evidence: Evidence, audit: AuditTable) -> Html:
     if not audit.discoverable:
         return Html("")
     tokens = {d.prefix: d.prefix_tokens for d in audit.discoverable}
-    prefix = longest_prefix(audit)
+    prefix = longest_prefix(audit.extraction)
     prefix = prefix if prefix in tokens else max(tokens, key=lambda name: tokens[name])
     models = dict.fromkeys(d.model for d in audit.discoverable)
     model = next((m for m in evidence.audited if m in models), next(iter(models)))

@@ -1,6 +1,7 @@
 """Whether one can tell what was trained on: membership inference, and the bound on ε that follows from it."""
 
 from allmend.report import numbers
+from allmend.report.bounds import about, accounted, guaranteed, measured, quoted
 from allmend.report.charts import Axis, Row, interval_plot
 from allmend.report.evidence import Evidence
 from allmend.report.markup import Cell, Html, Rows, figure, in_figures, measure, paragraph, table
@@ -82,20 +83,13 @@ def above(bound: EpsilonBound) -> bool:
     return bound.accounted is not None and bound.copies == 1 and bound.epsilon > bound.accounted
 
 
-def _line(bound: EpsilonBound) -> list[str | Cell]:
-    together = "all copies" if bound.copies is None else numbers.count(bound.copies)
-    accounted = (
-        Cell("no guarantee")
-        if bound.accounted is None
-        else Cell(numbers.number(bound.accounted), value=bound.accounted)
-    )
-    measured = f"at{numbers.THIN}least {numbers.number(bound.epsilon)}" if bound.epsilon else "0 not ruled out"
+def _line(bound: EpsilonBound, guarantee: bool) -> list[str | Cell]:
     sign = "▲ above the accounted ε" if above(bound) else ""
     return [
         titled(bound.model),
-        Cell(together, value=bound.copies),
-        Cell(measured, sign, bound.epsilon),
-        accounted,
+        Cell(about(bound), value=bound.copies),
+        Cell(measured(bound), sign, bound.epsilon),
+        Cell(accounted(bound, guarantee=guarantee), value=bound.accounted),
         Cell(
             f"{numbers.count(bound.right)} of {numbers.count(bound.guesses)}",
             f"{numbers.count(bound.canaries)} coins",
@@ -127,9 +121,12 @@ def measured_epsilon(evidence: Evidence, audit: AuditTable) -> Html:
         "the accountant’s ε is for a single record. The measured ε is a lower bound: a stronger attack may find more."
     )
     tuned = [b for b in audit.epsilon if b.model in evidence.audited] or list(audit.epsilon)
-    most = max(tuned, key=lambda b: b.epsilon)
-    headline = f"highest: {titled(most.model)}, {numbers.number(most.epsilon)}"
-    headline += f" (accounted: {numbers.number(most.accounted)})" if most.accounted is not None else " (no guarantee)"
+    guarantees = {b.model: guaranteed(b.model, audit, evidence.privacy) for b in audit.epsilon}
+    model = next((name for name in evidence.audited if any(b.model == name for b in tuned)), tuned[0].model)
+    shown = quoted([b for b in tuned if b.model == model], beside_guarantee=guarantees[model])
+    promised = accounted(shown, guarantee=guarantees[model])
+    headline = f"{titled(model)}, {about(shown)}: {measured(shown)}"
+    headline += f" (accounted: {promised})" if shown.accounted is not None else f" ({promised})"
     refuted = None
     if contradicting := [b for b in audit.epsilon if above(b)]:
         chance = numbers.percent(1 - min(b.confidence for b in contradicting), 0)
@@ -139,6 +136,5 @@ def measured_epsilon(evidence: Evidence, audit: AuditTable) -> Html:
             class_="warning",
         )
     caption = "ε measured (lower bound, one run) and accounted (upper bound)"
-    return measure(
-        "Measured ε", headline, refuted, paragraph(words), table(caption, head, list(map(_line, audit.epsilon)))
-    )
+    body = [_line(bound, guarantees[bound.model]) for bound in audit.epsilon]
+    return measure("Measured ε", headline, refuted, paragraph(words), table(caption, head, body))

@@ -144,6 +144,25 @@ def _statements(budgets: list[tuple[str, Budget]]) -> list[Html]:
     return [tag("li", words) for words in told]
 
 
+def _how_to_read(budgets: list[tuple[str, Budget]]) -> Html | None:
+    """What ε means, and what it holds for; None where no account has one."""
+    holds = {
+        "record": "what leaves the client and the final model (for a record)",
+        "member": "the models sent to all (for a member)",
+    }
+    units = {b.unit for _, b in budgets if b.epsilon is not None}
+    if not units:
+        return None
+    return paragraph(
+        tag("strong", "How to read ε: "),
+        " and ".join(words for unit, words in holds.items() if unit in units),
+        " are at most ",
+        POWER,
+        " times as likely with the protected unit in the data as without it, but for a chance of about δ. This does "
+        "not hold for the run folder and this page, whose losses carry no noise.",
+    )
+
+
 def privacy(evidence: Evidence) -> Html:
     """The section."""
     title, table_ = "What protected the records", evidence.privacy
@@ -161,12 +180,7 @@ def privacy(evidence: Evidence) -> Html:
         "privacy",
         title,
         _layers(table_),
-        paragraph(
-            tag("strong", "How to read ε: "),
-            "whatever anybody sees of the training, it is at most ",
-            POWER,
-            " times as likely with the protected unit in the data as without it, but for a chance of about δ.",
-        ),
+        _how_to_read(flat),
         _guarantees(flat),
         tag("div", _charts(held), tag("ul", *_statements(flat), class_="statements"), class_="charts"),
         _by_round(flat),
