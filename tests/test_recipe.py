@@ -207,8 +207,18 @@ def test_a_table_below_an_array_of_tables_belongs_to_its_last_element() -> None:
         (CLIENTS + "[privacy.record]\nepsilon = 1\ndelta = 1.0\n", "privacy.record.delta", 9, "less than 1"),
         (CLIENTS + '[privacy.record]\nepsilon = 1\nsampling = "all"\n', "privacy.record.sampling", 9, "poisson"),
         (CLIENTS + "[privacy.member]\nepsilon = 1\nquantile = 1.0\n", "privacy.member.quantile", 9, "less than 1"),
-        (CLIENTS + "[privacy.member]\nclip = inf\nnoise_multiplier = 0\nquantile = 0.5\n", "privacy.member", 7, "quantile"),
-        (CLIENTS + "[privacy.record]\nepsilon = 1\n[adapter]\ndropout = 0.1\n", "adapter.dropout", 10, "privacy.record"),
+        (
+            CLIENTS + "[privacy.member]\nclip = inf\nnoise_multiplier = 0\nquantile = 0.5\n",
+            "privacy.member",
+            7,
+            "quantile",
+        ),
+        (
+            CLIENTS + "[privacy.record]\nepsilon = 1\n[adapter]\ndropout = 0.1\n",
+            "adapter.dropout",
+            10,
+            "privacy.record",
+        ),
         (
             CLIENTS + "[privacy.record]\nepsilon = 1\n[compare.x.adapter]\ndropout = 0.1\n",
             "compare.x.adapter.dropout",

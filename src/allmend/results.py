@@ -340,7 +340,7 @@ class ComparedModel(Table):
         gap: log-likelihood of inserted canaries over controls (nats per token).
         exposure: bits, mean over secrets.
         auc: of membership by likelihood ratio.
-        accounted: the accountant's ε: the largest over clients, or that of members.
+        accounted: the accountant's ε of one record, the largest over clients.
         measured: the empirical lower bound on ε of one record: from the canaries that stand once.
         measured_together: the same of `copies` records together; None where that is one.
     """
@@ -369,7 +369,7 @@ class ComparedPair(Table):
         accuracy: as a share.
         exact: share of inserted canaries extracted.
         gap: nats per token.
-        paired: whether the canaries are the same ones.
+        paired: whether there are inserted canaries and controls that both were asked for; `gap.n` says how many.
         same_utility: whether the intervals of utility overlap; only then is less memorisation a reduction.
         words: the verdict.
     """

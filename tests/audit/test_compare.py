@@ -1,5 +1,6 @@
 """Models side by side: what is paired with what, and which words the figures allow."""
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,7 +16,6 @@ from allmend.learn.evaluate import Score
 from allmend.probes import Probe
 from allmend.results import (
     AuditTable,
-    Budget,
     ComparedPair,
     EpsilonBound,
     Exposure,
@@ -140,14 +140,7 @@ def test_a_row_is_about_the_most_copies_and_the_longest_prefix_that_all_have() -
 
 def test_measured_and_accounted_epsilon_are_about_one_record() -> None:
     """What ten copies cost together is no bound on what the accountant speaks of."""
-    budgets = [
-        Budget(
-            unit="record", client=client, epsilon=epsilon, delta=1e-5, noise_multiplier=1.0, clip=1.0, sampling="",
-            steps=1,
-        )
-        for client, epsilon in (("a", 2.0), ("b", 3.0), ("c", None))
-    ]  # fmt: skip
-    (row,) = compare([replace(audited("private"), budgets=budgets)]).models
+    (row,) = compare([replace(audited("private"), accounted=3.0)]).models
     assert (row.measured, row.accounted) == (1.0, 3.0)
     assert row.measured_together == 10.0
     (row,) = compare([audited("plain", copies=(10,))]).models
@@ -191,17 +184,44 @@ def test_the_exact_difference_is_of_inserted_canaries() -> None:
     assert turned.value == 1.0
 
 
-@pytest.mark.parametrize("change", ["texts", "coins", "missing", "none"])
+@pytest.mark.parametrize("inserted", [True, False])
+@pytest.mark.parametrize("change", ["coins", "missing"])
+def test_the_pairing_rests_on_the_canaries_that_both_were_asked_for(change: str, inserted: bool) -> None:
+    """Poisson sampling may never draw an inserted canary, which is then left out of that arm's probes alone."""
+    base, other = audited("base", kept=3.0), audited("other", kept=0.1)
+    gone = "10x/4" if inserted else "10x/3"
+    assert [probe.inserted for probe in other.probes if probe.canary == gone] == [inserted] * 2
+    if change == "coins":
+        probes = [replace(probe, inserted=not inserted) if probe.canary == gone else probe for probe in other.probes]
+    else:
+        probes = [probe for probe in other.probes if probe.canary != gone]
+    # the same as if neither had been asked for it
+    expected = pair(*(replace(one, probes=[p for p in one.probes if p.canary != gone]) for one in (base, other)))
+    for turned in (False, True):
+        first, second = base, replace(other, probes=probes)
+        found = pair(second, first) if turned else pair(first, second)
+        sign = -1 if turned else 1
+        assert found.paired
+        for name, n in (("gap", COUNT - 1), ("exact", COUNT // 2 - inserted)):
+            difference, same = getattr(found, name), getattr(expected, name)
+            assert difference.n == same.n == n
+            assert difference.value == pytest.approx(sign * same.value)
+        assert found.gap is not None
+        assert expected.gap is not None
+        assert found.gap.low is not None
+        assert found.gap.low == pytest.approx(expected.gap.low if not turned else -(expected.gap.high or 0))
+    assert "other reduces memorisation against base" in expected.words
+
+
+@pytest.mark.parametrize("change", ["texts", "inserted", "controls", "none"])
 def test_other_canaries_are_not_paired(change: str) -> None:
     base, other = audited("base"), audited("other", kept=0.1)
     match change:
         case "texts":  # another seed: the same ids, other secrets
             other = audited("other", kept=0.1, texts="other text")
-        case "coins":
-            flipped = [replace(p, inserted=not p.inserted) if p.canary == "10x/3" else p for p in other.probes]
-            other = replace(other, probes=flipped)
-        case "missing":
-            other = replace(other, probes=[probe for probe in other.probes if probe.canary != "10x/3"])
+        case "inserted" | "controls":
+            left = [probe for probe in other.probes if probe.inserted is (change == "controls")]
+            other = replace(other, probes=left)
         case "none":
             other = replace(other, probes=())
     found = pair(base, other)
@@ -209,6 +229,33 @@ def test_other_canaries_are_not_paired(change: str) -> None:
     assert "not asked for the same canaries" in found.words
     assert "reduces" not in found.words
     assert found.log_perplexity is not None  # held-out records are the same ones
+
+
+def test_the_difference_in_log_perplexity_is_that_of_the_perplexities_beside_it() -> None:
+    """A token counts alike wherever it stands: short records may fall the other way."""
+    base, other = audited("base"), audited("other")
+    lengths = [2] * 20 + [200] * 10
+    for one, short, long in ((base, 2.0, 2.0), (other, 3.0, 1.9)):
+        assert one.scores is not None
+        own = random.Random(one.label)
+        scores = [
+            replace(score, tokens=tokens, nll=tokens * ((short if tokens == 2 else long) + own.gauss(0, 0.001)))
+            for score, tokens in zip(one.scores.by_client["north"], lengths, strict=True)
+        ]
+        models = ModelScores("arm", None, {"north": scores})
+        if one is base:
+            base = replace(base, scores=models, utility=utility_table([models], main="arm", seed=0))
+        else:
+            other = replace(other, scores=models, utility=utility_table([models], main="arm", seed=0))
+    found = compare([base, other])
+    perplexities = [model.perplexity.value for model in found.models if model.perplexity]
+    difference = found.pairs[0].log_perplexity
+    assert difference is not None
+    assert difference.value == pytest.approx(math.log(perplexities[1] / perplexities[0]))
+    assert difference.n == sum(lengths)
+    assert difference.low is not None
+    assert difference.high is not None
+    assert difference.low < difference.value < difference.high < 0
 
 
 def test_other_records_are_not_paired_and_none_are_needed() -> None:

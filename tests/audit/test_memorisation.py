@@ -308,3 +308,45 @@ def test_it_tells_how_far_it_is(
         audit_model("arm", tiny_model, wide, planted, settings, seed=0, groups=groups, on_tokens=told.append)
         assert all(tokens >= 0 for tokens in told)
         assert sum(told) == pytest.approx(tokens_to_read(planted, wide, settings, groups), rel=0.25)
+
+
+def test_a_model_whose_weights_are_no_numbers_is_refused(
+    make_tiny_model: Callable[..., LlamaForCausalLM], encoder: Encoder, canaries: list[Canary]
+) -> None:
+    model = make_tiny_model()
+    model.model.norm.weight.data.fill_(math.nan)
+    with pytest.raises(UserError, match=r"arm: .*log-likelihoods of the canaries are no finite numbers") as raised:
+        audit(model, encoder, canaries)
+    assert raised.value.hint
+
+
+def test_a_client_s_record_that_has_no_likelihood_is_refused(
+    make_tiny_model: Callable[..., LlamaForCausalLM], encoder: Encoder, canaries: list[Canary]
+) -> None:
+    model = make_tiny_model(tied=False)
+    (token,) = encoder.tokenizer("~")["input_ids"]
+    assert not any("~" in canary.text for canary in canaries)
+    model.get_input_embeddings().weight.data[token] = math.nan
+    records = [Record(text, text=text) for text in ("a~b", "abc")]
+    assert audit(model, encoder, canaries).gaps
+    with pytest.raises(UserError, match="of the clients' records are no finite"):
+        audit(model, encoder, canaries, groups=[RecordGroup("a", records[:1], records[1:])])
+
+
+def test_a_secret_that_begins_its_text_is_said_to_have_no_exposure(
+    models: Models, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    encoder = Encoder(tiny_tokenizer, "plain", 300)
+    planted = plant(clients=["a"], copies=[1], per_cell=24, seed=0, kinds=["letter"])
+    begins = [canary.secret_spans[0] for canary in planted]
+    first = [span for span in begins if (span.start, span.slot) == (0, "town")]
+    assert 0 < len(first) < len(planted)
+    settings = Audit(prefix_tokens=[20], draws=[1], exposure=["town", "day"])
+    base = audit_model("base", models["untouched"], encoder, planted, settings, seed=0)
+    for slot, missing in (("town", len(first)), ("day", 0)):
+        assert sum(row.exposure.n for row in base.exposure if row.slot == slot) == len(planted) - missing
+    (reason,) = (reason for reason in base.refused if "exposure of" in reason)
+    assert f"'town' in {len(first)} of {len(planted)} canaries" in reason
+    # said once, for the base model
+    again = audit_model("arm", models["halfway"], encoder, planted, settings, seed=0, reference=base)
+    assert not any("exposure of" in reason for reason in again.refused)

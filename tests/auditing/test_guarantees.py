@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 
 from allmend import life
+from allmend.auditing.guarantees import accounted_epsilon
 from allmend.errors import UserError
 from allmend.events import RoundDone, Warned
 from allmend.models.load import LoadedModel
 from allmend.recipe import Recipe
-from allmend.results import PrivacyTable
+from allmend.results import Budget, PrivacyTable
 from allmend.run import RunFolder
 
 MakeRecipe = Callable[..., Recipe]
@@ -78,3 +79,17 @@ def test_a_budget_ends_training_before_it_is_exceeded(
     with pytest.raises(UserError, match=r"one round costs ε = [\d.]+, more than the budget of 0.5"):
         life.tune(longer, tmp_path / "dear", base=workplace, model=model)
     assert not (tmp_path / "dear").exists()
+
+
+def test_the_accounted_epsilon_is_the_largest_of_all_clients_and_none_where_one_has_no_guarantee() -> None:
+    def budget(unit: str, epsilon: float | None) -> Budget:
+        return Budget(
+            unit=unit, client=None, epsilon=epsilon, delta=1e-5, noise_multiplier=1.0, clip=1.0, sampling="", steps=1
+        )
+
+    records = [budget("record", 2.0), budget("record", 3.0)]
+    assert accounted_epsilon([]) is None
+    assert accounted_epsilon(records) == 3.0
+    assert accounted_epsilon([*records, budget("record", None)]) is None
+    assert accounted_epsilon([*records, budget("record", None), budget("member", 5.0)]) == 5.0
+    assert accounted_epsilon([*records, budget("member", 1.0)]) == 1.0

@@ -1,17 +1,21 @@
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from allmend import life
-from allmend.auditing.learnt import read_learnt
+from allmend.auditing.learnt import never_learnt, read_learnt
 from allmend.auditing.runs import audit_run
-from allmend.data.canaries import read_canaries
+from allmend.data.canaries import canary_of, read_canaries
 from allmend.data.chat import Encoder
 from allmend.data.records import Record
 from allmend.errors import UserError
+from allmend.events import RoundDone
 from allmend.models.adapters import applied
 from allmend.models.load import LoadedModel
+from allmend.prepare import prepare, read_frozen
 from allmend.probes import read_probes
 from allmend.recipe import Recipe
 from allmend.results import AuditTable, UtilityTable
@@ -101,3 +105,53 @@ def test_whatever_keeps_a_canary_from_being_learnt_fails_the_audit(
     with pytest.raises(UserError, match="never learnt from in arm 'fedavg'"):
         audit_run(run.path, model=model)
     assert not (run.path / "results" / "audit.json").exists()
+
+
+@pytest.mark.parametrize("cause", ["their client", "a layer"])
+def test_poisson_sampling_excuses_only_what_it_could_have_drawn(
+    cause: str, workplace: Path, make: MakeRecipe, model: LoadedModel, tmp_path: Path
+) -> None:
+    privacy: dict[str, object] = {"record": {"noise_multiplier": 1.0, "delta": 0.01}}
+    if cause == "a layer":  # at so little similarity every canary is a near duplicate of the one before
+        recipe = make(privacy=privacy | {"deduplicate": {"similarity": 0.05}})
+    else:
+        recipe = make(privacy=privacy, strategy={"name": "fedavg", "rounds": 1, "participation": 0.5})
+    with pytest.raises(UserError, match=r"(\d+) of the planted canaries were never learnt from") as raised:
+        life.tune(recipe, tmp_path / "run", base=workplace, model=model)
+    if cause == "their client":
+        run = RunFolder.open(tmp_path / "run")
+        (done,) = (event for event in run.history() if isinstance(event, RoundDone))
+        absent = [one for one in read_canaries(run.canaries) if one.inserted and one.client not in done.clients]
+        assert str(raised.value).startswith(f"audit: {len(absent)} of the planted canaries")
+
+
+def test_what_could_have_been_drawn_and_was_not_is_excused(run: RunFolder, workplace: Path, model: LoadedModel) -> None:
+    prepared = prepare(read_frozen(run), workplace, model=model)
+    canaries = read_canaries(run.canaries)
+    inserted = [canary.id for canary in canaries if canary.inserted]
+    counts = dict.fromkeys(inserted, (2, 40)) | {inserted[0]: (0, 0)}
+    assert never_learnt(run, prepared, "private", canaries, counts) == {inserted[0]}
+    with pytest.raises(UserError, match=f"1 of the planted canaries .*{inserted[0]}"):
+        never_learnt(run, prepared, "fedavg", canaries, counts)
+    assert never_learnt(run, prepared, "private", canaries, dict.fromkeys(inserted, (2, 40))) == set()
+    # one that has nothing to learn is never drawn, by Poisson sampling or any other
+    emptied = [
+        replace(
+            member,
+            records=[
+                replace(record, target=torch.zeros_like(record.target))
+                if canary_of(record.id) == inserted[0]
+                else record
+                for record in member.records
+            ],
+        )
+        for member in prepared.members
+    ]
+    with pytest.raises(UserError, match=f"1 of the planted canaries .*{inserted[0]}"):
+        never_learnt(run, replace(prepared, members=emptied), "private", canaries, counts)
+    # a pass over all records meets every one
+    sections = prepared.recipe.model_dump()
+    sections["compare"]["private"]["privacy"]["record"]["sampling"] = "shuffle"
+    shuffled = replace(prepared, recipe=Recipe.model_validate(sections))
+    with pytest.raises(UserError, match=f"1 of the planted canaries .*{inserted[0]}"):
+        never_learnt(run, shuffled, "private", canaries, counts)

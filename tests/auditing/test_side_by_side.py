@@ -5,12 +5,14 @@ from pathlib import Path
 import pytest
 
 from allmend import life
+from allmend.auditing.guarantees import accounted_epsilon
 from allmend.auditing.side_by_side import compare_runs
 from allmend.data.canaries import read_canaries
 from allmend.errors import UserError
 from allmend.models.load import LoadedModel
 from allmend.probes import read_probes
 from allmend.recipe import Recipe
+from allmend.results import AuditTable, PrivacyTable
 from allmend.run import RunFolder
 
 MakeRecipe = Callable[..., Recipe]
@@ -57,3 +59,27 @@ def test_runs_are_compared_canary_by_canary(run: RunFolder) -> None:
         compare_runs([f"{run.path}:fedavg"])
     with pytest.raises(UserError, match="no audited arm 'absent'"):
         compare_runs([f"{run.path}:absent"])
+
+
+def test_the_accounted_epsilon_is_the_one_that_the_audit_speaks_of(run: RunFolder, tmp_path: Path) -> None:
+    """Of one record: where the members have a guarantee of their own beside the records', it implies theirs."""
+
+    def accounted(folder: Path) -> float | None:
+        return compare_runs([f"{folder}:fedavg", f"{folder}:private"]).models[1].accounted
+
+    audit = run.read_table("audit", AuditTable)
+    assert audit is not None
+    assert [accounted(run.path)] == [
+        bound.accounted for bound in audit.epsilon if (bound.model, bound.copies) == ("private", 1)
+    ]
+    shutil.copytree(run.path, tmp_path / "run")
+    copy = RunFolder.open(tmp_path / "run")
+    privacy = copy.read_table("privacy", PrivacyTable)
+    assert privacy is not None
+    records = privacy.budgets["private"]
+    for factor in (0.5, 2.0):
+        most = max(budget.epsilon for budget in records if budget.epsilon is not None)
+        member = records[0].model_copy(update={"unit": "member", "client": None, "epsilon": factor * most})
+        budgets = {"private": (*records, member)}
+        copy.write_table("privacy", privacy.model_copy(update={"budgets": budgets}))
+        assert accounted(copy.path) == accounted_epsilon(budgets["private"]) == pytest.approx(min(1, factor) * most)

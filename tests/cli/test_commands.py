@@ -82,6 +82,7 @@ def test_guarantees_are_told_before_during_and_after(
         assert words.count(phrase) == 1
     assert "after all rounds; clip 1, noise multiplier 1;" in words
     assert "whether the change was within the clip" in words
+    assert words.count("Noise and draws come from the recipe's seed: a simulation") == 2
     promised = float(words.split("each record of north: ε = ")[1].split()[0])
     shown = allmend("tune", "recipe.toml")
     assert (shown.code, shown.err) == (0, "")
@@ -166,7 +167,14 @@ def test_a_dry_run_shows_what_leaves_and_writes_nothing(allmend: Allmend, workpl
     shown = allmend("tune", "recipe.toml", "--dry-run")
     assert (shown.code, shown.err) == (0, "")
     text = " ".join(shown.out.split())
-    for words in ("what leaves a member", "summed over members", "one by one", "Everything fits", "a simulation"):
+    for words in (
+        "what leaves a member",
+        "summed over members",
+        "whoever sums could see each",
+        "one by one",
+        "Everything fits",
+        "a simulation",
+    ):
         assert words in text
     assert sorted(workplace.rglob("*")) == before
 

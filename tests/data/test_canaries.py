@@ -13,13 +13,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom, chi2_contingency, chisquare
 
 from allmend import UserError
 from allmend.data import canaries as module
-from allmend.data.canaries import Canary, SecretSpan, overlap, plant, read_canaries, to_records, write_canaries
+from allmend.data.canaries import Canary, SecretSpan, plant, read_canaries, to_records, write_canaries
 from allmend.data.canary_kinds import FINDINGS, KINDS, SURNAMES, possible_values
 
 CLIENTS = ("north", "south")
@@ -227,7 +227,10 @@ def test_redrawing_goes_on_until_nothing_stands_in_the_training_data() -> None:
     avoid: list[str] = []
     for _ in range(4):
         avoid += [canary.text for canary in plan(avoid=avoid)]
-    assert overlap(plan(avoid=avoid), avoid) == []
+    whole = "\n".join(avoid)
+    assert not [
+        c.id for c in plan(avoid=avoid) for slot, value in secrets(c).items() if slot in LARGE and value in whole
+    ]
 
 
 def test_a_small_secret_may_stand_in_the_training_data() -> None:
@@ -236,43 +239,18 @@ def test_a_small_secret_may_stand_in_the_training_data() -> None:
     assert plan(avoid=small) == first
 
 
-def marked(id: str, text: str, *secrets: str, bits: float = 20.0) -> Canary:
-    spans = tuple(SecretSpan(text.index(one), text.index(one) + len(one), "any", bits) for one in secrets)
-    return Canary(id, "any", "a", 1, text, spans, True)
-
-
-def test_overlap_is_a_whole_text_or_a_large_secret() -> None:
-    canaries = [
-        marked("secret", "the code is 4711", "4711"),
-        marked("small", "the door is green", "green", bits=19.9),
-        marked("bare", "no secret in here"),
-        marked("two", "from ab-12 to [x^y]", "ab-12", "[x^y]"),
-    ]
-    assert overlap(canaries, []) == overlap(canaries, ["", "the code", "green door", "no secret"]) == []
-    assert overlap(canaries, ["47", "11", "see xab-1", "2"]) == []  # not across two texts
-    assert overlap(canaries, ["", "number 547110"]) == ["secret"]
-    assert overlap(canaries, ["so: the door is green!"]) == ["small"]
-    assert overlap(canaries, ["[x^y]\nno secret in here"]) == ["bare", "two"]
-    assert overlap([], ["no secret in here"]) == []
-
-
 @settings(max_examples=300, deadline=None)
 @given(
     st.lists(st.text("ab-]^\\\n", min_size=1, max_size=20), unique=True, max_size=12),
     st.lists(st.text("ab-]^\\\n", max_size=60), max_size=4),
 )
-def test_overlap_finds_what_a_plain_search_finds(strings: list[str], texts: list[str]) -> None:
+@example(["4711", "ab-12"], ["47", "11", "see xab-1", "2"])  # not across two texts
+def test_a_secret_is_found_where_a_plain_search_finds_it(strings: list[str], texts: list[str]) -> None:
     # many texts hold one, and many strings begin alike for longer than the search's window
     strings += ["ab" * 9 + string for string in strings]
     texts += [f"a{string}b" for string in strings[::3]]
-    canaries = [marked(string, string) for string in dict.fromkeys(strings)]
-    assert overlap(canaries, texts) == [c.id for c in canaries if any(c.text in text for text in texts)]
-
-
-def test_a_plan_overlaps_with_its_own_texts_alone() -> None:
-    canaries = plan()
-    assert overlap(canaries, [c.text for c in canaries]) == [c.id for c in canaries]
-    assert overlap(canaries, [c.text for c in plan(seed=1)]) == []
+    found = module._standing(set(strings), texts)
+    assert found == {string for string in strings if any(string in text for text in texts)}
 
 
 def test_records_are_the_inserted_ones_as_often_as_they_say() -> None:

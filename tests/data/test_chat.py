@@ -324,7 +324,7 @@ def test_spans_are_located_by_the_characters_of_tokens(
     encoded, located = Encoder(tokenizer, "plain", 3).locate(text, spans)
     whole_text = Encoder(tokenizer, "plain", LONG).for_evaluation(Record("r", text=text))
     assert encoded.ids.equal(whole_text.ids)  # never cut, however few tokens a record may have
-    assert encoded.target.equal(whole_text.target)
+    assert encoded.target.all()
     held = characters(tokenizer, encoded)
     assert len(located) == len(spans)
     for (start, end), (first, last) in zip(spans, located, strict=True):
@@ -337,6 +337,20 @@ def test_special_tokens_and_characters_of_several_tokens_are_located(bos_tokeniz
     encoded, located = Encoder(bos_tokenizer, "plain", LONG).locate("aé€b", [(0, 1), (1, 2), (2, 3), (1, 4)])
     assert located == [(1, 2), (2, 4), (4, 7), (2, 8)]
     assert len(encoded) == 8  # with the mark of beginning, without that of the end
+
+
+def test_every_token_of_a_located_text_is_a_target(make_tiny_tokenizer: MakeTokenizer) -> None:
+    """Special tokens in front of it and what has no place in it too: nothing shifts the tokens behind."""
+    tokenizer = make_tiny_tokenizer(special=("<eos>", "[gMASK]", "<sop>"))
+    names = ("[gMASK]", "<sop>", "<eos>")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="[gMASK] <sop> $A <eos>",
+        special_tokens=[(name, tokenizer.convert_tokens_to_ids(name)) for name in names],
+    )
+    encoded, located = Encoder(tokenizer, "plain", LONG).locate("ab", [(0, 1), (1, 2)])
+    assert tokenizer.convert_ids_to_tokens(encoded.ids.tolist()) == ["[gMASK]", "<sop>", "a", "b"]
+    assert located == [(2, 3), (3, 4)]
+    assert encoded.target.all()
 
 
 @pytest.mark.parametrize("span", [(-1, 2), (2, 2), (3, 1), (0, 5), (4, 5)])

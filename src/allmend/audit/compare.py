@@ -9,19 +9,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from allmend.intervals import difference, paired_difference
+from allmend.intervals import difference, paired_difference, ratio
 from allmend.learn.compare import ModelScores
 from allmend.probes import Probe
 from allmend.results import (
     POOLED,
     AuditTable,
-    Budget,
     ComparedModel,
     ComparedPair,
     Comparison,
     Estimate,
     Utility,
     UtilityTable,
+    longest_prefix,
 )
 
 
@@ -36,7 +36,7 @@ class Audited:
         probes: of this model.
         texts: of the canaries, by id; another run's canaries may have the same ids.
         scores: on held-out records; None where they are not there.
-        budgets: of the arm's guarantees.
+        accounted: the accountant's ε of one record; None without a guarantee.
     """
 
     label: str
@@ -46,7 +46,7 @@ class Audited:
     probes: Sequence[Probe] = ()
     texts: Mapping[str, str] = field(default_factory=dict)
     scores: ModelScores | None = None
-    budgets: Sequence[Budget] = ()
+    accounted: float | None = None
 
 
 def compare(models: Sequence[Audited]) -> Comparison:
@@ -58,11 +58,9 @@ def compare(models: Sequence[Audited]) -> Comparison:
     if not models:
         raise ValueError("no models to compare")
     copies = _largest_common([{gap.copies for gap in one.audit.gaps if gap.model == one.model} for one in models])
-    prefixes = [
-        {row.prefix: row.prefix_tokens for row in one.audit.extraction if row.model == one.model} for one in models
-    ]
-    common = set.intersection(*(set(each) for each in prefixes))
-    prefix = max(common, key=lambda label: prefixes[0][label], default=None)
+    tried = [[row for row in one.audit.extraction if row.model == one.model] for one in models]
+    common = set.intersection(*({row.prefix for row in rows} for rows in tried))
+    prefix = longest_prefix(row for rows in tried for row in rows if row.prefix in common)
     rows = tuple(_row(one, copies, prefix) for one in models)
     pairs = tuple(_pair(one, models[0], row, rows[0], copies, prefix) for one, row in zip(models, rows, strict=True))
     return Comparison(models=rows, pairs=pairs[1:])
@@ -85,7 +83,6 @@ def _row(one: Audited, copies: int | None, prefix: str | None) -> ComparedModel:
     member = (one.model, copies, "ratio")
     auc = [row.auc for row in one.audit.membership if (row.model, row.copies, row.score) == member]
     measured = {bound.copies: bound.epsilon for bound in one.audit.epsilon if bound.model == one.model}
-    accounted = [budget.epsilon for budget in one.budgets if budget.epsilon is not None]
     return ComparedModel(
         label=one.label,
         perplexity=utility.perplexity if utility else None,
@@ -97,7 +94,7 @@ def _row(one: Audited, copies: int | None, prefix: str | None) -> ComparedModel:
         gap=next(iter(gaps), None),
         exposure=_averaged(exposure),
         auc=next(iter(auc), None),
-        accounted=max(accounted, default=None),
+        accounted=one.accounted,
         measured=measured.get(1),
         measured_together=None if copies in (None, 1) else measured.get(copies),
     )
@@ -120,9 +117,7 @@ def _averaged(estimates: Sequence[Estimate]) -> Estimate | None:
 def _pair(
     one: Audited, first: Audited, row: ComparedModel, base: ComparedModel, copies: int | None, prefix: str | None
 ) -> ComparedPair:
-    mine, theirs = _by_canary(one, copies, prefix), _by_canary(first, copies, prefix)
-    paired = bool(mine) and mine.keys() == theirs.keys()
-    exact, gap = _canary_differences(mine, theirs) if paired else (None, None)
+    exact, gap = _canary_differences(_by_canary(one, copies, prefix), _by_canary(first, copies, prefix))
     log_perplexity, accuracy = _held_out_differences(one.scores, first.scores)
     same = _overlap(row, base)
     return ComparedPair(
@@ -132,7 +127,7 @@ def _pair(
         accuracy=accuracy,
         exact=exact,
         gap=gap,
-        paired=paired,
+        paired=gap is not None,
         same_utility=same,
         words=_verdict(one.label, first.label, gap, same),
     )
@@ -153,32 +148,36 @@ def _by_canary(one: Audited, copies: int | None, prefix: str | None) -> Mapping[
 def _canary_differences(
     mine: Mapping[_Canary, Probe], theirs: Mapping[_Canary, Probe]
 ) -> tuple[Estimate | None, Estimate | None]:
-    """Exact extraction, and the likelihood gap, of one model minus another's on the same canaries."""
-    inserted, controls = ([key for key in mine if key[1] is group] for group in (True, False))
+    """Exact extraction, and the likelihood gap, of one model minus another's on the canaries that both were asked."""
+    # one may have been asked for fewer: those that its sampling never drew are left out
+    both = [key for key in mine if key in theirs]
+    inserted, controls = ([key for key in both if key[1] is group] for group in (True, False))
     if not inserted or not controls:
         return None, None
     exact = paired_difference(
         [float(mine[key].exact) for key in inserted], [float(theirs[key].exact) for key in inserted]
     )
     # what makes a canary easy for both models cancels before the groups are compared
-    moved = {key: mine[key].log_likelihood - theirs[key].log_likelihood for key in mine}
+    moved = {key: mine[key].log_likelihood - theirs[key].log_likelihood for key in both}
     return exact, difference([moved[key] for key in inserted], [moved[key] for key in controls])
 
 
 def _held_out_differences(
     mine: ModelScores | None, theirs: ModelScores | None
 ) -> tuple[Estimate | None, Estimate | None]:
+    """Log-perplexity, and accuracy, of one model minus another's, record by record."""
     if mine is None or theirs is None:
         return None, None
     ours, others = mine.on(POOLED), theirs.on(POOLED)
     if [(s.id, s.tokens) for s in ours] != [(s.id, s.tokens) for s in others]:
         return None, None
     scored = [(a, b) for a, b in zip(ours, others, strict=True) if a.tokens]
-    per_token = paired_difference([a.nll / a.tokens for a, _ in scored], [b.nll / b.tokens for _, b in scored])
+    # a token of a long record weighs as much as one of a short record, as it does in the perplexities themselves
+    log_perplexity = ratio([a.nll - b.nll for a, b in scored], [a.tokens for a, _ in scored]) if scored else None
     asked = [(a, b) for a, b in zip(ours, others, strict=True) if a.answer is not None]
     if not asked:
-        return per_token, None
-    return per_token, paired_difference([float(a.right) for a, _ in asked], [float(b.right) for _, b in asked])
+        return log_perplexity, None
+    return log_perplexity, paired_difference([float(a.right) for a, _ in asked], [float(b.right) for _, b in asked])
 
 
 def _overlap(one: ComparedModel, other: ComparedModel) -> bool | None:

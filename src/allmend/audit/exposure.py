@@ -6,6 +6,7 @@ large to rank, its values are sampled (their section 4.3, "approximation by samp
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from scipy import stats
 
+from allmend.audit.likelihood import check_finite
 from allmend.data.canaries import Canary, SecretSpan
 from allmend.data.chat import Encoded, Encoder
 from allmend.data.packing import pack
@@ -132,9 +134,7 @@ def value_likelihoods(
         likelihood = log_likelihood(model, row.to(device)).cpu().double()
         found.index_add_(0, first[row.owner] + row.branch - 1, likelihood)
         on_tokens(row.tokens)
-    if not found.isfinite().all():
-        what = f"the model's log-likelihoods of values of {secret.slot!r} are no finite numbers"
-        raise UserError(what, hint="Its weights are damaged, or its training has diverged: lower the learning rate.")
+    check_finite([found], of=f"values of {secret.slot!r}")
     return found
 
 
@@ -209,6 +209,25 @@ def _fitted(perplexity: float, others: torch.Tensor, values: int) -> float | Non
         return None
     share = max(float(fit.cdf(perplexity)), 1 / values)
     return min(math.log2(values), max(0.0, -math.log2(share)))
+
+
+def exposure_refusals(
+    spans: Sequence[Sequence[SecretSpan]], found: Sequence[Sequence[SecretExposure | None]]
+) -> list[str]:
+    """Why secrets are missing from `exposure_rows`, in words.
+
+    Args:
+        spans: of each canary, the secrets that were to be measured.
+        found: of each canary, their exposure.
+    """
+    pairs = [pair for own, secrets in zip(spans, found, strict=True) for pair in zip(own, secrets, strict=True)]
+    every = Counter(span.slot for span, _ in pairs)
+    missing = Counter(span.slot for span, one in pairs if one is None)
+    return [
+        f"exposure of {slot!r} in {missing[slot]:,} of {every[slot]:,} canaries: it begins the text, so that nothing "
+        "predicts it"
+        for slot in sorted(missing)
+    ]
 
 
 def exposure_rows(

@@ -1,6 +1,6 @@
 """What a model thinks of a text it may have seen: every token's likelihood in one teacher-forced pass."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from allmend.data.canaries import Canary
 from allmend.data.chat import Encoded
 from allmend.data.packing import pack
+from allmend.errors import UserError
 from allmend.intervals import difference, mean
 from allmend.learn.objective import logits_at_sources
 from allmend.results import LikelihoodGap
@@ -85,6 +86,23 @@ def read_texts(
             readings[owner] = Reading(encoded[owner].ids, *(value[row.owner == owner] for value in values))
         on_tokens(row.tokens)
     return readings
+
+
+def check_finite(likelihoods: Iterable[torch.Tensor], *, of: str, where: str | None = None) -> None:
+    """Refuse a model that gives no probabilities: every figure would be wrong, or none.
+
+    Args:
+        likelihoods: log-likelihoods, of any shapes.
+        of: what of, in words.
+        where: the model's name.
+
+    Raises:
+        UserError: one of them is no finite number.
+    """
+    if not all(bool(values.isfinite().all()) for values in likelihoods):
+        what = f"the model's log-likelihoods of {of} are no finite numbers"
+        hint = "Its weights are damaged, or its training has diverged: lower the learning rate."
+        raise UserError(what, where=where, hint=hint)
 
 
 _NEVER = -200.0

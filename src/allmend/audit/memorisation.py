@@ -7,9 +7,9 @@ from typing import Any
 
 from allmend.audit.discoverable import discoverable_rows, log_probability
 from allmend.audit.epsilon import epsilon_bound
-from allmend.audit.exposure import RANK_ALL, expose, exposure_rows
+from allmend.audit.exposure import RANK_ALL, expose, exposure_refusals, exposure_rows
 from allmend.audit.extraction import Continuation, Prefix, Secret, continuations, extraction_rows, locate_secrets
-from allmend.audit.likelihood import Reading, Scheme, likelihood_gaps, read_texts
+from allmend.audit.likelihood import Reading, Scheme, check_finite, likelihood_gaps, read_texts
 from allmend.audit.membership import membership_rows, refusals, scores
 from allmend.data.canaries import Canary
 from allmend.data.canary_kinds import KINDS, number_of_values, possible_values, random_values
@@ -122,7 +122,7 @@ def audit_model(
 
     Raises:
         UserError: there are no inserted canaries or no controls, so that no figure would have its null; or a
-            canary's secret lies outside its text.
+            canary's secret lies outside its text; or the model's likelihoods are no finite numbers.
     """
     if not any(canary.inserted for canary in canaries) or all(canary.inserted for canary in canaries):
         raise UserError(
@@ -132,8 +132,11 @@ def audit_model(
         )
     located = [locate_secrets(encoder, canary) for canary in canaries]
     readings = read_texts(model, [text for text, _ in located], scheme=_scheme(settings), on_tokens=on_tokens)
+    check_finite([reading.log_likelihood for reading in readings], of="the canaries", where=name)
     records = [encoder.for_training(record) for group in groups for record in (*group.members, *group.non_members)]
-    read = iter(read_texts(model, records, on_tokens=on_tokens))
+    read_records = read_texts(model, records, on_tokens=on_tokens)
+    check_finite([reading.log_likelihood for reading in read_records], of="the clients' records", where=name)
+    read = iter(read_records)
     group_readings = [[next(read) for _ in (*group.members, *group.non_members)] for group in groups]
     membership, refused = _membership(name, canaries, readings, unseen, reference, seed)
     for place, group in enumerate(groups):
@@ -154,12 +157,15 @@ def audit_model(
             "but the bound on ε"
         )
     extraction, discoverable, probes, skipped, texts = _extraction(subject, settings, on_tokens)
+    exposure, not_exposed = _exposure(subject, settings, seed, on_tokens)
+    if reference is None:  # say it once, for the base model
+        refused += not_exposed
     return Findings(
         model=name,
         extraction=tuple(extraction),
         discoverable=tuple(discoverable),
         gaps=tuple(likelihood_gaps(name, subject.canaries, subject.readings)),
-        exposure=tuple(_exposure(subject, settings, seed, on_tokens)),
+        exposure=tuple(exposure),
         membership=tuple(membership),
         epsilon=tuple(_epsilon(name, canaries, readings, reference, delta, accounted)),
         probes=tuple(probes),
@@ -315,7 +321,14 @@ def _slots(kind: str, settings: Audit) -> list[str]:
     return [slot for slot, values in slots.items() if values.size <= EXPOSURE_LIMIT]
 
 
-def _exposure(subject: _Subject, settings: Audit, seed: int, on_tokens: Callable[[int], None]) -> list[Exposure]:
+def _exposure(
+    subject: _Subject, settings: Audit, seed: int, on_tokens: Callable[[int], None]
+) -> tuple[list[Exposure], list[str]]:
+    """Rows of exposure, and why secrets are missing from them."""
+    spans = [
+        [span for span in canary.secret_spans if span.slot in _slots(canary.kind, settings)]
+        for canary in subject.canaries
+    ]
     found = [
         [
             expose(
@@ -327,12 +340,12 @@ def _exposure(subject: _Subject, settings: Audit, seed: int, on_tokens: Callable
                 values=number_of_values(canary.kind, span.slot),
                 on_tokens=on_tokens,
             )
-            for span in canary.secret_spans
-            if span.slot in _slots(canary.kind, settings)
+            for span in own
         ]
-        for canary in subject.canaries
+        for canary, own in zip(subject.canaries, spans, strict=True)
     ]
-    return exposure_rows(subject.name, subject.canaries, found)
+    refused = exposure_refusals(spans, found)
+    return exposure_rows(subject.name, subject.canaries, found), refused
 
 
 def _candidates(kind: str, slot: str, settings: Audit, seed: int) -> list[str]:

@@ -21,7 +21,7 @@ def own_records(
     Args:
         model: its name.
         ids: of the records.
-        readings: of the records as in training, under the tuned model.
+        readings: of the records, their responses without an end mark, under the tuned model.
         base: the same under the base model: what it completes was guessed.
         suffix_tokens: most tokens to be brought out.
     """

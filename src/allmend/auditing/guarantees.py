@@ -56,9 +56,12 @@ def largest_delta(budgets: Sequence[Budget]) -> float:
 
 
 def accounted_epsilon(budgets: Sequence[Budget]) -> float | None:
-    """ε of one record: by the records' guarantee, which the members' implies too."""
-    spent = (
-        [budget.epsilon for budget in budgets if budget.unit == unit and budget.epsilon is not None]
-        for unit in ("record", "member")
-    )
-    return min((max(values) for values in spent if values), default=None)
+    """ε of one record, whosesoever it is: by the records' guarantee, or by the members', which implies it."""
+    spent = ([budget.epsilon for budget in budgets if budget.unit == unit] for unit in ("record", "member"))
+    return min((max(found) for values in spent if (found := _all_known(values))), default=None)
+
+
+def _all_known(values: Sequence[float | None]) -> list[float]:
+    """The values, or none where a client has no guarantee."""
+    known = [value for value in values if value is not None]
+    return known if len(known) == len(values) else []

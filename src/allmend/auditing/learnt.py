@@ -6,8 +6,9 @@ from typing import Any
 
 from allmend.data.canaries import Canary, canary_of
 from allmend.errors import UserError
+from allmend.events import RoundDone
 from allmend.federation.arm import Training
-from allmend.recipe import Recipe
+from allmend.prepare import Prepared
 from allmend.results import Learnt
 from allmend.run import RunFolder, write_atomic
 
@@ -51,7 +52,7 @@ def _read_learnt(run: RunFolder, arm: str) -> dict[str, Any]:
 
 
 def never_learnt(
-    arm: str, canaries: Sequence[Canary], counts: Mapping[str, tuple[int, int]], recipe: Recipe
+    run: RunFolder, prepared: Prepared, arm: str, canaries: Sequence[Canary], counts: Mapping[str, tuple[int, int]]
 ) -> set[str]:
     """Ids of inserted canaries that Poisson sampling never drew.
 
@@ -60,10 +61,12 @@ def never_learnt(
     """
     if not counts:
         return set()
-    unseen = {canary.id for canary in canaries if canary.inserted and not counts.get(canary.id, (0, 0))[1]}
-    privacy = recipe.arms()[arm].privacy
-    if not unseen or (privacy.record is not None and privacy.record.sampling == "poisson"):
-        return unseen
+    nothing = {canary.id for canary in canaries if canary.inserted and not counts.get(canary.id, (0, 0))[1]}
+    never_drawn = nothing & _left_to_chance(run, prepared, arm) if nothing else set()
+    unseen = nothing - never_drawn
+    if not unseen:
+        return never_drawn
+    privacy = prepared.recipe.arms()[arm].privacy
     layers = [name for name in ("deduplicate", "goldfish") if getattr(privacy, name) is not None]
     left_out = f", or privacy.{' or privacy.'.join(layers)} left out what there was to learn" if layers else ""
     raise UserError(
@@ -74,6 +77,18 @@ def never_learnt(
         hint="Train for a whole pass over the records (train.local_epochs, strategy.rounds, participation), or leave "
         "the canaries' client out of canaries.clients, in a new run. The tuned models are kept.",
     )
+
+
+def _left_to_chance(run: RunFolder, prepared: Prepared, arm: str) -> set[str]:
+    """Ids of canaries that Poisson sampling could have drawn: of clients that trained, with something left to learn."""
+    settings = prepared.recipe.arms()[arm]
+    if settings.privacy.record is None or settings.privacy.record.sampling != "poisson":
+        return set()
+    rounds = (event for event in run.history() if isinstance(event, RoundDone) and event.arm == arm)
+    trained = {client for event in rounds for client in event.clients}
+    parties, _ = prepared.protected(settings)
+    records = [record for party in parties if party.name in trained for record in party.records if record.learns]
+    return {canary for record in records if (canary := canary_of(record.id)) is not None}
 
 
 def learnt_rows(arm: str, canaries: Sequence[Canary], counts: Mapping[str, tuple[int, int]]) -> list[Learnt]:

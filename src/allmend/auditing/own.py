@@ -1,6 +1,7 @@
 """A member's own records, asked for on the member's machine."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from allmend.audit.likelihood import read_texts
@@ -61,4 +62,6 @@ def mine(
 
 def _own(path: Path | str, recipe: Recipe, encoder: Encoder) -> list[Encoded]:
     client = load_client("mine", str(path), fields=recipe.data.fields, held_out=0.0, base=Path())
-    return [encoder.for_training(record) for record in (*client.train, *client.held_out)]
+    # as answered, without the end mark that training adds: a model that ends where others end completes nothing
+    answered = (replace(record, choices=(), answer=None) for record in (*client.train, *client.held_out))
+    return [encoder.for_evaluation(record) for record in answered]

@@ -105,7 +105,7 @@ def audit_arms(run: RunFolder, prepared: Prepared, log: EventLog, settings: Audi
         unseen: set[str] = set()
         if name != BASE:
             counts = read_learnt(run, name)
-            unseen = never_learnt(name, canaries, counts, recipe)
+            unseen = never_learnt(run, prepared, name, canaries, counts)
             learnt += learnt_rows(name, canaries, counts)
         meter = Meter(log.emit, f"audit {name}", expected_tokens(prepared))
         with outcome(run, prepared.model, name) as module:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from allmend.audit.compare import Audited, compare
+from allmend.auditing.guarantees import accounted_epsilon
 from allmend.auditing.tables import PROBES
 from allmend.data.canaries import read_canaries
 from allmend.errors import UserError
@@ -65,7 +66,7 @@ def _audited_models(run: RunFolder, arm: str, prefix: str) -> list[Audited]:
                 probes=[probe for probe in probes if probe.model == model],
                 texts=texts,
                 scores=next((one for one in scores if one.member is None), None),
-                budgets=privacy.budgets.get(model, ()) if privacy else (),
+                accounted=accounted_epsilon(privacy.budgets.get(model, ())) if privacy else None,
             )
         )
     return found

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from typer.core import TyperGroup
 
 from allmend.cli.comparison import show_comparison
@@ -80,7 +81,7 @@ def audit(
             )
         report = out / "report.html"
     show_audit(console, table)
-    console.print(f"Report  {report.resolve()}", highlight=False, soft_wrap=True)
+    console.print(f"Report  {escape(str(report.resolve()))}", highlight=False, soft_wrap=True)
 
 
 @app.command("compare")

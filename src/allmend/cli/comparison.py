@@ -40,8 +40,8 @@ def show_comparison(console: Console, comparison: Comparison) -> None:
         )
     for pair in comparison.pairs:
         console.print(f"[bold]{escape(pair.words)}.[/bold]", highlight=False)
-        how = "paired by canary" if pair.paired else "not paired: other canaries"
         if pair.gap:
+            how = f"paired by canary (n = {pair.gap.n:,})"
             console.print(f"  gap {plain(pair.gap, '+.2f')}, exact {points(pair.exact)}; {how}", highlight=False)
         if pair.log_perplexity:
             accuracy = f", accuracy {points(pair.accuracy)}" if pair.accuracy else ""
@@ -51,5 +51,5 @@ def show_comparison(console: Console, comparison: Comparison) -> None:
 
 def _measured(model: ComparedModel) -> str:
     """The bound for one record, which is what the accountant's ε is for, and that for all copies together."""
-    bounds = {1: model.measured, model.copies: model.measured_together}
-    return "\n".join(f"≥ {bound:.2f} (×{copies})" for copies, bound in bounds.items() if bound is not None) or "none"
+    bounds = [(1, model.measured), (model.copies, model.measured_together)]
+    return "\n".join(f"≥ {bound:.2f} (×{copies})" for copies, bound in bounds if bound is not None) or "none"

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 app = typer.Typer(help="Base models.", no_args_is_help=True)
 
@@ -21,6 +22,6 @@ def fetch(
     from allmend.models.sources import resolve
 
     console = Console()
-    with console.status(f"Fetching {source}"):
+    with console.status(f"Fetching {escape(source)}"):
         folder = resolve(source)
-    console.print(f"Model   {folder}", highlight=False, soft_wrap=True)
+    console.print(f"Model   {escape(str(folder))}", highlight=False, soft_wrap=True)

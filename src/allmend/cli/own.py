@@ -1,6 +1,7 @@
 """A member's own records on the terminal."""
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from allmend.cli.figures import count, plain, share
@@ -17,7 +18,7 @@ def show_own(console: Console, own: OwnTable) -> None:
     for what, rows in (("yours", own.records), ("controls", own.controls)):
         for row in rows:
             table.add_row(
-                row.model,
+                escape(row.model),
                 what,
                 count(row.completed),
                 count(row.completed_by_base),
@@ -32,12 +33,13 @@ def show_own(console: Console, own: OwnTable) -> None:
         highlight=False,
     )
     for row in own.records:
+        name = escape(row.model)
         if row.only_by_model:
-            listed = ", ".join(row.only_by_model[:_SHOWN])
+            listed = escape(", ".join(row.only_by_model[:_SHOWN]))
             more = f" and {len(row.only_by_model) - _SHOWN} more" if len(row.only_by_model) > _SHOWN else ""
             console.print(
-                f"[bold]{row.model} completes what the base model does not:[/bold] {listed}{more}", highlight=False
+                f"[bold]{name} completes what the base model does not:[/bold] {listed}{more}", highlight=False
             )
         else:
-            console.print(f"{row.model} completes none of your records that the base model does not.", highlight=False)
+            console.print(f"{name} completes none of your records that the base model does not.", highlight=False)
     console.print("That a record is not completed does not show that it is not memorised.", highlight=False)

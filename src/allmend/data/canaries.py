@@ -175,14 +175,6 @@ def _draw(kind: str, generator: random.Random, taken: set[str]) -> tuple[str, tu
     return text, tuple(spans)
 
 
-def overlap(canaries: Iterable[Canary], texts: Iterable[str]) -> list[str]:
-    """Ids of the canaries that stand in one of `texts`, as a whole or with a secret of 20 bits or more."""
-    # a text that holds the whole canary holds its secrets
-    marks = [(canary.id, _large(canary) or [canary.text]) for canary in canaries]
-    found = _standing({mark for _, own in marks for mark in own}, texts)
-    return [id for id, own in marks if not found.isdisjoint(own)]
-
-
 def _large(canary: Canary) -> list[str]:
     return [canary.text[span.start : span.end] for span in canary.secret_spans if span.bits >= LARGE_BITS]
 

@@ -87,8 +87,8 @@ class Encoder:
             spans: places in it, in characters: `text[start:end]`.
 
         Returns:
-            The text, and for each span the tokens `[first, last)` that hold a character of it. A token across the
-            span's border is one of them.
+            The text, whose every token is a target, special ones in front of it too; and for each span the tokens
+            `[first, last)` that hold a character of it. A token across the span's border is one of them.
 
         Raises:
             UserError: a span is empty, lies outside the text, or holds nothing that the tokenizer keeps.
@@ -103,7 +103,8 @@ class Encoder:
             if not held:
                 raise UserError(f"the tokenizer leaves out {text[low:high]!r}", where=f"characters {low}–{high}")
             found.append((held[0], held[-1] + 1))
-        return _trunk("", *_targets(ids, places, [(0, len(text))])), found
+        whole, _ = _targets(ids, places, [(0, len(text))])
+        return _trunk("", whole, [True] * len(whole)), found
 
     def _render(self, record: Record, *, end: bool) -> tuple[str, list[tuple[int, int]]]:
         """The text, and the character spans that the loss looks at."""
