@@ -40,6 +40,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "full": {"kind": "full"},
     "lora-qv": {"rank": 8, "targets": ["q_proj", "v_proj"]},
     "lora-all": {"rank": 8, "targets": "all-linear"},
+    "lora-all-32": {"rank": 32, "targets": "all-linear"},
 }
 LAYERS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -83,9 +84,10 @@ REAL = Plan(
 )
 QUICK = Plan(
     rates={
-        ("full", "plain"): (5e-4, 1e-3, 2e-3),
-        ("lora-qv", "plain"): (2e-3, 5e-3, 1e-2),
-        ("lora-all", "plain"): (1e-3, 2e-3, 5e-3),
+        ("full", "plain"): (5e-4, 2e-3),
+        ("lora-qv", "plain"): (2e-3, 1e-2),
+        ("lora-all", "plain"): (1e-3, 5e-3),
+        ("lora-all-32", "plain"): (5e-3,),
         ("full", "goldfish"): (2e-3,),
         ("lora-qv", "goldfish"): (1e-2,),
         ("lora-all", "goldfish"): (5e-3,),
