@@ -127,7 +127,10 @@ def _show(console: Console, plan: "Plan") -> None:
     table.add_column("noise multiplier", justify="right")
     table.add_column("noise on the average", justify="right")
     for need in (plan.need, *plan.others):
-        table.add_row(need.choice, f"{need.noise_multiplier:g}", f"{need.noise_on_average:.3g}")
+        if math.isfinite(need.noise_multiplier):
+            table.add_row(need.choice, f"{need.noise_multiplier:g}", f"{need.noise_on_average:.3g}")
+        else:
+            table.add_row(need.choice, "none is enough", "")
     console.print(table)
     averaged = "members' updates" if plan.unit == "member" else "records' gradients"
     console.print(

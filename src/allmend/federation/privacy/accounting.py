@@ -24,6 +24,10 @@ NOISE_RANGE = (0.01, 1000.0)
 """Noise multipliers that are worth accounting: less noise counts as none, more is never chosen."""
 
 
+class OutOfReachError(UserError):
+    """No noise keeps a budget."""
+
+
 @dataclass(frozen=True)
 class Release:
     """One noisy sum.
@@ -81,7 +85,7 @@ def noise_for(*, rate: float | None, times: int, epsilon: float, delta: float) -
         epsilon, delta: the budget.
 
     Raises:
-        UserError: no multiplier of the range keeps within the budget.
+        OutOfReachError: no multiplier of the range keeps within the budget.
     """
     least, most = NOISE_RANGE
 
@@ -89,7 +93,7 @@ def noise_for(*, rate: float | None, times: int, epsilon: float, delta: float) -
         return _epsilon(Release(noise, rate), times, delta)
 
     if (reachable := cost(most)) > epsilon:
-        raise UserError(
+        raise OutOfReachError(
             f"no noise multiplier up to {most:g} brings {times:,} releases down to ε = {epsilon:g} at δ = {delta:g}; "
             f"the smallest ε that can be reached is {_up(reachable, 3):g}",
             hint="Plan fewer releases or a smaller share in each, or allow a larger ε or δ.",

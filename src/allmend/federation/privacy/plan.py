@@ -1,13 +1,11 @@
 """What a budget costs before anything is trained: the noise that it needs, and what other numbers would need."""
 
-import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 from allmend.errors import UserError
-from allmend.federation.privacy.accounting import Release, Unit, describe, epsilon, noise_for
+from allmend.federation.privacy.accounting import OutOfReachError, Release, Unit, describe, epsilon, noise_for
 
 WEAK = 10.0
 """ε above which a guarantee says little (Ponomareva et al., "How to DP-fy ML", JAIR 2023, section 5.2)."""
@@ -19,7 +17,7 @@ class Need:
 
     Attributes:
         choice: in words.
-        noise_multiplier: standard deviation of the noise on the sum, in clips.
+        noise_multiplier: standard deviation of the noise on the sum, in clips; infinite where no noise is enough.
         noise_on_average: the same on the average, which is the sum over the expected number of units in it.
     """
 
@@ -87,8 +85,8 @@ def plan_members(*, clients: int, rounds: int, fraction: float, epsilon: float, 
         need=asked,
         spent=_spent(Release(asked.noise_multiplier, rate), 1, rounds, delta),
         others=(
-            *_within_reach(partial(need, f"{other:,} rounds", rounds=other) for other in _other_rounds(rounds)),
-            *(need(f"{factor * clients:,} members", clients=factor * clients) for factor in (3, 10)),
+            *(_if_possible(need, f"{other:,} rounds", rounds=other) for other in _other_rounds(rounds)),
+            *(_if_possible(need, f"{factor * clients:,} members", clients=factor * clients) for factor in (3, 10)),
         ),
         warnings=(*_member_warnings(clients, fraction), *_budget_warnings(clients, "member", epsilon, delta)),
     )
@@ -133,9 +131,9 @@ def plan_records(*, records: int, batch_size: int, local_steps: int, rounds: int
         need=asked,
         spent=_spent(Release(asked.noise_multiplier, batch_size / records), local_steps, rounds, delta),
         others=(
-            *_within_reach(partial(need, f"{other:,} rounds", rounds=other) for other in _other_rounds(rounds)),
-            *_within_reach(
-                partial(need, f"batches of {factor * batch_size:,}", batch_size=factor * batch_size)
+            *(_if_possible(need, f"{other:,} rounds", rounds=other) for other in _other_rounds(rounds)),
+            *(
+                _if_possible(need, f"batches of {factor * batch_size:,}", batch_size=factor * batch_size)
                 for factor in (4, 16)
                 if factor * batch_size <= records
             ),
@@ -144,11 +142,12 @@ def plan_records(*, records: int, batch_size: int, local_steps: int, rounds: int
     )
 
 
-def _within_reach(needs: Iterable[Callable[[], Need]]) -> Iterator[Need]:
-    """Those of other plans that some noise keeps within the budget."""
-    for need in needs:
-        with contextlib.suppress(UserError):
-            yield need()
+def _if_possible(need: Callable[..., Need], choice: str, **numbers: int) -> Need:
+    """What other numbers would need: infinite noise where none of the accountant's range is enough."""
+    try:
+        return need(choice, **numbers)
+    except OutOfReachError:
+        return Need(choice, math.inf, math.inf)
 
 
 def _check_counts(**counts: int) -> None:
