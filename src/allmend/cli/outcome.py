@@ -2,7 +2,7 @@
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from allmend.cli.figures import count, plain, points, share
 from allmend.results import POOLED, AuditTable, UtilityTable, longest_prefix
@@ -42,9 +42,9 @@ def show_audit(console: Console, audit: AuditTable) -> None:
         "gap (nats per token)",
         "exact",
         "of controls",
-        "exposure (bits)",
+        Column("exposure (bits)", min_width=len("exposure")),  # else 80 columns cut the word
         "AUC",
-        "ε at least",
+        "ε ≥",
         title="Memorisation of canaries",
     )
     prefix = longest_prefix(audit.extraction)
