@@ -74,7 +74,7 @@ REAL = Plan(
         ("full", "plain"): (5e-5, 1e-4, 2e-4),
         ("lora-qv", "plain"): (3e-3, 1e-2),
         ("lora-all", "plain"): (1e-3, 3e-3),
-        ("full", "goldfish"): (1e-4, 2e-4),
+        ("full", "goldfish"): (1e-4,),
     },
     records=30,
     held_out=30,
