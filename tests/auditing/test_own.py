@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from allmend.auditing.own import mine
 from allmend.errors import UserError
@@ -68,3 +69,14 @@ def test_a_run_whose_base_model_has_changed_tells_nobody_about_its_records(
         mine(workplace, workplace / "north.jsonl")
     with pytest.raises(UserError, match=r"nowhere\.jsonl"):
         mine(run.path, workplace / "nowhere.jsonl")
+
+
+def test_a_damaged_adapter_tells_nobody_about_its_records(
+    run: RunFolder, workplace: Path, model: LoadedModel, tmp_path: Path
+) -> None:
+    damaged = RunFolder(tmp_path / "run")
+    shutil.copytree(run.path, damaged.path)
+    weights = damaged.arm("fedavg") / "adapter" / "adapter_model.safetensors"
+    save_file({name: torch.full_like(tensor, torch.nan) for name, tensor in load_file(weights).items()}, weights)
+    with pytest.raises(UserError, match=r"fedavg: .*log-likelihoods of the records are no finite numbers"):
+        mine(damaged.path, workplace / "north.jsonl", model=model)

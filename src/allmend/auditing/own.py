@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from allmend.audit.likelihood import read_texts
+from allmend.audit.likelihood import check_finite, read_texts
 from allmend.audit.mine import own_records
 from allmend.auditing.outcomes import audited, outcome
 from allmend.data.chat import Encoded, Encoder
@@ -36,7 +36,7 @@ def mine(
         on_tokens: told the tokens read.
 
     Raises:
-        UserError: there is no run or tuned model, or the records cannot be read.
+        UserError: there is no run or tuned model, the records cannot be read, or a model gives no probabilities.
     """
     run = RunFolder.open(Path(out))
     recipe = read_frozen(run)
@@ -53,6 +53,7 @@ def mine(
             with outcome(run, loaded, arm) as module:
                 for name, records in encoded.items():
                     readings = read_texts(module, records, on_tokens=on_tokens)
+                    check_finite([reading.log_likelihood for reading in readings], of=f"the {name}", where=arm)
                     ids = [record.id for record in records]
                     found, summary = own_records(arm, ids, readings, base[name], suffix_tokens=suffix_tokens)
                     rows += found if name == "records" else []
