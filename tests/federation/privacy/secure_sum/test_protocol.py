@@ -33,7 +33,7 @@ def test_every_pattern_of_lost_members_leaves_an_exact_sum_or_none(make_parties:
             if phase != "never":
                 lost[phase].append(name)
         if gone > 2:
-            with pytest.raises(ProtocolError, match="are left|are needed"):
+            with pytest.raises(ProtocolError, match=r"are (left|needed)"):
                 parties.run(lost)
             assert parties.total.total is None
             refused += 1
@@ -304,6 +304,5 @@ def test_mutated_messages_end_in_one_clear_error_or_do_nothing(data: st.DataObje
     total: SecureSum = parties.total
     try:
         total.receive("m000", mutated)
-    except ProtocolError as error:
-        assert "m000" in str(error)
+    except ProtocolError:
         total.receive("m000", good)
