@@ -65,6 +65,22 @@ def test_the_graph_of_another_session_is_another() -> None:
     assert graphs[0] != graphs[1]
 
 
+@pytest.mark.parametrize("n", [3, 4, 5, 16, 17, 33, 100])
+def test_the_lowest_threshold_leaves_no_room_for_two_stories(n: int) -> None:
+    """Each member tells one story. Two stories about a member, or about it and each of its neighbours, need 2 t."""
+    terms = Terms(session="s", members=members(n), length=1)
+    needed = terms.lowest_threshold
+    whole = {name: {name, *others} for name, others in terms.neighbourhoods.items()}
+    rooms = []
+    for name, others in terms.neighbourhoods.items():
+        own = len(whole[name])  # both secrets of the one
+        masks = min(len(whole[name] | whole[other]) for other in others)  # its self-mask and all keys around it
+        rooms.append(max(own, masks))
+    assert max(rooms) < 2 * needed
+    assert max(rooms) >= 2 * (needed - 1)
+    assert terms.needed >= needed
+
+
 def test_the_threshold_is_two_thirds_unless_given() -> None:
     for n, threshold in ((3, 2), (4, 3), (5, 4), (6, 4), (16, 11)):
         assert Terms(session="s", members=members(n), length=1).needed == threshold
@@ -81,8 +97,8 @@ def test_the_threshold_is_two_thirds_unless_given() -> None:
         ({"fewest": 6}, "between 3 and 5, got 6"),
         ({"length": 0}, "one number or more, got 0"),
         ({"bits": 16}, "32 or 64, got 16"),
-        ({"threshold": 2}, "more than half of a neighbourhood of 5.*got 2"),
-        ({"threshold": 6}, "not more than all of it, got 6"),
+        ({"threshold": 2}, "between 3 and 5, the whole neighbourhood, got 2"),
+        ({"threshold": 6}, "between 3 and 5, the whole neighbourhood, got 6"),
         ({"members": members(5) | {"m3": b"short"}}, "32 bytes, and not that of m3"),
         ({"members": members(5) | {"m3": members(5)["m2"]}}, "the same public key"),
     ],

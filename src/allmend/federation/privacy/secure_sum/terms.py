@@ -31,8 +31,7 @@ class Terms:
         length: numbers in each member's vector.
         bits: the sum is formed modulo 2^bits.
         threshold: shares that rebuild a secret of a member, out of its neighbourhood (its neighbours and itself); two
-            thirds of the neighbourhood, rounded up, where it is None. More than half, so that a coordinator that tells
-            members different stories cannot collect both secrets of one of them by itself.
+            thirds of the neighbourhood, rounded up, where it is None; at least `lowest_threshold`.
         fewest: members that the sum must at least be over.
 
     Raises:
@@ -61,10 +60,10 @@ class Terms:
         if len(set(self.members.values())) != n:
             raise ValueError("two members have the same public key")
         size = self.degree + 1
-        if not size / 2 < self.needed <= size:
+        if not self.lowest_threshold <= self.needed <= size:
             raise ValueError(
-                f"the threshold must be more than half of a neighbourhood of {size} and not more than all of it, "
-                f"got {self.needed}"
+                f"the threshold must lie between {self.lowest_threshold} and {size}, the whole neighbourhood, got "
+                f"{self.needed}"
             )
 
     @property
@@ -77,6 +76,17 @@ class Terms:
     def needed(self) -> int:
         """t: shares that rebuild a secret."""
         return math.ceil(2 * (self.degree + 1) / 3) if self.threshold is None else self.threshold
+
+    @property
+    def lowest_threshold(self) -> int:
+        """The least t with which a coordinator that tells members different stories learns nothing by itself.
+
+        To bare one member, it would have to rebuild that one's self-mask, and its mask key or the keys of all its
+        neighbours. Every member tells one secret of each neighbour, so both need t members of their own: of the same
+        neighbourhood, or of it and that of the next on the ring, which has one member more.
+        """
+        reachable = self.degree + 1 if len(self.members) <= FULL_GRAPH else self.degree + 2
+        return reachable // 2 + 1
 
     @cached_property
     def digest(self) -> bytes:
