@@ -368,7 +368,7 @@ def test_every_make_target_on_the_pages_exists(page: Path) -> None:
 
 
 def test_every_page_is_reached_from_the_index() -> None:
-    linked = set(re.findall(r"\]\((\w+\.md)", read(ROOT / "docs/index.md")))
+    linked = set(re.findall(r"\]\(([\w-]+\.md)", read(ROOT / "docs/index.md")))
     assert linked == {page.name for page in ROOT.glob("docs/*.md")} - {"index.md"}
 
 
