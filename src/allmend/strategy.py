@@ -170,8 +170,15 @@ class Client(Protocol):
     state: State
     initial: Tensors
 
-    def train(self, start: Tensors, turn: Turn, *, optimizer: Tensors | None = None) -> Trained:
-        """Train on the member's own records for one round, from `start`; a fresh optimiser unless one is given."""
+    def train(self, start: Tensors, turn: Turn, *, optimizer: Tensors | None = None, proximal: float = 0.0) -> Trained:
+        """Train on the member's own records for one round, from `start`.
+
+        Args:
+            start: parameters to go on from.
+            turn: the round, for the schedule.
+            optimizer: state of the optimiser to go on from; a fresh one when None.
+            proximal: μ of a term (μ / 2) ‖w − start‖² beside the loss.
+        """
         ...
 
 

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from allmend.federation.rounds import run_rounds
 from allmend.federation.strategies.fedavg import FedAvg
 from allmend.federation.strategies.local import Local
 from allmend.federation.strategies.private_fedavg import PrivateFedAvg
+from allmend.federation.strategies.robust import Median
 from allmend.models.tensors import Tensors, nbytes
 from allmend.recipe import MemberPrivacy, Train
 from allmend.strategy import Declaration, Reply, State, Strategy, Task, of_group
@@ -205,14 +206,17 @@ class Spoils(InProcessEngine):
     def work(self, strategy: Strategy, tasks: Any) -> Any:
         for answer in super().work(strategy, tasks):
             if answer.member == "b" and next(iter(tasks.values())).turn.round == 2:
-                name = sorted(answer.reply.summed)[0]
-                spoilt = Reply({**answer.reply.summed, name: self.bad}, answer.reply.summed_facts)  # type: ignore[dict-item]
-                answer = Answer(answer.member, spoilt)
+                group = "summed" if answer.reply.summed else "seen"
+                tensors = getattr(answer.reply, group)
+                spoilt = tensors | {min(tensors): self.bad}
+                answer = Answer(answer.member, replace(answer.reply, **{group: spoilt}))
             yield answer
 
 
 @pytest.mark.parametrize("bad", [torch.tensor(torch.nan), torch.tensor([1.0, torch.inf]), torch.zeros(1, 1)])
-def test_a_reply_that_cannot_be_summed_names_the_member_and_keeps_the_round_before(
+@pytest.mark.parametrize("strategy", [FedAvg(), Median()])
+def test_a_reply_that_cannot_be_used_names_the_member_and_keeps_the_round_before(
+    strategy: Strategy,
     bad: torch.Tensor,
     run: Callable[..., Any],
     make_member: Callable[..., Any],
@@ -223,12 +227,12 @@ def test_a_reply_that_cannot_be_summed_names_the_member_and_keeps_the_round_befo
     members, trainable = [make_member("a"), make_member("b")], make_trainable()
     engine = Spoils(trainable, members, settings, lambda name, turn, step: None, bad=bad)
     with pytest.raises(UserError, match=r"client 'b', round 2: .*lora_A"):
-        run(FedAvg(), members, settings, rounds=3, engine=engine, trainable=trainable, folder=tmp_path)
+        run(strategy, members, settings, rounds=3, engine=engine, trainable=trainable, folder=tmp_path)
     kept = Checkpoints(tmp_path, "identity").newest()
     assert kept is not None
     assert kept.round == 1
-    resumed = run(FedAvg(), members, settings, rounds=3, start=kept)
-    assert equal(resumed.state, run(FedAvg(), members, settings, rounds=3).state)
+    resumed = run(strategy, members, settings, rounds=3, start=kept)
+    assert equal(resumed.state, run(strategy, members, settings, rounds=3).state)
 
 
 def test_a_round_that_cannot_be_told_is_not_kept(

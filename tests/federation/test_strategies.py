@@ -12,7 +12,7 @@ from allmend.strategy import Seen, State, Sums, Turn
 
 
 def test_an_unknown_strategy_is_told_which_there_are() -> None:
-    with pytest.raises(ValueError, match=r"'fedsgd'.*centralised, fedavg,.*local"):
+    with pytest.raises(ValueError, match=r"'fedsgd'.*centralised, .*fedavg,.*local"):
         build_strategy("fedsgd", {}, seed=0)
 
 
@@ -44,7 +44,7 @@ def test_the_recipes_seed_reaches_the_strategies_that_have_one() -> None:
 def test_every_strategy_keeps_the_protocol(name: str, make_toy: Callable[..., Any]) -> None:
     """Its replies are declared, its messages are tensors and JSON, and plans name members only."""
     strategy = build_strategy(name, {}, seed=0)
-    clients = {n: make_toy(n, 3) for n in (["all"] if strategy.pooled else ["b", "a"])}
+    clients = {n: make_toy(n, 3) for n in (["all"] if strategy.pooled else ["b", "a", "e", "d", "c"])}
     state = strategy.init({"x": torch.ones(3)})
     for round in (1, 2):
         for leg in range(strategy.legs):

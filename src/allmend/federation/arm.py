@@ -85,7 +85,7 @@ def strategy_of(arm: Arm, *, seed: int) -> Strategy:
     layer = arm.privacy.member
     if layer is None:
         return strategy
-    if not isinstance(strategy, FedAvg):
+    if type(strategy) is not FedAvg:
         raise ValueError(f"privacy.member is for fedavg, and this is {strategy.name!r}: remove one of the two")
     return PrivateFedAvg(
         clip=layer.clip,

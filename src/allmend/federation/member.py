@@ -65,7 +65,7 @@ class MemberClient:
     def examples(self) -> int:
         return len(self.member.records)
 
-    def train(self, start: Tensors, turn: Turn, *, optimizer: Tensors | None = None) -> Trained:
+    def train(self, start: Tensors, turn: Turn, *, optimizer: Tensors | None = None, proximal: float = 0.0) -> Trained:
         """One round of local training from `start`.
 
         Raises:
@@ -86,6 +86,7 @@ class MemberClient:
                 total_steps=turn.rounds * steps,
                 seed=self.member.seed,
                 optimizer=optimizer,
+                proximal=proximal,
                 noise=self.member.noise,
                 on_step=lambda step: self.on_step(self.name, turn, step),
             )

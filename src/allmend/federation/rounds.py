@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
 
+import torch
+
 from allmend.errors import UserError
 from allmend.events import Event, RoundDone, Warned
 from allmend.federation.checkpoint import Checkpoint, Checkpoints
@@ -134,10 +136,13 @@ def _announce(done: RoundDone, began: float, emit: Callable[[Event], None]) -> N
 
 def _add(sums: Sums, reply: Reply, member: str, round: int) -> None:
     try:
+        for key, tensor in reply.seen.items():
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"tensor {key!r} holds NaN or infinite values")
         sums.add(reply)
     except ValueError as error:
         raise UserError(
-            f"the reply cannot be summed: {error}",
+            f"the reply cannot be used: {error}",
             where=f"client {member!r}, round {round}",
             hint="Lower train.learning_rate if its training diverged; all members need the same model and adapter.",
         ) from error

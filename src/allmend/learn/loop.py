@@ -120,6 +120,7 @@ def train(
     total_steps: int,
     seed: int,
     optimizer: Tensors | None = None,
+    proximal: float = 0.0,
     noise: RecordNoise | None = None,
     on_step: Callable[[Step], None] = lambda step: None,
 ) -> Outcome:
@@ -135,6 +136,8 @@ def train(
         total_steps: steps of the whole schedule.
         seed: of data order, dropout and seeded noise.
         optimizer: AdamW's state from an earlier call; fresh when None.
+        proximal: μ of a term (μ / 2) ‖w − w₀‖² beside the loss, with w₀ the parameters at the start. The losses that
+            are told are without it, the gradient norms with it.
         noise: makes every step private for each record; the loss is the mean over records then, and nothing is
             dropped out, neither in the adapter nor in the model.
         on_step: told after every step.
@@ -157,6 +160,7 @@ def train(
     )
     if optimizer:
         _restore(adam, parameters, optimizer)
+    start = {name: parameter.detach().clone() for name, parameter in parameters.items()} if proximal else {}
     size: int | None = None
     if noise is not None and noise.sampling == "poisson":
         stream = poisson_batches(len(usable), settings.batch_size, noise, seed=seed, first=first_step)
@@ -178,6 +182,10 @@ def train(
                 rows, loss = _gradient(
                     trainable, chosen, settings, noise, size=size or len(batch), seed=seed, step=number
                 )
+                for name, before in start.items():  # what it adds depends on nothing but what noise has passed
+                    parameter = parameters[name]
+                    assert parameter.grad is not None
+                    parameter.grad.add_(parameter.detach() - before, alpha=proximal)
                 # what a step tells is noisy then, and so must be what an error tells
                 norm = _descend(adam, parameters, settings, rate, loss if noise is None else None, number)
                 targets = torch.zeros(len(batch), dtype=torch.int64)

@@ -6,11 +6,20 @@ from typing import Any
 
 from allmend.federation.strategies.centralised import Centralised
 from allmend.federation.strategies.fedavg import FedAvg
+from allmend.federation.strategies.fedopt import FedAdam, FedYogi
+from allmend.federation.strategies.fedprox import FedProx
 from allmend.federation.strategies.local import Local
+from allmend.federation.strategies.robust import Krum, Median, TrimmedMean
 from allmend.strategy import Strategy
 
 STRATEGIES: dict[str, type[Any]] = {
     "fedavg": FedAvg,
+    "fedprox": FedProx,
+    "fedadam": FedAdam,
+    "fedyogi": FedYogi,
+    "trimmed_mean": TrimmedMean,
+    "median": Median,
+    "krum": Krum,
     "local": Local,
     "centralised": Centralised,
 }

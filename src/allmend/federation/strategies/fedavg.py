@@ -18,6 +18,7 @@ from allmend.strategy import (
     State,
     Sums,
     Task,
+    Trained,
     Turn,
     grouped,
     of_group,
@@ -69,11 +70,15 @@ class FedAvg:
         return {ordered[index]: Task(turn, of_group("model", state.tensors)) for index in sorted(chosen)}
 
     def work(self, task: Task, client: Client) -> Reply:
-        trained = client.train(task.tensors, task.turn)
+        trained = self.train(task, client)
         weight = float(client.examples)
         update = {name: (tensor - task.tensors[name]) * weight for name, tensor in trained.tensors.items()}
         loss = {} if trained.loss is None else {"loss": trained.loss * weight}
         return Reply(grouped("update", update), {"weight": weight} | loss)
+
+    def train(self, task: Task, client: Client) -> Trained:
+        """A member's training; what FedAvg's relatives do otherwise."""
+        return client.train(task.tensors, task.turn)
 
     def combine(self, state: State, turn: Turn, sums: Sums, seen: Mapping[str, Seen]) -> State:
         weight = sums.fact("weight")
