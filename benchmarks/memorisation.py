@@ -38,9 +38,9 @@ from allmend.run import RunFolder
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "full": {"kind": "full"},
-    "lora-qv": {"rank": 8, "targets": ["q_proj", "v_proj"]},
-    "lora-all": {"rank": 8, "targets": "all-linear"},
-    "lora-all-32": {"rank": 32, "targets": "all-linear"},
+    "lora-qv": {"kind": "lora", "rank": 8, "targets": ["q_proj", "v_proj"]},
+    "lora-all": {"kind": "lora", "rank": 8, "targets": "all-linear"},
+    "lora-all-32": {"kind": "lora", "rank": 32, "targets": "all-linear"},
 }
 LAYERS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -72,9 +72,9 @@ class Plan:
 REAL = Plan(
     rates={
         ("full", "plain"): (5e-5, 1e-4, 2e-4),
+        ("lora-all", "plain"): (3e-3,),
         ("lora-qv", "plain"): (3e-3, 1e-2),
-        ("lora-all", "plain"): (1e-3, 3e-3),
-        ("full", "goldfish"): (1e-4,),
+        ("full", "goldfish"): (2e-4,),
     },
     records=30,
     held_out=30,

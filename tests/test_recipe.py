@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from allmend.errors import UserError
 from allmend.recipe import (
+    Adapter,
     Goldfish,
     MemberPrivacy,
     Privacy,
@@ -238,6 +239,13 @@ def test_a_table_below_an_array_of_tables_belongs_to_its_last_element() -> None:
         (CLIENTS + "[adapter]\nalpha = inf\n", "adapter.alpha", 8, "finite"),
         (CLIENTS + "[compare.x]\nadapter.rank = 0\n", "compare.x.adapter.rank", 8, "1"),
         (CLIENTS + "[compare.x]\nadapter.foo = 0\n", "compare.x.adapter.foo", 8, "no such key"),
+        (CLIENTS + '[adapter]\nkind = "full"\nrank = 4\n', "adapter", 7, "full fine-tuning has no rank"),
+        (
+            CLIENTS + '[adapter]\nkind = "full"\n[compare.x]\nadapter = { rank = 4, targets = ["q_proj"] }\n',
+            "compare.x.adapter",
+            10,
+            'no rank, targets: remove it, or set kind = "lora"',
+        ),
         (CLIENTS + "[compare.x.train]\nlocal_steps = 1\nlocal_epochs = 1.0\n", "compare.x.train", 7, "exclude"),
         (CLIENTS + "model = 3\n", "clients.1.model", 7, "no such key"),  # TOML puts it into the last client
     ],
@@ -305,6 +313,23 @@ train.local_steps = 3
     # steps replace epochs
     assert (arms["short"].train.local_steps, arms["short"].train.local_epochs) == (3, None)
     assert arms["short"].train.learning_rate == 0.5
+
+
+def test_an_arm_with_another_kind_of_adapter_keeps_nothing_of_it() -> None:
+    recipe = parse_recipe(
+        CLIENTS
+        + """
+[adapter]
+rank = 4
+alpha = 8.0
+[compare.full]
+adapter.kind = "full"
+"""
+    )
+    assert recipe.arms()["full"].adapter == Adapter(kind="full")
+    recipe = parse_recipe(CLIENTS + '[adapter]\nkind = "full"\n[compare.x]\nadapter = { kind = "lora", rank = 4 }\n')
+    assert recipe.arms()["x"].adapter == Adapter(rank=4)
+    assert parse_recipe(recipe.to_toml()) == recipe  # what full fine-tuning does not have is not frozen either
 
 
 def test_an_arm_with_privacy_of_its_own_has_those_layers_alone() -> None:

@@ -18,7 +18,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeAlias, get_args
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from allmend.errors import UserError
@@ -96,6 +105,17 @@ class Adapter(Section):
     targets: list[str] | Literal["all-linear"] = ["q_proj", "v_proj"]
     """Linear layers that get factors, by the end of their names."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _full_is_all(self) -> Self:
+        if self.kind == "full" and (given := sorted(self.model_fields_set - {"kind"})):
+            raise ValueError(f'full fine-tuning has no {", ".join(given)}: remove it, or set kind = "lora"')
+        return self
+
+    @model_serializer(mode="wrap")
+    def _own(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        found: dict[str, Any] = dump(self)
+        return {"kind": "full"} if self.kind == "full" else found
 
 
 class Train(Section):
@@ -376,6 +396,8 @@ class Recipe(Section):
                 merged = inherited | changed
                 if section == "strategy" and changed.get("name", self.strategy.name) != self.strategy.name:
                     merged = {"rounds": self.strategy.rounds} | changed  # options belong to the other strategy
+                if section == "adapter" and changed.get("kind", self.adapter.kind) != self.adapter.kind:
+                    merged = changed  # so do those of an adapter of another kind
                 try:
                     sections[section] = type(current).model_validate(merged)
                 except ValidationError as error:
