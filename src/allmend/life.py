@@ -5,7 +5,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -109,6 +109,7 @@ class Disclosure:
         declaration: in the strategy's words.
         trainable: parameters that learn.
         message: bytes of one set of them.
+        sizes: bytes of each group of tensors that is summed.
         simulated_only: True if the arm needs all records in one place.
         ledger: its guarantees.
     """
@@ -117,6 +118,7 @@ class Disclosure:
     declaration: Declaration
     trainable: int
     message: int
+    sizes: Mapping[str, int]
     simulated_only: bool
     ledger: Ledger
 
@@ -134,13 +136,18 @@ def rehearse(recipe: Recipe, base: Path | str = ".") -> tuple[Prepared, list[Dis
         members, whole = prepared.protected(arm)
         ledger = open_ledger(whole, members)
         with trainable_of(prepared.model, arm.adapter, seed=recipe.seed) as trainable:
-            message = nbytes(trainable.parameters())
+            initial = trainable.state()
+            sizes: dict[str, int] = {}
+            for tensor, shape in strategy.layout(initial).items():
+                group = tensor.partition("/")[0]
+                sizes[group] = sizes.get(group, 0) + 4 * shape.numel()  # members send float32
             disclosures.append(
                 Disclosure(
                     arm.name,
                     strategy.declare(),
                     trainable.count,
-                    message,
+                    nbytes(initial),
+                    sizes,
                     simulated_only=strategy.pooled,
                     ledger=ledger,
                 )

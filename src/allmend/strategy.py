@@ -25,6 +25,9 @@ from allmend.models.tensors import Tensors
 Facts: TypeAlias = dict[str, float | int | str | bool]
 """Named scalars that travel or are kept beside tensors."""
 
+Layout: TypeAlias = dict[str, torch.Size]
+"""Shapes of tensors by name."""
+
 
 @dataclass
 class State:
@@ -232,6 +235,13 @@ class Strategy(Protocol):
         """What leaves each member, who sees it and why."""
         ...
 
+    def layout(self, initial: Tensors) -> Layout:
+        """Shapes of the tensors that members' replies sum, by name: the same for all members and rounds.
+
+        A member may leave a tensor out, which stands for zeros. Secure aggregation forms one vector of them.
+        """
+        ...
+
     def init(self, initial: Tensors) -> State:
         """The coordinator's state before the first round."""
         ...
@@ -265,6 +275,11 @@ class Strategy(Protocol):
 def grouped(group: str, tensors: Tensors) -> Tensors:
     """The same tensors under names `group/name`."""
     return {f"{group}/{name}": tensor for name, tensor in tensors.items()}
+
+
+def shapes(tensors: Mapping[str, torch.Tensor]) -> Layout:
+    """Their shapes."""
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def of_group(group: str, tensors: Mapping[str, torch.Tensor]) -> Tensors:

@@ -37,7 +37,7 @@ def show_disclosures(console: Console, prepared: "Prepared", disclosures: "Seque
             table.add_row(
                 name,
                 what,
-                "a number" if name in declaration.numbers else full,
+                "a number" if name in declaration.numbers else size(disclosure.sizes.get(name, 0)),
                 "summed over members; only the sum is used, but whoever sums could see each",
             )
         for name, why in declaration.seen.items():

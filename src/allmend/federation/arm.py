@@ -18,6 +18,7 @@ from allmend.federation.rounds import Observer, run_rounds
 from allmend.federation.strategies import build_strategy
 from allmend.federation.strategies.fedavg import FedAvg
 from allmend.federation.strategies.private_fedavg import PrivateFedAvg
+from allmend.federation.strategies.product import FedAvgProduct
 from allmend.learn.loop import Step, mean_loss, steps_per_round
 from allmend.learn.private import RecordNoise
 from allmend.meter import Meter
@@ -82,6 +83,8 @@ def strategy_of(arm: Arm, *, seed: int) -> Strategy:
         UserError: no noise is enough for the budget.
     """
     strategy = build_strategy(arm.strategy.name, arm.strategy.options, seed=seed)
+    if isinstance(strategy, FedAvgProduct) and arm.adapter.kind != "lora":
+        raise ValueError(f"{strategy.name} averages products of LoRA's factors: adapter.kind must be 'lora'")
     layer = arm.privacy.member
     if layer is None:
         return strategy

@@ -9,11 +9,13 @@ from allmend.federation.strategies.fedavg import FedAvg
 from allmend.federation.strategies.fedopt import FedAdam, FedYogi
 from allmend.federation.strategies.fedprox import FedProx
 from allmend.federation.strategies.local import Local
+from allmend.federation.strategies.product import FedAvgProduct
 from allmend.federation.strategies.robust import Krum, Median, TrimmedMean
 from allmend.strategy import Strategy
 
 STRATEGIES: dict[str, type[Any]] = {
     "fedavg": FedAvg,
+    "fedavg_product": FedAvgProduct,
     "fedprox": FedProx,
     "fedadam": FedAdam,
     "fedyogi": FedYogi,

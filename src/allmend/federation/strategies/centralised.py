@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from allmend.models.tensors import Tensors
-from allmend.strategy import Client, Declaration, Facts, Reply, Seen, State, Sums, Task, Turn, grouped, of_group
+from allmend.strategy import Client, Declaration, Facts, Layout, Reply, Seen, State, Sums, Task, Turn, grouped, of_group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,9 @@ class Centralised:
             kept="the optimiser",
             numbers=frozenset({"loss"}),
         )
+
+    def layout(self, initial: Tensors) -> Layout:
+        return {}
 
     def init(self, initial: Tensors) -> State:
         return State(grouped("model", initial))

@@ -13,6 +13,7 @@ from allmend.models.tensors import Tensors
 from allmend.strategy import (
     Client,
     Declaration,
+    Layout,
     Reply,
     Seen,
     State,
@@ -22,6 +23,7 @@ from allmend.strategy import (
     Turn,
     grouped,
     of_group,
+    shapes,
 )
 
 
@@ -58,6 +60,9 @@ class FedAvg:
             },
             numbers=frozenset({"weight", "loss"}),
         )
+
+    def layout(self, initial: Tensors) -> Layout:
+        return shapes(grouped("update", initial))
 
     def init(self, initial: Tensors) -> State:
         return State(grouped("model", initial))

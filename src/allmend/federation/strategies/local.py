@@ -7,6 +7,7 @@ from allmend.models.tensors import Tensors
 from allmend.strategy import (
     Client,
     Declaration,
+    Layout,
     Reply,
     Seen,
     State,
@@ -37,6 +38,9 @@ class Local:
             kept="the member's model and its optimiser",
             numbers=frozenset({"weight", "loss"}),
         )
+
+    def layout(self, initial: Tensors) -> Layout:
+        return {}
 
     def init(self, initial: Tensors) -> State:
         return State()

@@ -18,6 +18,7 @@ from allmend.strategy import (
     Client,
     Declaration,
     Facts,
+    Layout,
     Reply,
     Seen,
     State,
@@ -26,6 +27,7 @@ from allmend.strategy import (
     Turn,
     grouped,
     of_group,
+    shapes,
 )
 
 CLIP_RATE = 0.2
@@ -74,6 +76,9 @@ class PrivateFedAvg:
         if self.quantile is not None:
             summed["within"] = "whether the change was within the clip; the sum gets noise"
         return Declaration(sent="the shared parameters and the clip", summed=summed, numbers=frozenset({"within"}))
+
+    def layout(self, initial: Tensors) -> Layout:
+        return shapes(grouped("update", initial))
 
     def init(self, initial: Tensors) -> State:
         return State(grouped("model", initial), _clip_fact(self.clip))

@@ -17,7 +17,7 @@ import torch
 from allmend.errors import UserError
 from allmend.federation.strategies.fedavg import FedAvg
 from allmend.models.tensors import Tensors
-from allmend.strategy import Client, Declaration, Reply, Seen, State, Sums, Task, Turn, grouped, of_group
+from allmend.strategy import Client, Declaration, Layout, Reply, Seen, State, Sums, Task, Turn, grouped, of_group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,9 @@ class _Robust(FedAvg, ABC):
         summed = {name: what for name, what in declared.summed.items() if name != "update"}
         reason = "change of the parameters: changes are compared with each other, to tell which go astray"
         return replace(declared, summed=summed, seen={"update": reason})
+
+    def layout(self, initial: Tensors) -> Layout:
+        return {}
 
     def work(self, task: Task, client: Client) -> Reply:
         trained = self.train(task, client)
