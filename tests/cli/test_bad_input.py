@@ -139,8 +139,8 @@ CASES: dict[str, tuple[Callable[[], None], tuple[str, ...]]] = {
         ("adapter", "'k_poj'", "did you mean k_proj", "v_proj"),
     ),
     "an unknown strategy": (
-        lambda: replace("recipe.toml", '"fedavg"', '"fedprox"'),
-        ("strategy", "line 18", "'fedprox'", "centralised, fedavg", "local"),
+        lambda: replace("recipe.toml", '"fedavg"', '"fedsgd"'),
+        ("strategy", "line 18", "'fedsgd'", "centralised, fedadam, fedavg", "local"),
     ),
     "an option of another strategy": (
         lambda: replace("recipe.toml", '"fedavg"', '"local"\nparticipation = 0.5'),
