@@ -94,7 +94,7 @@ def test_the_base_is_as_it_was_whatever_happened(kind: Any, loaded: LoadedModel,
     before = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
 
     def breaks() -> None:
-        with trainable_of(loaded, Adapter(kind=kind, rank=2), seed=0) as trainable:
+        with trainable_of(loaded, Adapter(kind=kind), seed=0) as trainable:
             assert trainable.kind == kind
             with torch.no_grad():
                 for parameter in trainable.parameters().values():
