@@ -62,8 +62,13 @@ def fault(error: OSError, path: Path) -> UserError:
     return UserError(f"cannot be written: {error.strerror or error}", where=path)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes, *, mode: int = 0o666) -> None:
     """Write a whole file or nothing: beside its place, flushed to disk, then renamed.
+
+    Args:
+        path: of the file; folders above it are made.
+        data: all of it.
+        mode: who may read and write it, less what the umask forbids.
 
     Raises:
         UserError: the operating system refused (no space, no permission); the old file is untouched.
@@ -71,7 +76,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("wb") as file:
+        with open(beside, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

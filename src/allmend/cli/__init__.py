@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 import allmend
-from allmend.cli import audit, demo, doctor, model, privacy, recipe, report, tune
+from allmend.cli import audit, demo, doctor, member, model, pki, privacy, recipe, report, tune
 from allmend.errors import UserError
 
 app = typer.Typer(
@@ -28,6 +28,8 @@ app.add_typer(audit.app, name="audit")
 app.add_typer(privacy.app, name="privacy")
 app.add_typer(recipe.app, name="recipe")
 app.add_typer(model.app, name="model")
+app.add_typer(pki.app, name="pki")
+app.add_typer(member.app, name="member")
 
 
 def _version(value: bool) -> None:
