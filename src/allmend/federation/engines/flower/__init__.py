@@ -1,0 +1,13 @@
+"""The engine between machines: Flower carries the messages over TLS, as a library inside our two processes.
+
+The coordinator opens one door (`door`) with what members need of Flower's Fleet API, and keeps letters in Flower's
+database (`post`). A member (`node`) asks for letters and answers them; it opens no socket and runs no code but its
+own. The stock processes of Flower are not used: they put an open control interface beside the members' door, and load
+code that the coordinator sends.
+"""
+
+import os
+
+# both are read when flwr is imported: nothing calls home
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
