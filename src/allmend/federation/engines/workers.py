@@ -19,11 +19,11 @@ from torch import nn
 from allmend.errors import UserError
 from allmend.federation.engines import Answer
 from allmend.federation.engines.in_process import InProcessEngine
+from allmend.federation.engines.wire import dump_reply, dump_task, parse_reply, parse_task
 from allmend.federation.member import Member, OnStep
 from allmend.models.adapters import Trainable
-from allmend.models.tensors import dump, parse
 from allmend.recipe import Train
-from allmend.strategy import Reply, State, Strategy, Task, Turn, grouped, of_group
+from allmend.strategy import State, Strategy, Task
 
 
 @dataclass
@@ -110,12 +110,9 @@ class WorkerEngine:
             return
         worker.member = waiting.pop(0)
         task, state = tasks[worker.member], self._states[worker.member]
-        message = dump(
-            grouped("task", task.tensors) | grouped("state", state.tensors),
-            {"facts": task.facts, "state": state.facts, "member": worker.member},
-        )
+        message = dump_task(task, state, {"member": worker.member})
         try:
-            worker.pipe.send((strategy, task.turn, message))
+            worker.pipe.send((strategy, message))
         except OSError:
             raise _died(worker) from None
 
@@ -136,9 +133,7 @@ class WorkerEngine:
                 raise content[0]
             case "reply":
                 (message,) = content
-                tensors, facts = parse(message)
-                reply = Reply(of_group("summed", tensors), facts["summed"], of_group("seen", tensors), facts["seen"])
-                self._states[worker.member] = State(of_group("state", tensors), facts["state"])
+                reply, self._states[worker.member], _ = parse_reply(message)
                 answers[worker.member] = Answer(worker.member, reply)
                 worker.member = None
 
@@ -173,26 +168,19 @@ def _serve(pipe: Connection, trainable: Trainable, members: Sequence[Member], se
     engine = InProcessEngine(trainable, members, settings, steps)
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
-            strategy, turn, message = pipe.recv()
-            tensors, facts = parse(message)
+            strategy, message = pipe.recv()
             try:
-                pipe.send(_reply(engine, strategy, turn, tensors, facts))
+                pipe.send(("reply", _reply(engine, strategy, message)))
             except Exception as error:
                 pipe.send(("error", error))
 
 
-def _reply(
-    engine: InProcessEngine, strategy: Strategy, turn: Turn, tensors: dict[str, torch.Tensor], facts: dict[str, Any]
-) -> tuple[str, bytes]:
-    member = facts["member"]
-    engine.restore({member: State(of_group("state", tensors), facts["state"])})
-    (answer,) = engine.work(strategy, {member: Task(turn, of_group("task", tensors), facts["facts"])})
-    reply, state = answer.reply, engine.states()[member]
-    message = dump(
-        grouped("summed", reply.summed) | grouped("seen", reply.seen) | grouped("state", state.tensors),
-        {"summed": reply.summed_facts, "seen": reply.seen_facts, "state": state.facts},
-    )
-    return "reply", message
+def _reply(engine: InProcessEngine, strategy: Strategy, message: bytes) -> bytes:
+    task, state, about = parse_task(message)
+    member = about["member"]
+    engine.restore({member: state})
+    (answer,) = engine.work(strategy, {member: task})
+    return dump_reply(answer.reply, engine.states()[member])
 
 
 def _own(parameters: Mapping[str, nn.Parameter]) -> None:

@@ -11,14 +11,14 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
 import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
-from flwr.proto import fleet_pb2, heartbeat_pb2, message_pb2
+from flwr.proto import fleet_pb2
 from flwr.server.superlink.linkstate import LinkState, LinkStateFactory
 from flwr.supercore.error import http_error_translator
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
@@ -125,63 +125,28 @@ def _one_letter_of(node: int, asked: Any) -> bool:
     return bool(asked.messages_list[0].metadata.src_node_id == node)
 
 
-_routes = APIRouter(prefix="/v1/fleet", route_class=ProtobufRoute, dependencies=[Depends(_own)])
+def _with_store(handler: Callable[..., Any]) -> Callable[[Any, LinkState], Any]:
+    return lambda request, state: handler(request, state, state.object_store)
 
 
-@_routes.post("/activate-node")
-def _activate(
-    request: Annotated[fleet_pb2.ActivateNodeRequest, PROTOBUF_REQUEST_DEPENDENCY], state: State
-) -> fleet_pb2.ActivateNodeResponse:
-    return fleet_handlers.activate_node(request, state)
+_HANDLERS: Mapping[str, Callable[[Any, LinkState], Any]] = {
+    "/activate-node": fleet_handlers.activate_node,
+    "/deactivate-node": fleet_handlers.deactivate_node,
+    "/send-node-heartbeat": fleet_handlers.send_node_heartbeat,
+    "/pull-messages": _with_store(fleet_handlers.pull_messages),
+    "/push-messages": fleet_handlers.push_messages,
+    "/push-object": fleet_handlers.push_object,
+    "/pull-object": fleet_handlers.pull_object,
+    "/confirm-message-received": _with_store(fleet_handlers.confirm_message_received),
+}
+"""What a member needs of Flower's Fleet API; the paths are Flower's."""
 
 
-@_routes.post("/deactivate-node")
-def _deactivate(
-    request: Annotated[fleet_pb2.DeactivateNodeRequest, PROTOBUF_REQUEST_DEPENDENCY], state: State
-) -> fleet_pb2.DeactivateNodeResponse:
-    return fleet_handlers.deactivate_node(request, state)
+def _route(handler: Callable[[Any, LinkState], Any]) -> Callable[[Any, LinkState], Any]:
+    def call(request: Annotated[Any, PROTOBUF_REQUEST_DEPENDENCY], state: State) -> Any:
+        return handler(request, state)
 
-
-@_routes.post("/send-node-heartbeat")
-def _heartbeat(
-    request: Annotated[heartbeat_pb2.SendNodeHeartbeatRequest, PROTOBUF_REQUEST_DEPENDENCY], state: State
-) -> heartbeat_pb2.SendNodeHeartbeatResponse:
-    return fleet_handlers.send_node_heartbeat(request, state)
-
-
-@_routes.post("/pull-messages")
-def _pull(
-    request: Annotated[fleet_pb2.PullMessagesRequest, PROTOBUF_REQUEST_DEPENDENCY], state: State
-) -> fleet_pb2.PullMessagesResponse:
-    return fleet_handlers.pull_messages(request, state, state.object_store)
-
-
-@_routes.post("/push-messages")
-def _push(
-    request: Annotated[fleet_pb2.PushMessagesRequest, PROTOBUF_REQUEST_DEPENDENCY], state: State
-) -> fleet_pb2.PushMessagesResponse:
-    return fleet_handlers.push_messages(request, state)
-
-
-@_routes.post("/push-object")
-def _push_object(
-    request: Annotated[message_pb2.PushObjectRequest, PROTOBUF_REQUEST_DEPENDENCY], state: State
-) -> message_pb2.PushObjectResponse:
-    return fleet_handlers.push_object(request, state)
-
-
-@_routes.post("/pull-object")
-def _pull_object(
-    request: Annotated[message_pb2.PullObjectRequest, PROTOBUF_REQUEST_DEPENDENCY], state: State
-) -> message_pb2.PullObjectResponse:
-    return fleet_handlers.pull_object(request, state)
-
-
-@_routes.post("/confirm-message-received")
-def _confirm(
-    request: Annotated[message_pb2.ConfirmMessageReceivedRequest, PROTOBUF_REQUEST_DEPENDENCY], state: State
-) -> message_pb2.ConfirmMessageReceivedResponse:
-    return fleet_handlers.confirm_message_received(request, state, state.object_store)
+    return call
 
 
 def _app(links: LinkStateFactory, gate: Gate) -> FastAPI:
@@ -196,7 +161,10 @@ def _app(links: LinkStateFactory, gate: Gate) -> FastAPI:
         ],
     )
     app.state.linkstate_factory, app.state.gate = links, gate
-    app.include_router(_routes)
+    routes = APIRouter(prefix="/v1/fleet", route_class=ProtobufRoute, dependencies=[Depends(_own)])
+    for path, handler in _HANDLERS.items():
+        routes.add_api_route(path, _route(handler), methods=["POST"], response_model=None)
+    app.include_router(routes)
     return app
 
 

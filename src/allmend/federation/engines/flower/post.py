@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID
@@ -66,10 +67,14 @@ class Post:
         self._beat.start()
         self._arriving: dict[str, tuple[str, str, list[str]]] = {}
 
-    def online(self) -> set[str]:
-        """Members that have been heard of lately."""
+    def online(self) -> dict[str, float]:
+        """Members that have been heard of lately, and when they began (seconds since the epoch)."""
         found = self._state.get_node_info(node_ids=list(self._nodes.values()))
-        return {self._names[node.node_id] for node in found if node.status == "online"}
+        return {
+            self._names[node.node_id]: datetime.fromisoformat(node.last_activated_at).timestamp()
+            for node in found
+            if node.status == "online"
+        }
 
     def send(self, member: str, data: bytes) -> str | None:
         """Leave a letter for a member; its id, or None where the member was never there."""

@@ -1,0 +1,88 @@
+"""`Engine` over members on other machines."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from allmend.errors import UserError
+from allmend.events import Event, Warned
+from allmend.federation.engines import Answer
+from allmend.federation.engines.flower.exchange import Exchange
+from allmend.federation.engines.wire import dump_task, parse_reply
+from allmend.models.tensors import parse
+from allmend.strategy import State, Strategy, Task
+
+SUSPENDED = 3
+"""Rounds in a row that a member may miss before it is no longer asked."""
+
+
+@dataclass
+class FlowerEngine:
+    """Asks members over the network; their states stay with them.
+
+    Attributes:
+        exchange: carries questions and answers.
+        names: of the members that have joined.
+        arm: that this engine works for.
+        seconds: that a leg of a round may take.
+        fewest: members that must answer.
+        emit: writes events.
+    """
+
+    exchange: Exchange
+    names: Sequence[str]
+    arm: str
+    seconds: float
+    fewest: int
+    emit: Callable[[Event], None]
+    _missed: dict[str, int] = field(init=False, default_factory=dict)
+
+    @property
+    def members(self) -> list[str]:
+        return sorted(name for name in self.names if self._missed.get(name, 0) < SUSPENDED)
+
+    def work(self, strategy: Strategy, tasks: Mapping[str, Task]) -> Iterator[Answer]:
+        questions = {name: dump_task(task, about={"arm": self.arm}) for name, task in tasks.items()}
+        round = next(iter(tasks.values())).turn.round
+        answered = 0
+        for name, data in self.exchange.ask(questions, seconds=self.seconds):
+            answer = None if data is None else self._read(name, round, data)
+            if answer is None:
+                self._miss(name, round, came=data is not None)
+                continue
+            self._missed[name] = 0
+            answered += 1
+            yield answer
+        if answered < self.fewest:
+            raise UserError(
+                f"{answered} of {len(tasks)} members answered in round {round}, and {self.fewest} are the fewest",
+                where=f"arm {self.arm!r}",
+                hint="Run the same command again when more of them are there; the last round is kept.",
+            )
+
+    def states(self) -> dict[str, State]:
+        return {}
+
+    def restore(self, states: Mapping[str, State]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def _read(self, name: str, round: int, data: bytes) -> Answer | None:
+        where = f"client {name!r}, round {round}"
+        try:
+            _, about = parse(data, where=where)
+            if isinstance(error := about.get("error"), dict):
+                self.emit(Warned(message=f"{where}: {error.get('what')}"))
+                return None
+            return Answer(name, parse_reply(data, where=where)[0])
+        except UserError as error:
+            self.emit(Warned(message=str(error)))
+            return None
+
+    def _miss(self, name: str, round: int, *, came: bool) -> None:
+        self._missed[name] = self._missed.get(name, 0) + 1
+        if not came:
+            self.emit(Warned(message=f"client {name!r} did not answer in round {round}, which goes on without it"))
+        if self._missed[name] == SUSPENDED:
+            self.emit(Warned(message=f"client {name!r} is not asked any more: it failed {SUSPENDED} rounds in a row"))

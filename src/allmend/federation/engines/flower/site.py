@@ -1,0 +1,159 @@
+"""A member's site: answers the coordinator's questions with its own records, and keeps what it must on its own disk.
+
+Questions carry tensors and facts, never code: which strategy, adapter and settings an arm has is in the recipe that
+the member has agreed to. A question that comes twice gets the same bytes twice.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from allmend.errors import UserError
+from allmend.federation.engines.wire import dump_reply, parse_task
+from allmend.federation.member import Member, MemberClient, OnStep
+from allmend.models.adapters import Trainable
+from allmend.models.tensors import Tensors, dump, parse, read_tensors, write_tensors
+from allmend.recipe import Train
+from allmend.run import write_atomic
+from allmend.strategy import State, Strategy
+
+
+@dataclass(frozen=True)
+class ArmAtMember:
+    """What a member does in an arm.
+
+    Attributes:
+        strategy: the arm's.
+        trainable: what learns, at its initial parameters.
+        member: the member's records, with the arm's layers on them.
+        settings: of local training.
+    """
+
+    strategy: Strategy
+    trainable: Trainable
+    member: Member
+    settings: Train
+
+
+@dataclass
+class Site:
+    """One member in one run.
+
+    Attributes:
+        folder: where states and answers are kept.
+        open_arm: makes an arm's things ready; left when another arm's are wanted.
+        on_step: told of every optimiser step.
+    """
+
+    folder: Path
+    open_arm: Callable[[str], contextlib.AbstractContextManager[ArmAtMember]]
+    on_step: OnStep = lambda name, turn, step: None
+    _open: contextlib.ExitStack = field(init=False, default_factory=contextlib.ExitStack)
+    _arm: tuple[str, ArmAtMember, Tensors] | None = field(init=False, default=None)
+
+    def answer(self, question: bytes) -> bytes:
+        """Work on a task. What goes wrong with it is the answer then, so that the coordinator can say so."""
+        try:
+            task, _, about = parse_task(question, where="the coordinator's question")
+            arm = str(about.get("arm"))
+            digest = hashlib.sha256(question).hexdigest()
+            place = _Place(self.folder / "arms" / _plain(arm), task.turn.round, task.turn.leg)
+            if (answer := place.answered(digest)) is not None:
+                return answer
+            name, at, initial = self._enter(arm)
+            client = MemberClient(at.member, at.trainable, at.settings, initial, place.state_before(), self.on_step)
+            reply = at.strategy.work(task, client)
+            if undeclared := at.strategy.declare().undeclared(reply):
+                raise TypeError(f"strategy {at.strategy.name!r} returns what it did not declare: {undeclared}")
+            answer = dump_reply(reply, about={"arm": name})
+            place.keep(client.state, answer, digest)
+        except UserError as error:
+            return dump({}, {"error": {"what": error.what, "where": error.where, "hint": error.hint}})
+        return answer
+
+    def close(self) -> None:
+        """Let go of the model."""
+        self._open.close()
+        self._arm = None
+
+    def _enter(self, arm: str) -> tuple[str, ArmAtMember, Tensors]:
+        if self._arm is None or self._arm[0] != arm:
+            self.close()
+            at = self._open.enter_context(self.open_arm(arm))
+            self._arm = arm, at, at.trainable.state()
+        return self._arm
+
+
+def _plain(arm: str) -> str:
+    """A name that is safe as a folder's: it came over the network."""
+    if not arm or len(arm) > 64 or not all(letter.isalnum() or letter in "._-" for letter in arm) or arm[0] in ".-":
+        raise UserError(f"no arm is called {arm!r}", where="the coordinator's question")
+    return arm
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a member keeps what belongs to one leg of one round: its state afterwards, and its answer."""
+
+    folder: Path
+    round: int
+    leg: int
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.round, self.leg
+
+    def answered(self, digest: str) -> bytes | None:
+        """The answer given before to the same question."""
+        path = self._answer(self.key)
+        try:
+            data = path.read_bytes()
+            _, about = parse(data, where=path)
+            _, kept = read_tensors(self._state(self.key))
+        except (OSError, UserError):
+            return None
+        return data if kept.get("question") == digest and not about.get("error") else None
+
+    def state_before(self) -> State:
+        """The state after what came before.
+
+        Raises:
+            UserError: only later states are kept: the coordinator has gone further back than this member can.
+        """
+        keys = self._keys()
+        before = [key for key in keys if key < self.key]
+        if not before:
+            if keys and self.key != min(keys) and min(keys) > (1, 0):
+                raise UserError(
+                    f"round {self.round} lies before what this member has kept (from round {min(keys)[0]} on)",
+                    where=self.folder,
+                    hint="The coordinator was put back to an old checkpoint: begin a new run.",
+                )
+            return State()
+        tensors, about = read_tensors(self._state(max(before)))
+        return State(tensors, about["facts"])
+
+    def keep(self, state: State, answer: bytes, digest: str) -> None:
+        """Keep the state and the answer, the answer first; drop what is older than the one before."""
+        older = [key for key in self._keys() if key < self.key]
+        write_atomic(self._answer(self.key), answer)
+        write_tensors(self._state(self.key), state.tensors, {"facts": state.facts, "question": digest})
+        for key in sorted(older)[:-1]:
+            self._answer(key).unlink(missing_ok=True)
+            self._state(key).unlink(missing_ok=True)
+
+    def _keys(self) -> list[tuple[int, int]]:
+        found = []
+        for path in self.folder.glob("*.state.safetensors"):
+            with contextlib.suppress(ValueError):
+                round, leg = path.name.removesuffix(".state.safetensors").split("-")
+                found.append((int(round), int(leg)))
+        return sorted(found)
+
+    def _state(self, key: tuple[int, int]) -> Path:
+        return self.folder / f"{key[0]:06d}-{key[1]}.state.safetensors"
+
+    def _answer(self, key: tuple[int, int]) -> Path:
+        return self.folder / f"{key[0]:06d}-{key[1]}.answer.safetensors"

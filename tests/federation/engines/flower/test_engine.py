@@ -1,0 +1,189 @@
+"""The engine between machines against the one in this process, and members that fail."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from allmend.errors import UserError
+from allmend.events import Warned
+from allmend.federation.checkpoint import Checkpoint, Checkpoints
+from allmend.federation.engines.flower.engine import FlowerEngine
+from allmend.federation.strategies import STRATEGIES, build_strategy
+from allmend.federation.strategies.fedavg import FedAvg
+from allmend.recipe import Train
+from allmend.strategy import State
+
+NAMES = ["a", "b", "c", "d", "e"]
+
+
+def make_engine(post: Any, names: list[str], events: list[Any] | None = None, **settings: Any) -> FlowerEngine:
+    options = {"arm": "arm", "seconds": 100.0, "fewest": 1, "emit": (events if events is not None else []).append}
+    return FlowerEngine(post.exchange(), names, **options | settings)
+
+
+def same(first: State, second: State) -> bool:
+    return first.tensors.keys() == second.tensors.keys() and all(
+        torch.equal(tensor, second.tensors[name]) for name, tensor in first.tensors.items()
+    )
+
+
+@pytest.mark.parametrize("name", sorted(name for name, kind in STRATEGIES.items() if not kind.pooled))
+def test_every_strategy_ends_at_the_same_bits_as_in_one_process(
+    name: str,
+    run: Callable[..., Any],
+    make_member: Callable[..., Any],
+    make_sites: Callable[..., Any],
+    make_post: Callable[..., Any],
+    settings: Train,
+) -> None:
+    strategy = build_strategy(name, {}, seed=3)
+    members = [make_member(member, records=3) for member in NAMES]
+    here = run(strategy, members, settings, rounds=2)
+    sites = make_sites(members, strategy)
+    post = make_post({member: site.answer for member, site in sites.items()})
+    there = run(strategy, members, settings, rounds=2, engine=make_engine(post, NAMES))
+    assert same(here.state, there.state)
+    assert here.state.facts == there.state.facts
+    if not strategy.shares:
+        from allmend.models.tensors import read_tensors
+
+        for member in NAMES:
+            tensors, about = read_tensors(sites[member].folder / "arms/arm/000002-0.state.safetensors")
+            assert same(here.states[member], State(tensors, about["facts"]))
+
+
+def test_a_lost_answer_is_asked_for_again_and_not_worked_out_twice(
+    run: Callable[..., Any],
+    make_member: Callable[..., Any],
+    make_sites: Callable[..., Any],
+    make_post: Callable[..., Any],
+    settings: Train,
+) -> None:
+    members = [make_member(name) for name in ("a", "b")]
+    here = run(FedAvg(), members, settings, rounds=2)
+    sites, trained = make_sites(members, FedAvg()), []
+    for name, site in sites.items():
+        site.on_step = lambda *step, name=name: trained.append(name)
+    post = make_post({name: site.answer for name, site in sites.items()})
+    # the members work, and what they answer is lost, three times each
+    answered = dict.fromkeys(sites, 0)
+
+    def worked(name: str) -> Callable[[bytes], bytes]:
+        def answer(question: bytes) -> bytes:
+            answered[name] += 1
+            return sites[name].answer(question)
+
+        return answer
+
+    post = make_post({name: worked(name) for name in sites})
+    carry = post.answers
+    dropped = {"a": 3, "b": 3}
+
+    def answers(waiting: Any) -> Any:
+        for answer in carry(waiting):
+            if dropped[answer.member]:
+                dropped[answer.member] -= 1
+            else:
+                yield answer
+
+    post.answers = answers
+    there = run(FedAvg(), members, settings, rounds=2, engine=make_engine(post, ["a", "b"], seconds=10_000.0))
+    assert same(here.state, there.state)
+    assert sum(answered.values()) > 4
+    assert len(trained) == 2 * 2 * 2  # two members, two rounds of two steps
+
+
+def test_a_member_that_does_not_answer_is_as_if_it_was_not_sampled(
+    run: Callable[..., Any],
+    make_member: Callable[..., Any],
+    make_sites: Callable[..., Any],
+    make_post: Callable[..., Any],
+    settings: Train,
+) -> None:
+    members = [make_member(name) for name in ("a", "b", "c")]
+    sites = make_sites(members, FedAvg())
+    post = make_post({name: site.answer for name, site in sites.items()})
+    post.slow["b"] = 1e9
+    events: list[Any] = []
+    there = run(FedAvg(), members, settings, rounds=1, engine=make_engine(post, ["a", "b", "c"], events))
+    without = run(FedAvg(), [members[0], members[2]], settings, rounds=1)
+    assert same(without.state, there.state)
+    assert [event.message for event in events if isinstance(event, Warned)] == [
+        "client 'b' did not answer in round 1, which goes on without it"
+    ]
+
+
+def test_a_member_that_fails_three_rounds_is_suspended(
+    run: Callable[..., Any],
+    make_member: Callable[..., Any],
+    make_sites: Callable[..., Any],
+    make_post: Callable[..., Any],
+    settings: Train,
+) -> None:
+    members = [make_member(name) for name in ("a", "b")]
+    sites = make_sites(members, FedAvg())
+    post = make_post({name: site.answer for name, site in sites.items()})
+    del post.there["b"]
+    events: list[Any] = []
+    engine = make_engine(post, ["a", "b"], events, seconds=5.0)
+    run(FedAvg(), members, settings, rounds=5, engine=engine)
+    assert engine.members == ["a"]
+    assert "is not asked any more" in events[-1].message
+    assert post.sent == ["a"] * 5
+
+
+def test_too_few_answers_stop_the_run_and_keep_the_round_before(
+    run: Callable[..., Any],
+    make_member: Callable[..., Any],
+    make_sites: Callable[..., Any],
+    make_post: Callable[..., Any],
+    settings: Train,
+    tmp_path: Path,
+) -> None:
+    members = [make_member(name) for name in ("a", "b")]
+    whole = run(FedAvg(), members, settings, rounds=3)
+    sites = make_sites(members, FedAvg(), tmp_path / "sites")
+    post = make_post({name: site.answer for name, site in sites.items()})
+    run(FedAvg(), members, settings, rounds=2, engine=make_engine(post, ["a", "b"], fewest=2), folder=tmp_path / "arm")
+    post.slow["b"] = 1e9
+    start = Checkpoints(tmp_path / "arm", "identity").newest()
+    assert start is not None
+    with pytest.raises(UserError, match="1 of 2 members answered in round 3, and 2 are the fewest"):
+        run(FedAvg(), members, settings, rounds=3, engine=make_engine(post, ["a", "b"], fewest=2), start=start)
+    post.slow.clear()
+    again = run(FedAvg(), members, settings, rounds=3, engine=make_engine(post, ["a", "b"], fewest=2), start=start)
+    assert same(again.state, whole.state)
+
+
+def test_a_member_that_answers_rubbish_or_an_error_is_left_out_and_told_of(
+    run: Callable[..., Any],
+    make_member: Callable[..., Any],
+    make_sites: Callable[..., Any],
+    make_post: Callable[..., Any],
+    settings: Train,
+) -> None:
+    members = [make_member(name) for name in ("a", "b", "c")]
+    sites = make_sites(members, FedAvg())
+    deaf = sites["c"]
+
+    def broken(arm: str) -> Any:
+        raise UserError("no record has a token to learn from")
+
+    deaf.open_arm = broken
+    post = make_post({"a": sites["a"].answer, "b": lambda question: b"rubbish", "c": deaf.answer})
+    events: list[Any] = []
+    there = run(FedAvg(), members, settings, rounds=1, engine=make_engine(post, ["a", "b", "c"], events))
+    assert same(run(FedAvg(), [members[0]], settings, rounds=1).state, there.state)
+    told = [event.message for event in events if isinstance(event, Warned)]
+    assert any("client 'b', round 1: has 7 bytes" in message for message in told)
+    assert any("client 'c', round 1: no record has a token" in message for message in told)
+
+
+def test_states_stay_with_the_members(make_post: Callable[..., Any]) -> None:
+    engine = make_engine(make_post({}), [])
+    engine.restore({"a": State({"x": torch.ones(1)})})
+    assert engine.states() == {}
+    assert Checkpoint(0, State(), engine.states()).members == {}
