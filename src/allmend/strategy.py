@@ -92,6 +92,13 @@ class Sums:
         self._facts: dict[str, float] = {}
         self.members = 0
 
+    @classmethod
+    def of(cls, tensors: Tensors, facts: Mapping[str, float], members: int) -> "Sums":
+        """Sums that were formed elsewhere, over so many members."""
+        sums = cls()
+        sums._tensors, sums._facts, sums.members = dict(tensors), dict(facts), members
+        return sums
+
     def add(self, reply: Reply) -> None:
         """Add one member's reply.
 

@@ -1,0 +1,105 @@
+"""What members only ever sum, as one vector of integers: the form in which secure aggregation adds it up.
+
+The same code serves a simulation, where the integers are added in this process, and members on other machines, whose
+integers are masked: both sums are the same integers, and both models the same bits.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from allmend.federation.privacy.secure_sum.fixed_point import FixedPoint, Floats
+from allmend.federation.privacy.secure_sum.masks import Integers
+from allmend.strategy import Layout, Reply, Sums
+
+LARGEST_NUMBER = 2.0**27
+"""Of a single number in a reply, such as a loss times a number of records."""
+
+
+@dataclass(frozen=True)
+class VectorCode:
+    """Replies as vectors, and sums of vectors as sums of replies.
+
+    Tensors come first, in order of their names, then the numbers. A name that a reply leaves out stands for zeros.
+
+    Attributes:
+        layout: of the tensors.
+        numbers: names of the numbers.
+        clip: largest absolute value in a tensor.
+        members: most members of a sum.
+        bits: integers are taken modulo 2^bits.
+    """
+
+    layout: Layout
+    numbers: Sequence[str]
+    clip: float
+    members: int
+    bits: Literal[32, 64] = 64
+
+    @property
+    def length(self) -> int:
+        """Numbers in a vector."""
+        return sum(shape.numel() for shape in self.layout.values()) + len(self.numbers)
+
+    @property
+    def of_tensors(self) -> FixedPoint:
+        """Levels of the tensors' values."""
+        return FixedPoint(self.clip, self.members, self.bits)
+
+    @property
+    def of_numbers(self) -> FixedPoint:
+        """Levels of the numbers; with 64 bits and up to 2¹⁶ members, whole numbers are exact."""
+        finest = self.of_tensors.scale
+        return FixedPoint(LARGEST_NUMBER, self.members, self.bits, 1 << (finest.bit_length() - 1))
+
+    def encode(self, reply: Reply, uniform: Callable[[int], Floats]) -> tuple[Integers, int]:
+        """The summed part of a reply, and how many of its values were cut to what fits.
+
+        Args:
+            reply: a member's.
+            uniform: that many numbers, uniform on [0, 1), for the rounding.
+
+        Raises:
+            ValueError: a name is not in the layout, a shape differs, or a value is not finite (which is said).
+        """
+        strangers = sorted({*reply.summed, *reply.summed_facts} - {*self.layout, *self.numbers})
+        if strangers:
+            raise ValueError(f"{strangers[0]!r} has no place in the sum")
+        parts = []
+        for name in sorted(self.layout):
+            shape = self.layout[name]
+            tensor = reply.summed.get(name)
+            if tensor is None:
+                parts.append(np.zeros(shape.numel()))
+                continue
+            if tensor.shape != shape:
+                raise ValueError(f"tensor {name!r} has shape {tuple(tensor.shape)}, and the sum has {tuple(shape)}")
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"tensor {name!r} holds NaN or infinite values")
+            parts.append(tensor.detach().to("cpu", torch.float64).flatten().numpy())
+        numbers = np.array([reply.summed_facts.get(name, 0.0) for name in sorted(self.numbers)], dtype=np.float64)
+        if not np.isfinite(numbers).all():
+            raise ValueError(f"number {sorted(self.numbers)[int(np.argmin(np.isfinite(numbers)))]!r} is not finite")
+        tensors, cut = self.of_tensors.encode(np.concatenate([*parts, np.zeros(0)]), uniform)
+        facts, cut_numbers = self.of_numbers.encode(numbers, uniform)
+        return np.concatenate([tensors, facts]), cut + cut_numbers
+
+    def decode(self, total: Integers, members: int) -> Sums:
+        """The sums that a sum of vectors stands for.
+
+        Args:
+            total: modulo 2^bits, [length].
+            members: how many are in it.
+        """
+        split = len(total) - len(self.numbers)
+        values = torch.from_numpy(self.of_tensors.decode(total[:split]))
+        tensors, start = {}, 0
+        for name in sorted(self.layout):
+            size = self.layout[name].numel()
+            tensors[name] = values[start : start + size].view(self.layout[name])
+            start += size
+        numbers = self.of_numbers.decode(total[split:]).tolist()
+        return Sums.of(tensors, dict(zip(sorted(self.numbers), numbers, strict=True)), members)
