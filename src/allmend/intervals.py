@@ -106,8 +106,8 @@ def exp_mean(sums: Sequence[float], counts: Sequence[int]) -> Estimate:
     """exp of `ratio`: a perplexity over records. What is too large for a float becomes the largest float."""
     log = ratio(sums, counts)
     if log.low is None or log.high is None:
-        return Estimate(value=_exp(log.value), n=log.n)
-    return Estimate(value=_exp(log.value), low=_exp(log.low), high=_exp(log.high), n=log.n)
+        return Estimate(value=exp(log.value), n=log.n)
+    return Estimate(value=exp(log.value), low=exp(log.low), high=exp(log.high), n=log.n)
 
 
 def ratio(sums: Sequence[float], counts: Sequence[int]) -> Estimate:
@@ -134,7 +134,8 @@ def ratio(sums: Sequence[float], counts: Sequence[int]) -> Estimate:
     return Estimate(value=value, low=value - half, high=value + half, n=total)
 
 
-def _exp(x: float) -> float:
+def exp(x: float) -> float:
+    """exp; what is too large for a float becomes the largest float."""
     try:
         return math.exp(x)
     except OverflowError:

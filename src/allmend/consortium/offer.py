@@ -1,0 +1,102 @@
+"""What a coordinator offers a member before anything else, and the consent that is bound to it."""
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from allmend.errors import UserError
+from allmend.recipe import ClientSource, Recipe, parse_recipe
+from allmend.run import write_atomic
+
+AT_MEMBER = "(at the member)"
+"""What stands for the path of a member's data in a recipe among organisations."""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A run that members may join.
+
+    Attributes:
+        recipe: as TOML, its clients named, their data not.
+        model: digest of the base model's weights.
+        allmend: the coordinator's version.
+    """
+
+    recipe: str
+    model: str
+    allmend: str
+
+    @property
+    def digest(self) -> str:
+        """SHA-256, 64 hexadecimal digits: what a member agrees to."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    def read(self) -> Recipe:
+        """The recipe.
+
+        Raises:
+            UserError: it is none that this version can read.
+        """
+        return parse_recipe(self.recipe)
+
+    @classmethod
+    def of(cls, about: dict[str, Any]) -> "Offer":
+        """From a message's facts.
+
+        Raises:
+            UserError: they are no offer.
+        """
+        found = {key: about.get(key) for key in ("recipe", "model", "allmend")}
+        if not all(isinstance(value, str) for value in found.values()):
+            raise UserError("the coordinator's offer lacks a part", hint="Its version may be another: compare them.")
+        return cls(**{key: str(value) for key, value in found.items()})
+
+
+def among(recipe: Recipe, names: Sequence[str]) -> Recipe:
+    """The recipe with the registered members for clients, whose data is theirs alone to know.
+
+    Raises:
+        UserError: the recipe asks for what only a simulation can do.
+    """
+    clients = [ClientSource(name=name, data=AT_MEMBER) for name in sorted(names)]
+    data = recipe.data.model_copy(update={"icd10cm": None})
+    return Recipe.model_validate(
+        recipe.model_dump() | {"clients": [c.model_dump() for c in clients], "data": data.model_dump()}
+    )
+
+
+@dataclass(frozen=True)
+class Consents:
+    """What a member has agreed to, in a file of its own.
+
+    Attributes:
+        path: JSON, one object an offer.
+    """
+
+    path: Path
+
+    def given(self, offer: Offer) -> bool:
+        """Whether this very offer was agreed to.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
+        return any(entry.get("offer") == offer.digest for entry in self._entries())
+
+    def give(self, offer: Offer) -> None:
+        """Keep that it is agreed to."""
+        entries = [*self._entries(), {"offer": offer.digest, "time": time.time()}]
+        write_atomic(self.path, json.dumps(entries, indent=1).encode(), mode=0o600)
+
+    def _entries(self) -> list[dict[str, Any]]:
+        try:
+            entries = json.loads(self.path.read_bytes()) if self.path.exists() else []
+            if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+                raise ValueError("not a list of objects")
+        except (OSError, ValueError) as error:
+            raise UserError(f"the consents cannot be read: {error}", where=self.path) from error
+        return entries
