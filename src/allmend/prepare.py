@@ -183,42 +183,63 @@ def prepare(recipe: Recipe, base: Path, *, model: LoadedModel | None = None) -> 
     clients = _apart(_clients(recipe, base))
     canaries = _canaries(recipe, clients)
     model, encoder = prepare_model(recipe, base, model=model)
-    members, notes = [], {}
-    kept_train: dict[str, tuple[Record, ...]] = {}
-    held_out: dict[str, tuple[Record, ...]] = {}
-    held_out_encoded: dict[str, tuple[Encoded, ...]] = {}
-    for client in clients:
-        counts = dict(client.notes)
-        train = [encoder.for_training(record) for record in client.train]
-        train, fitting = _fit(train, client.train, recipe, counts, "training")
-        kept_train[client.name] = tuple(fitting)
-        if not train:
-            raise UserError(
-                f"no training record fits data.max_tokens = {recipe.data.max_tokens}",
-                where=f"client {client.name!r}",
-                hint='Raise it, or set data.too_long = "truncate".',
-            )
-        train += _planted(canaries, client.name, encoder)
-        asked = sorted(client.held_out, key=lambda record: uniform(record.id))[: recipe.evaluation.max_held_out]
-        test, kept = _fit([encoder.for_evaluation(record) for record in asked], asked, recipe, counts, "held-out")
-        members.append(Member(client.name, train, _seed(recipe.seed, client.name)))
-        held_out[client.name] = tuple(kept)
-        held_out_encoded[client.name] = tuple(test)
-        notes[client.name] = counts
+    encoded = [encode_client(recipe, client, encoder, canaries) for client in clients]
     prepared = Prepared(
         recipe=recipe,
         base=base,
         model=model,
         encoder=encoder,
-        members=tuple(members),
-        train=kept_train,
-        held_out=held_out,
-        held_out_encoded=held_out_encoded,
+        members=tuple(one.member for one in encoded),
+        train={one.member.name: one.train for one in encoded},
+        held_out={one.member.name: one.held_out for one in encoded},
+        held_out_encoded={one.member.name: one.held_out_encoded for one in encoded},
         canaries=tuple(canaries),
-        notes=notes,
-        data_digests={member.name: _digest((*member.records, *held_out_encoded[member.name])) for member in members},
+        notes={one.member.name: one.notes for one in encoded},
+        data_digests={one.member.name: _digest((*one.member.records, *one.held_out_encoded)) for one in encoded},
     )
     return replace(prepared, warnings=tuple(_warnings(prepared)))
+
+
+@dataclass(frozen=True)
+class EncodedClient:
+    """One client's data, ready for training and evaluation.
+
+    Attributes:
+        member: training records, canaries included, encoded.
+        train: training records without canaries.
+        held_out: held-out records.
+        held_out_encoded: the same, encoded for evaluation.
+        notes: counts worth telling.
+    """
+
+    member: Member
+    train: tuple[Record, ...]
+    held_out: tuple[Record, ...]
+    held_out_encoded: tuple[Encoded, ...]
+    notes: dict[str, int]
+
+
+def encode_client(recipe: Recipe, client: ClientData, encoder: Encoder, canaries: Sequence[Canary]) -> EncodedClient:
+    """A client's records and canaries as training and evaluation take them.
+
+    Raises:
+        UserError: no training record fits.
+        RecipeError: a canary does not fit.
+    """
+    counts = dict(client.notes)
+    train = [encoder.for_training(record) for record in client.train]
+    train, fitting = _fit(train, client.train, recipe, counts, "training")
+    if not train:
+        raise UserError(
+            f"no training record fits data.max_tokens = {recipe.data.max_tokens}",
+            where=f"client {client.name!r}",
+            hint='Raise it, or set data.too_long = "truncate".',
+        )
+    train += _planted(canaries, client.name, encoder)
+    asked = sorted(client.held_out, key=lambda record: uniform(record.id))[: recipe.evaluation.max_held_out]
+    test, kept = _fit([encoder.for_evaluation(record) for record in asked], asked, recipe, counts, "held-out")
+    member = Member(client.name, train, _seed(recipe.seed, client.name))
+    return EncodedClient(member, tuple(fitting), tuple(kept), tuple(test), counts)
 
 
 def read_frozen(run: RunFolder) -> Recipe:

@@ -22,7 +22,7 @@ def members(draw: Any) -> list[list[tuple[Score, Score]]]:
         made = []
         for _ in range(2):
             nll = draw(st.floats(0, 50)) if tokens else 0.0
-            answer = dict(choice=draw(st.integers(0, 3)), answer=0, choices=4) if question else {}
+            answer = {"choice": draw(st.integers(0, 3)), "answer": 0, "choices": 4} if question else {}
             made.append(Score(str(index), "", nll, tokens, **answer))
         return made[0], made[1]
 

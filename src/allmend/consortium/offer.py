@@ -63,10 +63,10 @@ def among(recipe: Recipe, names: Sequence[str]) -> Recipe:
         UserError: the recipe asks for what only a simulation can do.
     """
     clients = [ClientSource(name=name, data=AT_MEMBER) for name in sorted(names)]
-    data = recipe.data.model_copy(update={"icd10cm": None})
-    return Recipe.model_validate(
-        recipe.model_dump() | {"clients": [c.model_dump() for c in clients], "data": data.model_dump()}
-    )
+    values = recipe.model_dump()
+    values["clients"] = [client.model_dump() for client in clients]
+    values["data"]["icd10cm"] = None
+    return Recipe.model_validate(values)
 
 
 @dataclass(frozen=True)
