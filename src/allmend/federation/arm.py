@@ -100,6 +100,17 @@ def strategy_of(arm: Arm, *, seed: int) -> Strategy:
     )
 
 
+def at_member(member: Member, arm: Arm) -> tuple[Member, Ledger]:
+    """A member with an arm's layers on its records and its steps, and the ledger of its own guarantee.
+
+    Raises:
+        UserError: not even one round fits into its budget.
+    """
+    (member,), _ = protected([member], arm.privacy)
+    ledger = open_ledger(replace(arm, privacy=arm.privacy.model_copy(update={"member": None})), [member])
+    return _with_noise(member, arm.privacy, ledger), ledger
+
+
 def tokens_per_round(arm: Arm, members: Sequence[Member]) -> float:
     """Tokens that members train on in a round if all take part, about."""
     total = 0.0

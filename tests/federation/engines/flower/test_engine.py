@@ -20,7 +20,8 @@ NAMES = ["a", "b", "c", "d", "e"]
 
 
 def make_engine(post: Any, names: list[str], events: list[Any] | None = None, **settings: Any) -> FlowerEngine:
-    options = {"arm": "arm", "seconds": 100.0, "fewest": 1, "emit": (events if events is not None else []).append}
+    emit = (events if events is not None else []).append
+    options = {"arm": "arm", "run": "run", "seconds": 100.0, "fewest": 1, "emit": emit}
     return FlowerEngine(post.exchange(), names, **options | settings)
 
 

@@ -23,6 +23,7 @@ class FlowerEngine:
         exchange: carries questions and answers.
         names: of the members that have joined.
         arm: that this engine works for.
+        run: digest of the offer that the members have agreed to.
         seconds: that a leg of a round may take.
         fewest: members that must answer.
         emit: writes events.
@@ -31,6 +32,7 @@ class FlowerEngine:
     exchange: Exchange
     names: Sequence[str]
     arm: str
+    run: str
     seconds: float
     fewest: int
     emit: Callable[[Event], None]
@@ -41,7 +43,8 @@ class FlowerEngine:
         return sorted(name for name in self.names if self._missed.get(name, 0) < SUSPENDED)
 
     def work(self, strategy: Strategy, tasks: Mapping[str, Task]) -> Iterator[Answer]:
-        questions = {name: dump_task(task, about={"arm": self.arm}) for name, task in tasks.items()}
+        about = {"ask": "work", "run": self.run, "arm": self.arm}
+        questions = {name: dump_task(task, about=about) for name, task in tasks.items()}
         round = next(iter(tasks.values())).turn.round
         answered = 0
         for name, data in self.exchange.ask(questions, seconds=self.seconds):

@@ -70,8 +70,13 @@ class Site:
             answer = dump_reply(reply, about={"arm": name})
             place.keep(client.state, answer, digest)
         except UserError as error:
-            return dump({}, {"error": {"what": error.what, "where": error.where, "hint": error.hint}})
+            return error_answer(error)
         return answer
+
+    def newest(self, arm: str) -> State:
+        """The member's state after what it last worked on in an arm; empty before."""
+        place = _Place(self.folder / "arms" / _plain(arm), 2**31, 0)
+        return place.state_before()
 
     def close(self) -> None:
         """Let go of the model."""
@@ -84,6 +89,11 @@ class Site:
             at = self._open.enter_context(self.open_arm(arm))
             self._arm = arm, at, at.trainable.state()
         return self._arm
+
+
+def error_answer(error: UserError) -> bytes:
+    """What went wrong, as an answer."""
+    return dump({}, {"error": {"what": error.what, "where": error.where, "hint": error.hint}})
 
 
 def _plain(arm: str) -> str:

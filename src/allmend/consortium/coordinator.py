@@ -1,0 +1,372 @@
+"""The coordinator's side of a run among organisations: offer, rounds, scores, audit and report, in one run folder.
+
+The folder is the same as a simulation's but for what members keep to themselves: their records, their states and their
+scores on single records. A process that died goes on from the last round when it is started again.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import allmend
+from allmend.auditing.guarantees import privacy_table
+from allmend.auditing.learnt import write_learnt
+from allmend.auditing.runs import audit_arms, design_digest, write_cards
+from allmend.consortium.member import planned
+from allmend.consortium.offer import Offer, among
+from allmend.consortium.scoring import Moments, Paired
+from allmend.data.canaries import write_canaries
+from allmend.errors import UserError
+from allmend.events import ArmStarted, Event, PhaseDone, RunFinished, RunStarted, Stopped, Warned
+from allmend.federation.arm import Outcomes, Training, save_outcomes, strategy_of, trainable_of
+from allmend.federation.checkpoint import Checkpoint, Checkpoints
+from allmend.federation.engines.flower.engine import FlowerEngine
+from allmend.federation.engines.flower.exchange import Exchange
+from allmend.federation.engines.wire import parse_reply
+from allmend.federation.privacy.ledger import open_ledger
+from allmend.federation.rounds import run_rounds
+from allmend.models.tensors import Tensors, dump, parse
+from allmend.prepare import Prepared, prepare_model, threads
+from allmend.recipe import Arm, Recipe
+from allmend.report.page import write_report
+from allmend.results import BASE, UtilityTable
+from allmend.run import EventLog, RunFolder, write_atomic
+from allmend.strategy import Reply, grouped
+
+Listener = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a coordinator waits, and for how many.
+
+    Attributes:
+        join: seconds for members to agree.
+        leg: seconds for a leg of a round.
+        fewest: members that must agree, and answer in each round.
+    """
+
+    join: float = 3600.0
+    leg: float = 3600.0
+    fewest: int = 2
+
+
+@dataclass
+class Coordination:
+    """A run among organisations, over an exchange that somebody else opens and closes.
+
+    Attributes:
+        recipe: with the members for clients (`offer.among`).
+        run: its folder, locked.
+        prepared: model, encoder and canaries; no records.
+        exchange: carries questions and answers.
+        patience: how long to wait.
+        log: of events.
+    """
+
+    recipe: Recipe
+    run: RunFolder
+    prepared: Prepared
+    exchange: Exchange
+    patience: Patience
+    log: EventLog
+    names: Sequence[str] = ()
+
+    @property
+    def offer(self) -> Offer:
+        """What members are asked to agree to."""
+        return Offer(self.recipe.to_toml(), self.prepared.model.digest, allmend.__version__)
+
+    def gather(self) -> None:
+        """Offer the run to all members, and wait for their consent.
+
+        Raises:
+            UserError: too few agree in time; the message says what came of each.
+        """
+        offer = self.offer
+        question = dump({}, {"ask": "offer", "recipe": offer.recipe, "model": offer.model, "allmend": offer.allmend})
+        joined, told = [], []
+        for name, reply in self._ask(dict.fromkeys(self._everybody, question), seconds=self.patience.join):
+            if isinstance(reply, Reply) and reply.seen_facts.get("accepted") == offer.digest:
+                joined.append(name)
+            elif isinstance(reply, Reply):
+                told.append(f"{name} declined")
+            else:
+                told.append(f"{name}: {reply or 'did not come'}")
+        for words in told:
+            self.log.emit(Warned(message=words))
+        if len(joined) < self.patience.fewest:
+            raise UserError(
+                f"{len(joined)} of {len(self._everybody)} members have joined, and {self.patience.fewest} are the "
+                f"fewest" + "".join(f"\n  {words}" for words in told),
+                where=self.run.path,
+                hint="Run the same command again: it goes on where it stopped.",
+            )
+        self.names = joined
+
+    def arms(self) -> None:
+        """Everything after that: score, train, audit, report."""
+        self._score(BASE, {})
+        for arm in self.recipe.arms().values():
+            self._arm(arm)
+        self.run.write_table("utility", self._utility())
+        self.run.write_table("privacy", privacy_table(self.run, self.prepared))
+        if self.prepared.canaries:
+            audit_arms(self.run, self.prepared, self.log, self.recipe.audit)
+        write_cards(self.run, self.recipe)
+        self._all(dump({}, {"ask": "end"}))
+
+    @property
+    def _everybody(self) -> list[str]:
+        return [client.name for client in self.recipe.clients]
+
+    def _arm(self, arm: Arm) -> None:
+        if self._sums(arm.name).exists():
+            return
+        began = time.perf_counter()
+        recipe = self.recipe
+        strategy = strategy_of(arm, seed=recipe.seed)
+        rounds = arm.strategy.rounds
+        checkpoints = Checkpoints(self.run.arm(arm.name), identity=f"{recipe.digest()}/{arm.name}")
+        # a guarantee for records is accounted for at each member, which alone knows how many it has
+        ledger = open_ledger(replace(arm, privacy=arm.privacy.model_copy(update={"record": None})), [])
+        with trainable_of(self.prepared.model, arm.adapter, seed=recipe.seed) as trainable:
+            start = checkpoints.newest() or Checkpoint(0, strategy.init(trainable.state()), {})
+            self.log.emit(
+                ArmStarted(
+                    arm=arm.name,
+                    strategy=strategy.name,
+                    round=start.round + 1,
+                    rounds=rounds,
+                    trainable=trainable.count,
+                )
+            )
+            engine = FlowerEngine(
+                self.exchange,
+                self.names,
+                arm.name,
+                run=self.offer.digest,
+                seconds=self.patience.leg,
+                fewest=self.patience.fewest,
+                emit=self.log.emit,
+            )
+            last = run_rounds(
+                strategy,
+                engine,
+                start,
+                rounds=rounds,
+                arm=arm.name,
+                checkpoints=checkpoints,
+                emit=self.log.emit,
+                tokens=lambda: (0, None),
+                ledger=ledger,
+            )
+            shared = strategy.shared(last.server)
+            outcomes: Outcomes = {} if shared is None else {None: shared}
+            save_outcomes(self.run.arm(arm.name), outcomes, trainable, base=str(self.prepared.model.folder))
+        self.log.emit(PhaseDone(phase=f"train {arm.name}", seconds=time.perf_counter() - began, tokens=0))
+        if self.prepared.canaries and shared is not None:
+            write_learnt(self.run, arm.name, self.prepared.canaries, self._learnt(arm.name))
+        self._all(self._question("keep", {"arm": arm.name}, shared or {}))
+        self._score(arm.name, shared or {})
+
+    def _learnt(self, arm: str) -> Training:
+        counts: dict[str, tuple[int, int]] = {}
+        for name, reply in self._ask(dict.fromkeys(self.names, self._question("learnt", {"arm": arm}))):
+            if not isinstance(reply, Reply):
+                raise UserError(f"client {name!r} does not say what it learnt from: {reply or 'no answer'}")
+            for key, value in reply.seen_facts.items():
+                canary, _, what = key.rpartition("/")
+                before = counts.get(canary, (0, 0))
+                add = int(value)
+                counts[canary] = (before[0] + add, before[1]) if what == "steps" else (before[0], before[1] + add)
+        # one record stands for all copies of a canary here
+        return Training({}, {f"canary:{canary}#1": pair for canary, pair in counts.items()}, ())
+
+    def _score(self, model: str, tensors: Tensors) -> None:
+        """Have the members score a model on their held-out records, and keep the sums."""
+        path = self._sums(model)
+        if path.exists():
+            return
+        began = time.perf_counter()
+        others = [other for other in (BASE, *self.recipe.arms()) if self._sums(other).exists()]
+        question = self._question("score", {"model": model, "others": others}, tensors)
+        total: dict[str, float] = {}
+        answered = 0
+        for name, reply in self._ask(dict.fromkeys(self.names, question)):
+            if not isinstance(reply, Reply):
+                self.log.emit(Warned(message=f"client {name!r} has not scored {model!r}: {reply or 'no answer'}"))
+                continue
+            answered += 1
+            for key, value in reply.summed_facts.items():
+                total[key] = total.get(key, 0.0) + value
+        if answered < self.patience.fewest:
+            raise UserError(
+                f"{answered} members have scored {model!r}, and {self.patience.fewest} are the fewest",
+                where=self.run.path,
+                hint="Run the same command again when more of them are there.",
+            )
+        write_atomic(path, json.dumps({"members": answered, "sums": total}).encode())
+        self.log.emit(PhaseDone(phase=f"evaluate {model}", seconds=time.perf_counter() - began, tokens=0))
+
+    def _sums(self, model: str) -> Path:
+        return self.run.path / "scores" / f"{model}.sums.json"
+
+    def _utility(self) -> UtilityTable:
+        models = [BASE, *self.recipe.arms()]
+        sums = {model: json.loads(self._sums(model).read_bytes())["sums"] for model in models}
+        rows = [Moments.from_facts(sums[model], "held_out").utility(model) for model in models]
+        found = [
+            Paired.from_facts(sums[model], f"against {other}").difference(model, other)
+            for place, model in enumerate(models)
+            for other in models[:place]
+        ]
+        differences = [difference for difference in found if difference is not None]
+        return UtilityTable(rows=tuple(rows), differences=tuple(differences), seed=self.recipe.seed)
+
+    def _question(self, ask: str, about: Mapping[str, Any], tensors: Tensors | None = None) -> bytes:
+        return dump(grouped("model", tensors or {}), {"ask": ask, "run": self.offer.digest, **about})
+
+    def _all(self, question: bytes) -> None:
+        """Tell all that have joined; it does no harm where one does not answer."""
+        for _ in self._ask(dict.fromkeys(self.names, question), seconds=min(60.0, self.patience.leg)):
+            pass
+
+    def _ask(
+        self, questions: Mapping[str, bytes], *, seconds: float | None = None
+    ) -> Iterator[tuple[str, Reply | str | None]]:
+        """Replies by member; words where it tells of an error, None where it does not answer."""
+        for name, data in self.exchange.ask(questions, seconds=self.patience.leg if seconds is None else seconds):
+            if data is None:
+                yield name, None
+                continue
+            try:
+                _, about = parse(data, where=f"client {name!r}")
+                error = about.get("error")
+                yield name, str(error.get("what")) if isinstance(error, dict) else parse_reply(data)[0]
+            except UserError as error:
+                yield name, str(error)
+
+
+def coordinate(
+    recipe: Recipe,
+    members: Mapping[str, bytes],
+    out: Path,
+    *,
+    base: Path,
+    open_exchange: Callable[[Path], contextlib.AbstractContextManager[Exchange]],
+    patience: Patience = Patience(),
+    listeners: Sequence[Listener] = (),
+) -> RunFolder:
+    """Carry out a recipe among organisations, or go on with a run that stopped.
+
+    Args:
+        recipe: what to do; its clients are the members.
+        members: registered members, name → raw public key.
+        out: the run folder.
+        base: folder that the recipe's relative paths start from.
+        open_exchange: opens the door to the members, with what it keeps in the run folder.
+        patience: how long to wait.
+        listeners: told every event.
+
+    Raises:
+        UserError: the recipe or the folder is at fault, or too few members are there; the run can be gone on with.
+    """
+    recipe = among(recipe, list(members))
+    if pooled := [name for name, arm in recipe.arms().items() if strategy_of(arm, seed=recipe.seed).pooled]:
+        raise UserError(
+            f"{', '.join(pooled)} needs all records in one place, which only a simulation has",
+            where="compare",
+            hint="Leave it out of the recipe.",
+        )
+    model, encoder = prepare_model(recipe, base)
+    canaries = tuple(planned(recipe))
+    prepared = Prepared(
+        recipe=recipe,
+        base=base,
+        model=model,
+        encoder=encoder,
+        members=(),
+        train={},
+        held_out={},
+        held_out_encoded={},
+        canaries=canaries,
+        notes={},
+        data_digests={},
+    )
+    facts = {
+        "allmend": allmend.__version__,
+        "base": str(base.resolve()),
+        "recipe": recipe.digest(),
+        "model": model.digest,
+        "members": {name: key.hex() for name, key in members.items()},
+        "audit": design_digest(recipe.audit, canaries) if canaries else None,
+    }
+    run = RunFolder(out)
+    if run.marker.exists():
+        run = RunFolder.open(out)
+        changed = [key for key in ("recipe", "model", "members") if run.facts.get(key) != facts[key]]
+        if changed:
+            raise UserError(
+                f"{' and '.join(changed)} differ from what the run was started with",
+                where=run.path,
+                hint="Restore them, or choose another folder with --out.",
+            )
+    else:
+        run.check_free()
+    with run.lock(), threads(recipe):
+        resumed = run.marker.exists()
+        if not resumed:
+            RunFolder.create(run.path, recipe.to_toml(), facts)
+            run.path.chmod(0o700)
+        with run.log(listeners) as log, open_exchange(run.path) as exchange:
+            _live(Coordination(recipe, run, prepared, exchange, patience, log), resumed=resumed)
+    return run
+
+
+def _live(it: Coordination, *, resumed: bool) -> None:
+    began = time.perf_counter()
+    try:
+        it.log.emit(_started(it, resumed=resumed))
+        if it.prepared.canaries and not it.run.canaries.exists():
+            write_canaries(it.run.canaries, list(it.prepared.canaries))
+        it.gather()
+        it.arms()
+        it.log.emit(RunFinished(seconds=time.perf_counter() - began))
+    except BaseException as error:
+        with contextlib.suppress(UserError):
+            cause = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
+            it.log.emit(Stopped(cause=cause))
+            write_report(it.run.path)
+        raise
+    write_report(it.run.path)
+
+
+def _started(it: Coordination, *, resumed: bool) -> RunStarted:
+    packages = ("torch", "transformers", "peft", "safetensors", "tokenizers", "flwr")
+    versions = {"python": platform.python_version()}
+    for name in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return RunStarted(
+        run=it.recipe.name,
+        allmend=allmend.__version__,
+        versions=versions,
+        machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {it.prepared.model.model.device}",
+        threads=torch.get_num_threads(),
+        model=it.recipe.model.source,
+        clients={},
+        held_out={},
+        notes={},
+        work=dict.fromkeys((f"train {arm}" for arm in it.recipe.arms()), 1.0),
+        resumed=resumed,
+    )

@@ -1,0 +1,269 @@
+"""A member's side of a run among organisations: what it is asked, and what it answers with its own records.
+
+Its records, its states and its own models stay in its own folder. Questions carry tensors and numbers; whatever a
+question makes it do is in the recipe that it has agreed to.
+"""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import allmend
+from allmend.consortium.offer import Consents, Offer
+from allmend.consortium.scoring import Moments, Paired
+from allmend.data.canaries import Canary, canary_of, plant
+from allmend.data.files import load_client
+from allmend.data.records import ClientData
+from allmend.errors import UserError
+from allmend.federation.arm import at_member, strategy_of, trainable_of
+from allmend.federation.engines.flower.site import ArmAtMember, Site, error_answer
+from allmend.federation.engines.wire import dump_reply
+from allmend.federation.member import LEARNT, OnStep
+from allmend.learn.compare import ModelScores
+from allmend.learn.evaluate import score
+from allmend.learn.scores import read_scores, write_scores
+from allmend.models.load import LoadedModel
+from allmend.models.tensors import Tensors, parse
+from allmend.prepare import EncodedClient, encode_client, prepare_model
+from allmend.recipe import Recipe
+from allmend.results import BASE
+from allmend.run import write_atomic
+from allmend.strategy import Reply, State, of_group
+
+OFFER = "offer.json"
+"""The run that the member is in, in its folder: a process that begins anew goes on with it."""
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A run that the member has agreed to, with all that it needs in memory."""
+
+    offer: Offer
+    recipe: Recipe
+    model: LoadedModel
+    client: EncodedClient
+    site: Site
+
+
+@dataclass
+class MemberSide:
+    """Answers a coordinator's questions.
+
+    Attributes:
+        name: the member's, as the coordinator knows it.
+        data: its records.
+        folder: where it keeps what is its own.
+        agree: asks whoever decides, shown the offer, its recipe, the strategies' declarations and the counts of the
+            member's own records.
+        model: the base model, where the caller has it in memory already.
+        source: where to take the base model from instead of the place that the recipe names.
+        on_step: told of every optimiser step.
+    """
+
+    name: str
+    data: Path
+    folder: Path
+    agree: Callable[[Offer, Recipe, EncodedClient], bool]
+    model: LoadedModel | None = None
+    source: str | None = None
+    on_step: OnStep = lambda name, turn, step: None
+    _joined: Joined | None = field(init=False, default=None)
+
+    def answer(self, question: bytes) -> bytes:
+        """The answer to a question; what goes wrong is told in it."""
+        try:
+            tensors, about = parse(question, where="the coordinator's question")
+            match about.get("ask"):
+                case "offer":
+                    return self._offered(Offer.of(about))
+                case "work":
+                    return self._in(about).site.answer(question)
+                case "score":
+                    return dump_reply(self._scored(self._in(about), about, of_group("model", tensors)))
+                case "learnt":
+                    return dump_reply(self._learnt(self._in(about), about))
+                case "keep":
+                    return dump_reply(self._keep(self._in(about), about, of_group("model", tensors)))
+                case "end":
+                    return dump_reply(Reply())
+                case other:
+                    raise UserError(f"this version cannot answer the question {other!r}", where=f"member {self.name!r}")
+        except UserError as error:
+            return error_answer(error)
+
+    def resume(self) -> bool:
+        """Go on with the run that the member was in; False where it was in none that it has agreed to."""
+        path = self.folder / OFFER
+        if not path.exists():
+            return False
+        try:
+            offer = Offer.of(json.loads(path.read_bytes()))
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot be read: {error}", where=path, hint="Delete it and join again.") from error
+        if not self._consents.given(offer):
+            return False
+        self._joined = self._prepare(offer)
+        return True
+
+    def close(self) -> None:
+        """Let go of the model."""
+        if self._joined is not None:
+            self._joined.site.close()
+
+    @property
+    def _consents(self) -> Consents:
+        return Consents(self.folder / "consents.json")
+
+    def _in(self, about: dict[str, Any]) -> Joined:
+        if self._joined is None or about.get("run") != self._joined.offer.digest:
+            raise UserError("this member has not joined that run", where=f"member {self.name!r}")
+        return self._joined
+
+    def _offered(self, offer: Offer) -> bytes:
+        if self._joined is None or self._joined.offer != offer:
+            joined = self._prepare(offer)
+            if not self._consents.given(offer):
+                if not self.agree(offer, joined.recipe, joined.client):
+                    joined.site.close()
+                    return dump_reply(Reply(seen_facts={"declined": True}))
+                self._consents.give(offer)
+            write_atomic(self.folder / OFFER, json.dumps(asdict(offer)).encode(), mode=0o600)
+            self.close()
+            self._joined = joined
+        return dump_reply(Reply(seen_facts={"accepted": offer.digest}))
+
+    def _prepare(self, offer: Offer) -> Joined:
+        where = f"member {self.name!r}"
+        if offer.allmend != allmend.__version__:
+            raise UserError(
+                f"the coordinator has allmend {offer.allmend}, and this member {allmend.__version__}",
+                where=where,
+                hint="Install the same version at both.",
+            )
+        recipe = offer.read()
+        if self.name not in {client.name for client in recipe.clients}:
+            raise UserError("the coordinator's recipe has no client of this name", where=where)
+        local = recipe
+        if self.source is not None:
+            local = recipe.model_copy(update={"model": recipe.model.model_copy(update={"source": self.source})})
+        model, encoder = prepare_model(local, Path(), model=self.model)
+        if model.digest != offer.model:
+            raise UserError(
+                "the base model here has other weights than the coordinator's",
+                where=where,
+                hint="Fetch it again, or name the same one with --model.",
+            )
+        data = load_client(
+            self.name, str(self.data), fields=recipe.data.fields, held_out=recipe.data.held_out, base=Path()
+        )
+        client = encode_client(recipe, data, encoder, _planted(recipe, data))
+        site = Site(
+            self.folder / "runs" / offer.digest[:16],
+            lambda arm: _open_arm(recipe, model, client, arm),
+            self.on_step,
+        )
+        return Joined(offer, recipe, model, client, site)
+
+    def _scored(self, joined: Joined, about: dict[str, Any], tensors: Tensors) -> Reply:
+        """Sums over the held-out records under a model, and of the differences to others scored before."""
+        name, others = str(about.get("model")), [str(other) for other in about.get("others") or ()]
+        recipe = joined.recipe
+        if name != BASE:
+            self._arm(joined, name)
+        path = joined.site.folder / "scores" / f"{name}.json"
+        if not path.exists():
+            held_out, encoded = joined.client.held_out, joined.client.held_out_encoded
+            with contextlib.ExitStack() as stack:
+                module: Any = joined.model.model
+                joined.site.close()
+                if name != BASE:
+                    adapter = recipe.arms()[name].adapter
+                    trainable = stack.enter_context(trainable_of(joined.model, adapter, seed=recipe.seed))
+                    trainable.load(tensors or self._personal(joined, name))
+                    module = trainable.model
+                    module.eval()
+                found = score(module, held_out, encoded, tokens_per_pass=recipe.evaluation.tokens_per_pass)
+            write_scores(path, [ModelScores(name, None, {self.name: found})])
+        mine = read_scores(path)[0].by_client[self.name]
+        facts = Moments.of(mine).facts("held_out")
+        for other in others:
+            before = joined.site.folder / "scores" / f"{other}.json"
+            if (other == BASE or other in recipe.arms()) and before.exists():
+                facts |= Paired.of(mine, read_scores(before)[0].by_client[self.name]).facts(f"against {other}")
+        return Reply(summed_facts=facts)
+
+    def _arm(self, joined: Joined, name: Any) -> str:
+        if name not in joined.recipe.arms():
+            raise UserError(f"no arm is called {name!r}", where="the coordinator's question")
+        return str(name)
+
+    def _personal(self, joined: Joined, arm: str) -> Tensors:
+        strategy = strategy_of(joined.recipe.arms()[arm], seed=joined.recipe.seed)
+        tensors = strategy.personal(State(), joined.site.newest(arm))
+        if tensors is None:
+            raise UserError(f"there is no model of arm {arm!r} here", where=f"member {self.name!r}")
+        return tensors
+
+    def _learnt(self, joined: Joined, about: dict[str, Any]) -> Reply:
+        """Steps and tokens that each of the member's canaries had; nothing about its own records."""
+        arm = self._arm(joined, about.get("arm"))
+        counts = joined.site.newest(arm).tensors.get(LEARNT)
+        found: dict[str, list[int]] = {}
+        member, _ = at_member(joined.client.member, joined.recipe.arms()[arm])
+        for record, (steps, tokens) in zip(member.records, counts.tolist() if counts is not None else (), strict=False):
+            if (canary := canary_of(record.id)) is not None:
+                before = found.setdefault(canary, [0, 0])
+                before[0], before[1] = before[0] + steps, before[1] + tokens
+        facts = {f"{canary}/{what}": n for canary, (a, b) in found.items() for what, n in (("steps", a), ("tokens", b))}
+        return Reply(seen_facts=dict(facts))
+
+    def _keep(self, joined: Joined, about: dict[str, Any], tensors: Tensors) -> Reply:
+        """Save the model that an arm came to, as others would load it."""
+        arm, recipe = self._arm(joined, about.get("arm")), joined.recipe
+        joined.site.close()
+        with trainable_of(joined.model, recipe.arms()[arm].adapter, seed=recipe.seed) as trainable:
+            outcome = tensors or self._personal(joined, arm)
+            kind = "model" if trainable.kind == "full" else "adapter"
+            trainable.save(joined.site.folder / "arms" / arm / kind, outcome, base=str(joined.model.folder))
+        return Reply()
+
+
+def planned(recipe: Recipe, avoid: tuple[str, ...] = ()) -> list[Canary]:
+    """The canaries of a recipe among organisations: the same at the coordinator and at every member."""
+    if recipe.canaries is None:
+        return []
+    return plant(
+        clients=recipe.canaries.clients or [client.name for client in recipe.clients],
+        copies=recipe.canaries.copies,
+        per_cell=recipe.canaries.count_by_copies,
+        seed=recipe.seed,
+        kinds=recipe.canaries.kinds,
+        avoid=avoid,
+    )
+
+
+def _planted(recipe: Recipe, data: ClientData) -> list[Canary]:
+    """The canaries, none of whose large secrets stands in the member's records."""
+    canaries = planned(recipe)
+    texts = tuple(text for record in (*data.train, *data.held_out) for text in record.texts)
+    if canaries and planned(recipe, texts) != canaries:
+        raise UserError(
+            "a canary's secret stands in this member's records by chance",
+            where=f"member {data.name!r}",
+            hint="Ask the coordinator to begin again with another seed.",
+        )
+    return canaries
+
+
+@contextlib.contextmanager
+def _open_arm(recipe: Recipe, model: LoadedModel, client: EncodedClient, name: str) -> Iterator[ArmAtMember]:
+    arms = recipe.arms()
+    if name not in arms:
+        raise UserError(f"no arm is called {name!r}", where="the coordinator's question")
+    arm = arms[name]
+    member, _ = at_member(client.member, arm)
+    with trainable_of(model, arm.adapter, seed=recipe.seed) as trainable:
+        yield ArmAtMember(strategy_of(arm, seed=recipe.seed), trainable, member, arm.train)

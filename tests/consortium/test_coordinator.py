@@ -1,0 +1,169 @@
+"""A run among organisations against the simulation of the same recipe, and members that do not come or agree."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from allmend.errors import UserError
+from allmend.events import Warned
+from allmend.life import tune
+from allmend.results import BASE, POOLED, AuditTable, UtilityTable
+
+MakePlace = Callable[..., Any]
+
+
+def adapter(folder: Path) -> bytes:
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def test_the_run_is_that_of_the_simulation(make_place: MakePlace) -> None:
+    place = make_place()
+    there = place.coordinate()
+    here = tune(place.recipe, place.folder / "simulated", base=place.folder)
+    assert adapter(there.arm("fedavg")) == adapter(here.arm("fedavg"))
+    # every member has the shared model, and its own as the simulation has it
+    for name, side in place.sides.items():
+        (site,) = (side.folder / "runs").iterdir()
+        assert adapter(site / "arms/fedavg") == adapter(here.arm("fedavg"))
+        mine, simulated = (
+            load_file(path / "adapter" / "adapter_model.safetensors")
+            for path in (site / "arms/local", here.arm("local") / "members" / name)
+        )
+        assert all((mine[key] == simulated[key]).all() for key in simulated)
+    assert not (there.path / "arms/local/members").exists()
+    tables = [run.read_table("utility", UtilityTable) for run in (there, here)]
+    assert tables[0] is not None
+    assert tables[1] is not None
+    for model in (BASE, "fedavg"):
+        rows = [next(r for r in table.rows if (r.model, r.held_out) == (model, POOLED)) for table in tables]
+        assert rows[0].accuracy == rows[1].accuracy
+        assert rows[0].perplexity.value == pytest.approx(rows[1].perplexity.value, rel=1e-6)
+        assert rows[0].perplexity.low == pytest.approx(rows[1].perplexity.low, rel=1e-4)
+    audits = [run.read_table("audit", AuditTable) for run in (there, here)]
+    assert audits[0].gaps == audits[1].gaps
+    assert audits[0].learnt == audits[1].learnt
+    assert (there.path / "report.html").exists()
+
+
+def test_nothing_of_a_members_records_is_with_the_coordinator(make_place: MakePlace) -> None:
+    place = make_place()
+    run = place.coordinate()
+    for path in run.path.rglob("*"):
+        if path.is_file():
+            data = path.read_bytes()
+            for name in place.sides:
+                assert f"{name}-3".encode() not in data
+                assert f"{name}: 3".encode() not in data
+
+
+def test_a_run_that_is_there_goes_on_and_a_finished_one_asks_nobody_to_train(make_place: MakePlace) -> None:
+    place = make_place()
+    whole = place.coordinate("whole")
+    trained: list[Any] = []
+    for side in place.sides.values():
+        side.on_step = lambda *step: trained.append(step)
+        side.folder = side.folder.with_name(f"{side.folder.name}-again")
+        side._joined = None
+    place.post.answer = {name: side.answer for name, side in place.sides.items()}
+
+    class Stop(Exception):  # noqa: N818
+        pass
+
+    rounds = 0
+
+    def dying(name: str, answer: Any) -> Any:
+        def carry(question: bytes) -> bytes:
+            nonlocal rounds
+            if b'"ask":"work"' in question.replace(b" ", b"").replace(b"\\", b""):
+                rounds += 1
+                if rounds == 5:  # in the second round
+                    raise Stop
+            return answer(question)
+
+        return carry
+
+    alive = dict(place.post.answer)
+    place.post.answer = {name: dying(name, answer) for name, answer in alive.items()}
+    with pytest.raises(Stop):
+        place.coordinate("again")
+    place.post.answer = alive
+    again = place.coordinate("again")
+    assert adapter(again.arm("fedavg")) == adapter(whole.arm("fedavg"))
+    before = len(trained)
+    place.coordinate("again")
+    assert len(trained) == before
+    assert len(place.asked) == 6  # consent is asked for once in each folder
+
+
+def test_too_few_members_are_told_one_by_one(make_place: MakePlace) -> None:
+    place = make_place(agree=False)
+    place.post.absent = {"south"}
+    with pytest.raises(UserError, match="0 of 3 members have joined, and 2 are the fewest") as raised:
+        place.coordinate()
+    assert "east declined" in str(raised.value)
+    assert "south: did not come" in str(raised.value)
+
+
+def test_a_member_that_does_not_come_is_left_out(make_place: MakePlace) -> None:
+    place = make_place(compare={}, canaries=None)
+    place.post.absent = {"south"}
+    run = place.coordinate()
+    warned = [event.message for event in run.history() if isinstance(event, Warned)]
+    assert any("south: did not come" in message for message in warned)
+    assert (run.path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ("version", "has allmend 9.9"),
+        ("model", "other weights"),
+        ("name", "no client of this name"),
+        ("data", "nowhere"),
+    ],
+)
+def test_what_does_not_fit_is_told_by_the_member(change: str, why: str, make_place: MakePlace, tmp_path: Path) -> None:
+    place = make_place()
+    side = place.sides["north"]
+    answer = place.post.answer["north"]
+    if change == "version":
+        from dataclasses import asdict
+
+        from allmend.consortium.offer import Offer
+        from allmend.models.tensors import dump
+
+        offer = Offer(place.recipe.to_toml(), "x", "9.9")
+        said = side.answer(dump({}, {"ask": "offer", **asdict(offer)}))
+        assert b"9.9" in said
+        return
+    if change == "name":
+        side.name = "west"
+    if change == "data":
+        side.data = tmp_path / "nowhere.jsonl"
+    if change == "model":
+        from allmend.models.load import load_model
+
+        other = load_model(place.recipe.model.source)
+        from dataclasses import replace
+
+        side.model = replace(other, digest="other")
+    assert answer is not None
+    with pytest.raises(UserError, match=why):
+        place.coordinate(fewest=3)
+
+
+def test_a_strategy_that_pools_is_refused(make_place: MakePlace) -> None:
+    place = make_place(compare={"pooled": {"strategy": {"name": "centralised"}}})
+    with pytest.raises(UserError, match="pooled needs all records in one place"):
+        place.coordinate()
+
+
+def test_another_recipe_or_other_members_are_another_run(make_place: MakePlace) -> None:
+    place = make_place(compare={}, canaries=None)
+    place.coordinate()
+    place.recipe = place.recipe.model_copy(update={"seed": 4})
+    with pytest.raises(UserError, match="recipe differ from what the run was started with"):
+        place.coordinate()
