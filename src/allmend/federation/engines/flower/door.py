@@ -242,6 +242,18 @@ class Door:
         self._thread.join(10)
 
 
+def address(text: str) -> tuple[str, int]:
+    """Host and port of `HOST:PORT`.
+
+    Raises:
+        UserError: it is not of that form.
+    """
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit() or not 0 <= int(port) < 2**16:
+        raise UserError(f"{text!r} is not HOST:PORT", where="--listen", hint="For example 0.0.0.0:8443.")
+    return host.strip("[]"), int(port)
+
+
 def _is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback

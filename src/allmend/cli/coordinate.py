@@ -1,0 +1,80 @@
+"""`allmend coordinate`: a run among organisations, at the coordinator."""
+
+import time
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from allmend.cli.outcome import show_outcome
+from allmend.cli.progress import shown
+
+
+def coordinate(
+    recipe: Annotated[Path, typer.Argument(help="A recipe (TOML). Its clients are the registered members.")],
+    members: Annotated[Path, typer.Option(help="Registered members: names and public keys (TOML).")],
+    listen: Annotated[str, typer.Option(help="Where members reach this machine: HOST:PORT.")] = "0.0.0.0:8443",
+    pki: Annotated[Path, typer.Option(help="Folder of the certificates (`allmend pki init`).")] = Path("pki"),
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Plain HTTP, on this machine's own addresses only: to try it out.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="The run folder; runs/NAME when absent.")] = None,
+    fewest: Annotated[int, typer.Option(help="Members that must join, and answer in each round.")] = 2,
+    join_within: Annotated[float, typer.Option(help="Seconds to wait for members to join.")] = 3600.0,
+    answer_within: Annotated[float, typer.Option(help="Seconds that a member has for its part of a round.")] = 3600.0,
+) -> None:
+    """Adapt a model together with members on other machines.
+
+    Started again with the same arguments, it goes on where it stopped.
+    """
+    from allmend.consortium import coordinator
+    from allmend.consortium.network import open_door
+    from allmend.federation.engines.flower.door import Listen, address
+    from allmend.federation.keys import fingerprint, read_members
+    from allmend.federation.pki import Files
+    from allmend.recipe import load_recipe, located
+
+    console = Console()
+    loaded = load_recipe(recipe)
+    registered = read_members(members)
+    folder = out or Path("runs") / loaded.name
+    host, port = address(listen)
+    files = Files(pki)
+    where = Listen(host, port) if insecure else Listen(host, port, files.server, files.server_key)
+    for name, key in registered.items():
+        console.print(f"Member  {name}  {fingerprint(key)}", highlight=False, soft_wrap=True)
+    waiting = _Waiting(console)
+    with located(recipe), shown(console, folder) as listen_to:
+        run = coordinator.coordinate(
+            loaded,
+            registered,
+            folder,
+            base=recipe.parent,
+            open_exchange=partial(
+                open_door,
+                members=registered,
+                listen=where,
+                on_wait=waiting.tell,
+                on_open=lambda port: console.print(f"Door    {host}:{port}", highlight=False),
+            ),
+            patience=coordinator.Patience(join=join_within, leg=answer_within, fewest=fewest),
+            listeners=[listen_to],
+        )
+    show_outcome(console, run)
+
+
+class _Waiting:
+    """Says who is waited for, when that has changed or a minute has passed."""
+
+    def __init__(self, console: Console) -> None:
+        self._console, self._last, self._time = console, ([""], [""]), 0.0
+
+    def tell(self, waiting: list[str], away: list[str]) -> None:
+        now = time.monotonic()
+        if (waiting, away) == self._last and now - self._time < 60:
+            return
+        self._last, self._time = (waiting, away), now
+        gone = f" (away: {', '.join(away)})" if away else ""
+        self._console.print(f"  waiting for {', '.join(waiting)}{gone}", style="dim", highlight=False)

@@ -1,0 +1,107 @@
+"""`allmend join`: a run among organisations, at a member."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from allmend.errors import UserError
+
+if TYPE_CHECKING:
+    from allmend.consortium.offer import Offer
+    from allmend.prepare import EncodedClient
+    from allmend.recipe import Recipe
+
+
+def join(
+    address: Annotated[str, typer.Argument(help="The coordinator: HOST:PORT.")],
+    key: Annotated[Path, typer.Option(help="This member's private key (`allmend member key`).")],
+    data: Annotated[Path, typer.Option(help="This member's records; they stay here.")],
+    name: Annotated[str, typer.Option(help="This member's name, as the coordinator has registered it.")],
+    ca: Annotated[Path | None, typer.Option(help="The coordinator's ca.pem.")] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Plain HTTP, to a coordinator on this machine.")] = False,
+    folder: Annotated[Path | None, typer.Option(help="Where this member keeps what is its own.")] = None,
+    model: Annotated[str | None, typer.Option(help="Take the base model from here.")] = None,
+    accept: Annotated[str | None, typer.Option(help="Agree to the offer with this hash without being asked.")] = None,
+    patience: Annotated[float, typer.Option(help="Seconds of silence after which to give up; 0 for never.")] = 0.0,
+) -> None:
+    """Take part in a run: train on this member's own records, and send what the recipe says.
+
+    Started again with the same arguments, it goes on where it stopped.
+    """
+    from allmend.consortium.member import MemberSide
+    from allmend.consortium.network import serve
+    from allmend.federation.engines.flower.node import Node
+    from allmend.federation.keys import read_key
+
+    console = Console()
+    if (ca is None) != insecure:
+        raise UserError(
+            "the coordinator is known by its certificate" if ca is None else "--ca and --insecure exclude each other",
+            where="--ca",
+            hint="Ask the coordinator for its ca.pem.",
+        )
+    if not data.is_file():
+        raise UserError("no such file", where=data, hint="Name this member's records with --data.")
+    own = read_key(key)
+    place = folder or Path(f"allmend-{name}")
+    place.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def agree(offer: "Offer", recipe: "Recipe", client: "EncodedClient") -> bool:
+        _show(console, offer, recipe, client)
+        if accept is not None:
+            if accept == offer.digest:
+                return True
+            console.print("The offer is another than --accept names.", style="yellow")
+            return False
+        if not console.is_terminal:
+            console.print(f"Nobody is here to agree. To agree: --accept {offer.digest}", style="yellow")
+            return False
+        return typer.confirm("Take part?")
+
+    def tell(arm: str, turn: object, step: object) -> None:
+        pass
+
+    side = MemberSide(name, data, place, agree, source=model, on_step=tell)
+    if side.resume():
+        console.print("Going on with the run that was agreed to.")
+    waits: set[str] = set()
+
+    def wait(why: str) -> None:
+        if why not in waits:
+            waits.add(why)
+            console.print(f"  waiting: {why}", style="dim", highlight=False)
+
+    node = Node(address, own, ca, patience=patience or float("inf"), on_wait=wait)
+    console.print(f"Joining {address} as {name}", highlight=False)
+    serve(side, node)
+    console.print(f"The run has ended. This member's folder: {place}", highlight=False, soft_wrap=True)
+
+
+def _show(console: Console, offer: "Offer", recipe: "Recipe", client: "EncodedClient") -> None:
+    """The offer in words: what leaves, who sees it, what protects it."""
+    from allmend.federation.arm import strategy_of
+
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("Run", recipe.name)
+    facts.add_row("Model", recipe.model.source)
+    facts.add_row("Members", ", ".join(one.name for one in recipe.clients))
+    planted = len(client.member.records) - len(client.train)
+    facts.add_row("Your records", f"{len(client.train):,} for training, {len(client.held_out):,} held out")
+    if planted:
+        facts.add_row("Canaries", f"{planted:,} synthetic texts join your training records, for the audit")
+    facts.add_row("Offer", offer.digest)
+    console.print(facts, highlight=False)
+    for name, arm in recipe.arms().items():
+        declared = strategy_of(arm, seed=recipe.seed).declare()
+        table = Table("what", "which", "who sees it", title=f"{name}: what leaves, {arm.strategy.rounds} rounds")
+        for what, which in declared.summed.items():
+            table.add_row(what, which, "summed; whoever sums could see each")
+        for what, why in declared.seen.items():
+            table.add_row(what, why, f"seen by {declared.seen_by} one by one")
+        if declared.kept:
+            table.add_row("(stays)", declared.kept, "this member alone")
+        console.print(table)
+    console.print("Scores on your held-out records leave as sums. Your records do not leave.", highlight=False)
