@@ -48,7 +48,7 @@ def test_sums_keep_no_member_and_offer_no_way_to_one() -> None:
     for one in replies:
         sums.add(one)
     public = {name for name in dir(sums) if not name.startswith("_")}
-    assert public == {"add", "fact", "members", "of"}
+    assert public == {"add", "cut", "fact", "members", "of"}
     held = [value for value in vars(sums).values() if isinstance(value, dict)]
     tensors = [t for values in held for t in values.values() if isinstance(t, torch.Tensor)]
     assert len(tensors) == 2

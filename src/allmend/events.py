@@ -91,6 +91,8 @@ class RoundDone(_Event):
     """ε spent so far, by client for the records' guarantee, under `members` for the members'."""
     took_part: dict[str, int] = {}
     """Rounds that each client has begun to train in, broken-off tries included where they cost."""
+    cut: int = 0
+    """Values that were too large for the sum and were cut, over all clients (secure aggregation)."""
     training_seconds: float
     """Of `seconds`, the part spent in clients' work; the rest is exchange, aggregation and checkpoint."""
 

@@ -221,6 +221,19 @@ class MemberPrivacy(Noise):
         return self
 
 
+class SecureAggregation(Section):
+    """What members only ever sum is summed behind masks: nobody sees a member's part."""
+
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    """Largest change of a parameter by one member in a round; what is larger is cut to it, and counted."""
+    largest_weight: Annotated[float, Field(ge=1, le=2**27)] = 1e6
+    """Most training records of a member: changes are summed times their number."""
+    threshold: Annotated[float, Field(gt=0.5, le=1)] = 2 / 3
+    """Share of a member's neighbours, itself among them, that must stay for a sum to be opened."""
+    fewest: Annotated[int, Field(ge=3)] = 3
+    """Members that a sum must be over."""
+
+
 class Privacy(Section):
     """Layers against memorisation; each is absent unless it is named."""
 
@@ -228,6 +241,7 @@ class Privacy(Section):
     deduplicate: Deduplicate | None = None
     record: RecordPrivacy | None = None
     member: MemberPrivacy | None = None
+    secure_aggregation: SecureAggregation | None = None
     weight_noise: Annotated[float, Field(ge=0)] = 0.0
     """Standard deviation of Gaussian noise on the final parameters. No formal guarantee."""
     randomness: Literal["seeded", "secure"] = "seeded"

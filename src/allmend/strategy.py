@@ -91,12 +91,19 @@ class Sums:
         self._tensors: Tensors = {}
         self._facts: dict[str, float] = {}
         self.members = 0
+        self.cut = 0
 
     @classmethod
-    def of(cls, tensors: Tensors, facts: Mapping[str, float], members: int) -> "Sums":
-        """Sums that were formed elsewhere, over so many members."""
+    def of(cls, tensors: Tensors, facts: Mapping[str, float], members: int, *, cut: int = 0) -> "Sums":
+        """Sums that were formed elsewhere.
+
+        Args:
+            tensors, facts: the sums.
+            members: how many are in them.
+            cut: values that were too large and were cut.
+        """
         sums = cls()
-        sums._tensors, sums._facts, sums.members = dict(tensors), dict(facts), members
+        sums._tensors, sums._facts, sums.members, sums.cut = dict(tensors), dict(facts), members, cut
         return sums
 
     def add(self, reply: Reply) -> None:

@@ -116,10 +116,12 @@ def make_place(tmp_path: Path, tiny_folder: Path) -> Callable[..., Place]:
             asked.append(what)
             return agree
 
+        private = {name: Ed25519PrivateKey.generate() for name in NAMES}
         sides = {
-            name: MemberSide(name, tmp_path / f"{name}.jsonl", tmp_path / "members" / name, decide) for name in NAMES
+            name: MemberSide(name, private[name], tmp_path / f"{name}.jsonl", tmp_path / "members" / name, decide)
+            for name in NAMES
         }
-        keys = {name: Ed25519PrivateKey.generate().public_key().public_bytes_raw() for name in NAMES}
+        keys = {name: key.public_key().public_bytes_raw() for name, key in private.items()}
         return Place(tmp_path, recipe, keys, sides, Post({name: side.answer for name, side in sides.items()}), asked)
 
     return make

@@ -130,13 +130,11 @@ def test_what_does_not_fit_is_told_by_the_member(change: str, why: str, make_pla
     side = place.sides["north"]
     answer = place.post.answer["north"]
     if change == "version":
-        from dataclasses import asdict
-
         from allmend.consortium.offer import Offer
         from allmend.models.tensors import dump
 
-        offer = Offer(place.recipe.to_toml(), "x", "9.9")
-        said = side.answer(dump({}, {"ask": "offer", **asdict(offer)}))
+        offer = Offer(place.recipe.to_toml(), (), "x", "9.9")
+        said = side.answer(dump({}, {"ask": "offer", **offer.about}))
         assert b"9.9" in said
         return
     if change == "name":
@@ -167,3 +165,30 @@ def test_another_recipe_or_other_members_are_another_run(make_place: MakePlace) 
     place.recipe = place.recipe.model_copy(update={"seed": 4})
     with pytest.raises(UserError, match="recipe differ from what the run was started with"):
         place.coordinate()
+
+
+def test_behind_masks_the_run_is_that_of_the_simulation_too(make_place: MakePlace) -> None:
+    place = make_place(privacy={"secure_aggregation": {"clip": 1.0}}, compare={}, canaries=None)
+    seen: list[Any] = []
+    for name, answer in list(place.post.answer.items()):
+        place.post.answer[name] = lambda question, answer=answer: seen.append(answer(question)) or seen[-1]
+    there = place.coordinate(fewest=3)
+    here = tune(place.recipe, place.folder / "simulated", base=place.folder)
+    assert adapter(there.arm("fedavg")) == adapter(here.arm("fedavg"))
+    plain = tune(
+        place.recipe.model_copy(update={"privacy": type(place.recipe.privacy)()}),
+        place.folder / "plain",
+        base=place.folder,
+    )
+    masked, open_ = (load_file(run.arm("fedavg") / "adapter" / "adapter_model.safetensors") for run in (there, plain))
+    for key, tensor in open_.items():
+        assert (masked[key] - tensor).abs().max() < 1e-5
+    assert adapter(there.arm("fedavg")) != adapter(plain.arm("fedavg"))
+    # no answer held what a member sums
+    from allmend.models.tensors import parse
+
+    assert seen
+    for data in seen:
+        tensors, about = parse(data)
+        assert not any(name.startswith("summed/update") for name in tensors)
+        assert "weight" not in about.get("summed", {})

@@ -64,7 +64,7 @@ def join(
     def tell(arm: str, turn: object, step: object) -> None:
         pass
 
-    side = MemberSide(name, data, place, agree, source=model, on_step=tell)
+    side = MemberSide(name, own, data, place, agree, source=model, on_step=tell)
     if side.resume():
         console.print("Going on with the run that was agreed to.")
     waits: set[str] = set()

@@ -22,7 +22,7 @@ from allmend.auditing.guarantees import privacy_table
 from allmend.auditing.learnt import write_learnt
 from allmend.auditing.runs import audit_arms, design_digest, write_cards
 from allmend.consortium.member import planned
-from allmend.consortium.offer import Offer, among
+from allmend.consortium.offer import Offer, among, hiding
 from allmend.consortium.scoring import Moments, Paired
 from allmend.data.canaries import write_canaries
 from allmend.errors import UserError
@@ -32,6 +32,7 @@ from allmend.federation.checkpoint import Checkpoint, Checkpoints
 from allmend.federation.engines.flower.engine import FlowerEngine
 from allmend.federation.engines.flower.exchange import Exchange
 from allmend.federation.engines.wire import parse_reply
+from allmend.federation.keys import public_line
 from allmend.federation.privacy.ledger import open_ledger
 from allmend.federation.rounds import run_rounds
 from allmend.models.tensors import Tensors, dump, parse
@@ -66,6 +67,7 @@ class Coordination:
 
     Attributes:
         recipe: with the members for clients (`offer.among`).
+        keys: the members' raw public keys.
         run: its folder, locked.
         prepared: model, encoder and canaries; no records.
         exchange: carries questions and answers.
@@ -74,6 +76,7 @@ class Coordination:
     """
 
     recipe: Recipe
+    keys: Mapping[str, bytes]
     run: RunFolder
     prepared: Prepared
     exchange: Exchange
@@ -84,7 +87,8 @@ class Coordination:
     @property
     def offer(self) -> Offer:
         """What members are asked to agree to."""
-        return Offer(self.recipe.to_toml(), self.prepared.model.digest, allmend.__version__)
+        members = tuple((name, public_line(key)) for name, key in sorted(self.keys.items()))
+        return Offer(self.recipe.to_toml(), members, self.prepared.model.digest, allmend.__version__)
 
     def gather(self) -> None:
         """Offer the run to all members, and wait for their consent.
@@ -93,7 +97,7 @@ class Coordination:
             UserError: too few agree in time; the message says what came of each.
         """
         offer = self.offer
-        question = dump({}, {"ask": "offer", "recipe": offer.recipe, "model": offer.model, "allmend": offer.allmend})
+        question = dump({}, {"ask": "offer", **offer.about})
         joined, told = [], []
         for name, reply in self._ask(dict.fromkeys(self._everybody, question), seconds=self.patience.join):
             if isinstance(reply, Reply) and reply.seen_facts.get("accepted") == offer.digest:
@@ -158,6 +162,7 @@ class Coordination:
                 seconds=self.patience.leg,
                 fewest=self.patience.fewest,
                 emit=self.log.emit,
+                hiding=hiding(self.offer, recipe, arm, strategy, trainable.state()),
             )
             last = run_rounds(
                 strategy,
@@ -329,7 +334,7 @@ def coordinate(
             RunFolder.create(run.path, recipe.to_toml(), facts)
             run.path.chmod(0o700)
         with run.log(listeners) as log, open_exchange(run.path) as exchange:
-            _live(Coordination(recipe, run, prepared, exchange, patience, log), resumed=resumed)
+            _live(Coordination(recipe, members, run, prepared, exchange, patience, log), resumed=resumed)
     return run
 
 

@@ -7,21 +7,25 @@ question makes it do is in the recipe that it has agreed to.
 import contextlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 import allmend
-from allmend.consortium.offer import Consents, Offer
+from allmend.consortium.offer import Consents, Offer, hiding
 from allmend.consortium.scoring import Moments, Paired
 from allmend.data.canaries import Canary, canary_of, plant
 from allmend.data.files import load_client
 from allmend.data.records import ClientData
 from allmend.errors import UserError
 from allmend.federation.arm import at_member, strategy_of, trainable_of
+from allmend.federation.engines.flower.hidden import HiddenPart
 from allmend.federation.engines.flower.site import ArmAtMember, Site, error_answer
 from allmend.federation.engines.wire import dump_reply
 from allmend.federation.member import LEARNT, OnStep
+from allmend.federation.privacy.vectors import rounding
 from allmend.learn.compare import ModelScores
 from allmend.learn.evaluate import score
 from allmend.learn.scores import read_scores, write_scores
@@ -54,6 +58,7 @@ class MemberSide:
 
     Attributes:
         name: the member's, as the coordinator knows it.
+        identity: its private key.
         data: its records.
         folder: where it keeps what is its own.
         agree: asks whoever decides, shown the offer, its recipe, the strategies' declarations and the counts of the
@@ -64,6 +69,7 @@ class MemberSide:
     """
 
     name: str
+    identity: Ed25519PrivateKey
     data: Path
     folder: Path
     agree: Callable[[Offer, Recipe, EncodedClient], bool]
@@ -71,6 +77,7 @@ class MemberSide:
     source: str | None = None
     on_step: OnStep = lambda name, turn, step: None
     _joined: Joined | None = field(init=False, default=None)
+    _parts: dict[str, HiddenPart] = field(init=False, default_factory=dict)
 
     def answer(self, question: bytes) -> bytes:
         """The answer to a question; what goes wrong is told in it."""
@@ -81,6 +88,8 @@ class MemberSide:
                     return self._offered(Offer.of(about))
                 case "work":
                     return self._in(about).site.answer(question)
+                case "secure":
+                    return self._hidden(self._in(about), about).answer(about, tensors)
                 case "score":
                     return dump_reply(self._scored(self._in(about), about, of_group("model", tensors)))
                 case "learnt":
@@ -130,9 +139,10 @@ class MemberSide:
                     joined.site.close()
                     return dump_reply(Reply(seen_facts={"declined": True}))
                 self._consents.give(offer)
-            write_atomic(self.folder / OFFER, json.dumps(asdict(offer)).encode(), mode=0o600)
+            write_atomic(self.folder / OFFER, json.dumps(offer.about).encode(), mode=0o600)
             self.close()
             self._joined = joined
+            self._parts.clear()
         return dump_reply(Reply(seen_facts={"accepted": offer.digest}))
 
     def _prepare(self, offer: Offer) -> Joined:
@@ -146,6 +156,8 @@ class MemberSide:
         recipe = offer.read()
         if self.name not in {client.name for client in recipe.clients}:
             raise UserError("the coordinator's recipe has no client of this name", where=where)
+        if offer.keys.get(self.name) != self.identity.public_key().public_bytes_raw():
+            raise UserError("the coordinator has another key for this member", where=where)
         local = recipe
         if self.source is not None:
             local = recipe.model_copy(update={"model": recipe.model.model_copy(update={"source": self.source})})
@@ -166,6 +178,27 @@ class MemberSide:
             self.on_step,
         )
         return Joined(offer, recipe, model, client, site)
+
+    def _hidden(self, joined: Joined, about: dict[str, Any]) -> HiddenPart:
+        """The member's part in an arm's sums."""
+        name = self._arm(joined, about.get("arm"))
+        if name not in self._parts:
+            recipe = joined.recipe
+            arm = recipe.arms()[name]
+            joined.site.close()
+            with trainable_of(joined.model, arm.adapter, seed=recipe.seed) as trainable:
+                agreed = hiding(joined.offer, recipe, arm, strategy_of(arm, seed=recipe.seed), trainable.state())
+            if agreed is None:
+                raise UserError(f"the recipe forms no sums of arm {name!r} out of sight", where=f"member {self.name!r}")
+            self._parts[name] = HiddenPart(
+                self.name,
+                self.identity,
+                agreed,
+                joined.site.folder / "arms" / name,
+                lambda round, leg: joined.site.reply(name, round, leg),
+                lambda turn: rounding(arm.privacy.randomness, recipe.seed, name, turn, self.name),
+            )
+        return self._parts[name]
 
     def _scored(self, joined: Joined, about: dict[str, Any], tensors: Tensors) -> Reply:
         """Sums over the held-out records under a model, and of the differences to others scored before."""
@@ -266,4 +299,6 @@ def _open_arm(recipe: Recipe, model: LoadedModel, client: EncodedClient, name: s
     arm = arms[name]
     member, _ = at_member(client.member, arm)
     with trainable_of(model, arm.adapter, seed=recipe.seed) as trainable:
-        yield ArmAtMember(strategy_of(arm, seed=recipe.seed), trainable, member, arm.train)
+        yield ArmAtMember(
+            strategy_of(arm, seed=recipe.seed), trainable, member, arm.train, arm.privacy.secure_aggregation is not None
+        )

@@ -9,8 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from allmend.errors import UserError
-from allmend.recipe import ClientSource, Recipe, parse_recipe
+from allmend.federation.engines.flower.hidden import Hiding
+from allmend.federation.keys import parse_public
+from allmend.federation.privacy.vectors import VectorCode
+from allmend.models.tensors import Tensors
+from allmend.recipe import Arm, ClientSource, Recipe, parse_recipe
 from allmend.run import write_atomic
+from allmend.strategy import Strategy
 
 AT_MEMBER = "(at the member)"
 """What stands for the path of a member's data in a recipe among organisations."""
@@ -22,11 +27,13 @@ class Offer:
 
     Attributes:
         recipe: as TOML, its clients named, their data not.
+        members: names and public keys (OpenSSH lines), in order of the names.
         model: digest of the base model's weights.
         allmend: the coordinator's version.
     """
 
     recipe: str
+    members: tuple[tuple[str, str], ...]
     model: str
     allmend: str
 
@@ -34,6 +41,20 @@ class Offer:
     def digest(self) -> str:
         """SHA-256, 64 hexadecimal digits: what a member agrees to."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    @property
+    def keys(self) -> dict[str, bytes]:
+        """The members' raw public keys.
+
+        Raises:
+            UserError: one is none.
+        """
+        return {name: parse_public(line, where=f"member {name!r}") for name, line in self.members}
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """As a message's facts."""
+        return {**asdict(self), "members": [list(pair) for pair in self.members]}
 
     def read(self) -> Recipe:
         """The recipe.
@@ -50,10 +71,16 @@ class Offer:
         Raises:
             UserError: they are no offer.
         """
-        found = {key: about.get(key) for key in ("recipe", "model", "allmend")}
-        if not all(isinstance(value, str) for value in found.values()):
-            raise UserError("the coordinator's offer lacks a part", hint="Its version may be another: compare them.")
-        return cls(**{key: str(value) for key, value in found.items()})
+        try:
+            recipe, model, version = (about[key] for key in ("recipe", "model", "allmend"))
+            members = tuple((str(name), str(line)) for name, line in about["members"])
+            if not all(isinstance(value, str) for value in (recipe, model, version)):
+                raise TypeError
+        except (KeyError, TypeError, ValueError):
+            raise UserError(
+                "the coordinator's offer lacks a part", hint="Its version may be another: compare them."
+            ) from None
+        return cls(recipe, members, model, version)
 
 
 def among(recipe: Recipe, names: Sequence[str]) -> Recipe:
@@ -67,6 +94,15 @@ def among(recipe: Recipe, names: Sequence[str]) -> Recipe:
     values["clients"] = [client.model_dump() for client in clients]
     values["data"]["icd10cm"] = None
     return Recipe.model_validate(values)
+
+
+def hiding(offer: Offer, recipe: Recipe, arm: Arm, strategy: Strategy, initial: Tensors) -> Hiding | None:
+    """What is agreed on about an arm's sums, or None where they are formed in sight; the same at both sides."""
+    layer = arm.privacy.secure_aggregation
+    if layer is None:
+        return None
+    code = VectorCode.of(strategy, initial, layer, len(recipe.clients))
+    return Hiding(offer.digest, arm.name, offer.keys, code, layer)
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,18 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from allmend.events import ArmStarted, Event, StepDone
 from allmend.federation.checkpoint import Checkpoint, Checkpoints
 from allmend.federation.engines import Engine
+from allmend.federation.engines.hiding import HidingEngine
 from allmend.federation.engines.in_process import InProcessEngine
 from allmend.federation.engines.workers import WorkerEngine
 from allmend.federation.member import LEARNT, Member
 from allmend.federation.privacy.layers import noisy, protected
 from allmend.federation.privacy.ledger import Ledger, member_account, open_ledger
+from allmend.federation.privacy.vectors import VectorCode, rounding
 from allmend.federation.rounds import Observer, run_rounds
 from allmend.federation.strategies import build_strategy
 from allmend.federation.strategies.fedavg import FedAvg
@@ -85,6 +87,13 @@ def strategy_of(arm: Arm, *, seed: int) -> Strategy:
     strategy = build_strategy(arm.strategy.name, arm.strategy.options, seed=seed)
     if isinstance(strategy, FedAvgProduct) and arm.adapter.kind != "lora":
         raise ValueError(f"{strategy.name} averages products of LoRA's factors: adapter.kind must be 'lora'")
+    if arm.privacy.secure_aggregation and (seen := sorted(strategy.declare().seen)):
+        raise ValueError(
+            f"privacy.secure_aggregation hides what is summed, and {strategy.name!r} looks at each member's "
+            f"{', '.join(seen)}: remove one of the two"
+        )
+    if arm.privacy.secure_aggregation and arm.privacy.member:
+        raise ValueError("privacy.member adds its noise to a sum that is seen: remove it or privacy.secure_aggregation")
     layer = arm.privacy.member
     if layer is None:
         return strategy
@@ -162,6 +171,9 @@ def train_arm(
     expected = (rounds - start.round) * tokens_per_round(arm, members)
     watch = _Watch(arm.name, emit, Meter(emit, f"train {arm.name}", expected))
     carrier = _engine(engine, trainable, members, arm, watch)
+    if layer := arm.privacy.secure_aggregation:
+        code = VectorCode.of(strategy, trainable.state(), layer, len(members))
+        carrier = HidingEngine(carrier, code, _rounding(arm, seed), layer.fewest)
     try:
         last = run_rounds(
             strategy,
@@ -183,6 +195,10 @@ def train_arm(
     if arm.privacy.weight_noise:
         outcomes = {name: noisy(tensors, arm.privacy, seed, name) for name, tensors in outcomes.items()}
     return Training(outcomes, _learnt(members, last), layers)
+
+
+def _rounding(arm: Arm, seed: int) -> Callable[[Turn, str], Callable[[int], Any]]:
+    return lambda turn, member: rounding(arm.privacy.randomness, seed, arm.name, turn, member)
 
 
 def _personal(strategy: Strategy, last: Checkpoint) -> Outcomes:

@@ -59,7 +59,7 @@ def run_rounds(
         began = time.perf_counter()
         sent: dict[str, int] = {}
         received: dict[str, int] = {}
-        working = 0.0
+        working, cut = 0.0, 0
         summed_loss: float | None = None
         for leg in range(strategy.legs):
             turn = Turn(round, leg, rounds, len(engine.members))
@@ -81,10 +81,12 @@ def run_rounds(
                 _add(sums, reply, name, round)
                 seen[name] = Seen(reply.seen, reply.seen_facts)
                 sent[name] = sent.get(name, 0) + nbytes(tasks[name].tensors)
-                received[name] = received.get(name, 0) + nbytes(reply.summed) + nbytes(reply.seen)
+                received[name] = received.get(name, 0) + nbytes(reply.summed) + nbytes(reply.seen) + answer.hidden
                 if observe and (revealed := strategy.revealed(tasks[name], reply)) is not None:
                     observe(round, name, revealed)
             working += answers.seconds
+            sums = engine.summed() or sums
+            cut += sums.cut
             state = strategy.combine(state, turn, sums, seen)
             if weight := sums.fact("weight"):
                 summed_loss = sums.fact("loss") / weight if "loss" in sums else None
@@ -104,6 +106,7 @@ def run_rounds(
             training_seconds=working,
             epsilon=ledger.spent(took_part, round),
             took_part=dict(took_part),
+            cut=cut,
         )
         checkpoint = Checkpoint(round, state, engine.states(), took_part)
         checkpoints.save(checkpoint, announce=partial(_announce, done, began, emit))

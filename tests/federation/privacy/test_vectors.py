@@ -66,6 +66,7 @@ def test_values_that_do_not_fit_are_cut_and_counted() -> None:
     found = code().decode(vector, 1)
     torch.testing.assert_close(found["update/a"], torch.tensor([100.0, -100.0, 99.0, 0.0]).double(), rtol=0, atol=1e-6)
     assert found.fact("weight") == LARGEST_NUMBER
+    assert found.cut == 3
 
 
 @pytest.mark.parametrize(

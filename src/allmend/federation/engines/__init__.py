@@ -4,15 +4,22 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from allmend.strategy import Reply, State, Strategy, Task
+from allmend.strategy import Reply, State, Strategy, Sums, Task
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A member's reply."""
+    """A member's reply.
+
+    Attributes:
+        member: whose.
+        reply: without what is summed out of sight.
+        hidden: bytes of that.
+    """
 
     member: str
     reply: Reply
+    hidden: int = 0
 
 
 class Engine(Protocol):
@@ -25,6 +32,14 @@ class Engine(Protocol):
 
     def work(self, strategy: Strategy, tasks: Mapping[str, Task]) -> Iterator[Answer]:
         """Have every member that has a task work on it; replies in the order of names."""
+        ...
+
+    def summed(self) -> Sums | None:
+        """After `work`: sums that were formed without a look at their parts; None where the replies hold the parts.
+
+        Raises:
+            UserError: too few members are left for a sum.
+        """
         ...
 
     def states(self) -> dict[str, State]:

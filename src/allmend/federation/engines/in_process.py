@@ -10,7 +10,7 @@ from allmend.federation.engines import Answer
 from allmend.federation.member import Member, MemberClient, OnStep
 from allmend.models.adapters import Trainable
 from allmend.recipe import Train
-from allmend.strategy import State, Strategy, Task
+from allmend.strategy import State, Strategy, Sums, Task
 
 
 @dataclass
@@ -44,6 +44,9 @@ class InProcessEngine:
     def work(self, strategy: Strategy, tasks: Mapping[str, Task]) -> Iterator[Answer]:
         for name in sorted(tasks):
             yield Answer(name, strategy.work(tasks[name], self._clients[name]))
+
+    def summed(self) -> Sums | None:
+        return None
 
     def states(self) -> dict[str, State]:
         return {name: client.state for name, client in self._clients.items()}

@@ -12,8 +12,11 @@ import numpy as np
 import torch
 
 from allmend.federation.privacy.secure_sum.fixed_point import FixedPoint, Floats
-from allmend.federation.privacy.secure_sum.masks import Integers
-from allmend.strategy import Layout, Reply, Sums
+from allmend.federation.privacy.secure_sum.masks import Integers, dtype
+from allmend.learn.noise import NoiseSource, Randomness, noise_source
+from allmend.models.tensors import Tensors
+from allmend.recipe import SecureAggregation
+from allmend.strategy import Layout, Reply, Strategy, Sums, Turn
 
 LARGEST_NUMBER = 2.0**27
 """Of a single number in a reply, such as a loss times a number of records."""
@@ -23,7 +26,8 @@ LARGEST_NUMBER = 2.0**27
 class VectorCode:
     """Replies as vectors, and sums of vectors as sums of replies.
 
-    Tensors come first, in order of their names, then the numbers. A name that a reply leaves out stands for zeros.
+    Tensors come first, in order of their names, then the numbers, last of all how many of the reply's values were cut
+    to what fits. A name that a reply leaves out stands for zeros.
 
     Attributes:
         layout: of the tensors.
@@ -39,10 +43,24 @@ class VectorCode:
     members: int
     bits: Literal[32, 64] = 64
 
+    @classmethod
+    def of(cls, strategy: Strategy, initial: Tensors, layer: SecureAggregation, members: int) -> "VectorCode":
+        """The code of an arm's replies.
+
+        Args:
+            strategy: the arm's.
+            initial: the parameters that everybody starts from.
+            layer: the recipe's.
+            members: in the run.
+        """
+        declared = strategy.declare()
+        numbers = sorted(set(declared.summed) & declared.numbers)
+        return cls(strategy.layout(initial), numbers, layer.clip * layer.largest_weight, members)
+
     @property
     def length(self) -> int:
         """Numbers in a vector."""
-        return sum(shape.numel() for shape in self.layout.values()) + len(self.numbers)
+        return sum(shape.numel() for shape in self.layout.values()) + len(self.numbers) + 1
 
     @property
     def of_tensors(self) -> FixedPoint:
@@ -80,12 +98,13 @@ class VectorCode:
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"tensor {name!r} holds NaN or infinite values")
             parts.append(tensor.detach().to("cpu", torch.float64).flatten().numpy())
-        numbers = np.array([reply.summed_facts.get(name, 0.0) for name in sorted(self.numbers)], dtype=np.float64)
+        numbers = np.array([reply.summed_facts.get(name, 0.0) for name in sorted(self.numbers)] + [0.0])
         if not np.isfinite(numbers).all():
             raise ValueError(f"number {sorted(self.numbers)[int(np.argmin(np.isfinite(numbers)))]!r} is not finite")
         tensors, cut = self.of_tensors.encode(np.concatenate([*parts, np.zeros(0)]), uniform)
-        facts, cut_numbers = self.of_numbers.encode(numbers, uniform)
-        return np.concatenate([tensors, facts]), cut + cut_numbers
+        cut += int((np.abs(numbers) > LARGEST_NUMBER).sum())
+        numbers[-1] = cut
+        return np.concatenate([tensors, self.of_numbers.encode(numbers, uniform)[0]]), cut
 
     def decode(self, total: Integers, members: int) -> Sums:
         """The sums that a sum of vectors stands for.
@@ -94,7 +113,7 @@ class VectorCode:
             total: modulo 2^bits, [length].
             members: how many are in it.
         """
-        split = len(total) - len(self.numbers)
+        split = self.length - len(self.numbers) - 1
         values = torch.from_numpy(self.of_tensors.decode(total[:split]))
         tensors, start = {}, 0
         for name in sorted(self.layout):
@@ -102,4 +121,46 @@ class VectorCode:
             tensors[name] = values[start : start + size].view(self.layout[name])
             start += size
         numbers = self.of_numbers.decode(total[split:]).tolist()
-        return Sums.of(tensors, dict(zip(sorted(self.numbers), numbers, strict=True)), members)
+        return Sums.of(tensors, dict(zip(sorted(self.numbers), numbers, strict=False)), members, cut=round(numbers[-1]))
+
+
+def rounding(randomness: Randomness, seed: int, arm: str, turn: Turn, member: str) -> Callable[[int], Floats]:
+    """Where a member's rounding gets its random numbers in a leg: another source for each."""
+    source: NoiseSource = noise_source(randomness, seed, "rounding", arm, turn.round, turn.leg, member)
+    return lambda count: np.asarray(source.uniform(count).numpy(), dtype=np.float64)
+
+
+def without_sums(reply: Reply) -> Reply:
+    """What of a reply may be looked at by itself."""
+    return Reply(seen=reply.seen, seen_facts=reply.seen_facts)
+
+
+@dataclass
+class CodedSum:
+    """A sum of vectors formed in this process, as secure aggregation would form it behind masks.
+
+    Attributes:
+        code: of the vectors.
+        members: how many are in it.
+    """
+
+    code: VectorCode
+    members: int = 0
+
+    def __post_init__(self) -> None:
+        self._total: Integers = np.zeros(self.code.length, dtype=dtype(self.code.bits))
+
+    def add(self, reply: Reply, uniform: Callable[[int], Floats]) -> int:
+        """Add a member's reply; gives the bytes of its vector.
+
+        Raises:
+            ValueError: see `VectorCode.encode`.
+        """
+        vector, _ = self.code.encode(reply, uniform)
+        self._total += vector
+        self.members += 1
+        return vector.nbytes
+
+    def sums(self) -> Sums:
+        """The sums of the replies."""
+        return self.code.decode(self._total, self.members)

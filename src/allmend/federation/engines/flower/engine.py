@@ -7,9 +7,10 @@ from allmend.errors import UserError
 from allmend.events import Event, Warned
 from allmend.federation.engines import Answer
 from allmend.federation.engines.flower.exchange import Exchange
+from allmend.federation.engines.flower.hidden import Hiding, ask_sum
 from allmend.federation.engines.wire import dump_task, parse_reply
 from allmend.models.tensors import parse
-from allmend.strategy import State, Strategy, Task
+from allmend.strategy import State, Strategy, Sums, Task, Turn
 
 SUSPENDED = 3
 """Rounds in a row that a member may miss before it is no longer asked."""
@@ -27,6 +28,7 @@ class FlowerEngine:
         seconds: that a leg of a round may take.
         fewest: members that must answer.
         emit: writes events.
+        hiding: what is agreed on about sums, where they are formed out of sight.
     """
 
     exchange: Exchange
@@ -36,6 +38,8 @@ class FlowerEngine:
     seconds: float
     fewest: int
     emit: Callable[[Event], None]
+    hiding: Hiding | None = None
+    _worked: tuple[Turn, list[str]] | None = field(init=False, default=None)
     _missed: dict[str, int] = field(init=False, default_factory=dict)
 
     @property
@@ -46,21 +50,39 @@ class FlowerEngine:
         about = {"ask": "work", "run": self.run, "arm": self.arm}
         questions = {name: dump_task(task, about=about) for name, task in tasks.items()}
         round = next(iter(tasks.values())).turn.round
-        answered = 0
+        answered: list[str] = []
         for name, data in self.exchange.ask(questions, seconds=self.seconds):
             answer = None if data is None else self._read(name, round, data)
             if answer is None:
                 self._miss(name, round, came=data is not None)
                 continue
             self._missed[name] = 0
-            answered += 1
+            answered.append(name)
             yield answer
-        if answered < self.fewest:
+        self._worked = next(iter(tasks.values())).turn, answered
+        if len(answered) < self.fewest:
             raise UserError(
-                f"{answered} of {len(tasks)} members answered in round {round}, and {self.fewest} are the fewest",
+                f"{len(answered)} of {len(tasks)} members answered in round {round}, and {self.fewest} are the fewest",
                 where=f"arm {self.arm!r}",
                 hint="Run the same command again when more of them are there; the last round is kept.",
             )
+
+    def summed(self) -> Sums | None:
+        if self.hiding is None:
+            return None
+        assert self._worked is not None, "work comes first"
+        turn, names = self._worked
+        sums, survivors = ask_sum(
+            self.exchange,
+            self.hiding,
+            turn,
+            names,
+            seconds=self.seconds,
+            warn=lambda words: self.emit(Warned(message=words)),
+        )
+        if lost := sorted(set(names) - set(survivors)):
+            self.emit(Warned(message=f"round {turn.round} goes on without what {', '.join(lost)} worked out"))
+        return sums
 
     def states(self) -> dict[str, State]:
         return {}
@@ -78,7 +100,8 @@ class FlowerEngine:
             if isinstance(error := about.get("error"), dict):
                 self.emit(Warned(message=f"{where}: {error.get('what')}"))
                 return None
-            return Answer(name, parse_reply(data, where=where)[0])
+            hidden = self.hiding.code.length * self.hiding.code.bits // 8 if self.hiding else 0
+            return Answer(name, parse_reply(data, where=where)[0], hidden)
         except UserError as error:
             self.emit(Warned(message=str(error)))
             return None

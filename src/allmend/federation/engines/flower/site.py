@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from allmend.errors import UserError
-from allmend.federation.engines.wire import dump_reply, parse_task
+from allmend.federation.engines.wire import dump_reply, parse_reply, parse_task
 from allmend.federation.member import Member, MemberClient, OnStep
+from allmend.federation.privacy.vectors import without_sums
 from allmend.models.adapters import Trainable
 from allmend.models.tensors import Tensors, dump, parse, read_tensors, write_tensors
 from allmend.recipe import Train
 from allmend.run import write_atomic
-from allmend.strategy import State, Strategy
+from allmend.strategy import Reply, State, Strategy
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class ArmAtMember:
         strategy: the arm's.
         trainable: what learns, at its initial parameters.
         member: the member's records, with the arm's layers on them.
+        hides: whether what is summed stays here until it is asked for behind masks.
         settings: of local training.
     """
 
@@ -35,6 +37,7 @@ class ArmAtMember:
     trainable: Trainable
     member: Member
     settings: Train
+    hides: bool = False
 
 
 @dataclass
@@ -60,9 +63,9 @@ class Site:
             arm = str(about.get("arm"))
             digest = hashlib.sha256(question).hexdigest()
             place = _Place(self.folder / "arms" / _plain(arm), task.turn.round, task.turn.leg)
-            if (answer := place.answered(digest)) is not None:
-                return answer
             name, at, initial = self._enter(arm)
+            if (answer := place.answered(digest)) is not None:
+                return self._sent(at, answer)
             client = MemberClient(at.member, at.trainable, at.settings, initial, place.state_before(), self.on_step)
             reply = at.strategy.work(task, client)
             if undeclared := at.strategy.declare().undeclared(reply):
@@ -71,7 +74,19 @@ class Site:
             place.keep(client.state, answer, digest)
         except UserError as error:
             return error_answer(error)
-        return answer
+        return self._sent(at, answer)
+
+    def reply(self, arm: str, round: int, leg: int) -> Reply:
+        """What was worked out in a leg of a round.
+
+        Raises:
+            UserError: nothing was, or it is not kept any more.
+        """
+        place = _Place(self.folder / "arms" / _plain(arm), round, leg)
+        return parse_reply(place.kept())[0]
+
+    def _sent(self, at: ArmAtMember, answer: bytes) -> bytes:
+        return dump_reply(without_sums(parse_reply(answer)[0])) if at.hides else answer
 
     def newest(self, arm: str) -> State:
         """The member's state after what it last worked on in an arm; empty before."""
@@ -125,6 +140,14 @@ class _Place:
         except (OSError, UserError):
             return None
         return data if kept.get("question") == digest and not about.get("error") else None
+
+    def kept(self) -> bytes:
+        """The answer that is kept."""
+        path = self._answer(self.key)
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise UserError(f"round {self.round} was not worked on here: {error.strerror}", where=path) from error
 
     def state_before(self) -> State:
         """The state after what came before.

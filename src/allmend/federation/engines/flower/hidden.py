@@ -1,0 +1,225 @@
+"""Secure aggregation between machines: the four steps of a secure sum as questions to members.
+
+What both sides agree on beforehand is in the recipe and in the offer: the members' public keys, how many must stay, how
+values become integers. A member checks the terms of every sum against these, and never lets one vector be opened twice:
+the difference of two sums would be somebody's part.
+"""
+
+import json
+import math
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from allmend.errors import UserError
+from allmend.federation.engines.flower.exchange import Exchange
+from allmend.federation.privacy.secure_sum import ProtocolError, SecureMember, SecureSum, Terms
+from allmend.federation.privacy.secure_sum.fixed_point import Floats
+from allmend.federation.privacy.vectors import VectorCode
+from allmend.models.tensors import JSON, dump, parse
+from allmend.recipe import SecureAggregation
+from allmend.run import write_atomic
+from allmend.strategy import Reply, Sums, Turn
+
+STEPS = ("keys", "shares", "masked", "opened")
+
+
+@dataclass(frozen=True)
+class Hiding:
+    """What a run's members and coordinator agree on about an arm's sums.
+
+    Attributes:
+        run: digest of the offer.
+        arm: name.
+        keys: all members' raw public keys, by name.
+        code: how replies become vectors.
+        layer: of the recipe.
+    """
+
+    run: str
+    arm: str
+    keys: Mapping[str, bytes]
+    code: VectorCode
+    layer: SecureAggregation
+
+    def terms(self, session: str, names: list[str]) -> Terms:
+        """The terms of one sum.
+
+        Raises:
+            ValueError: too few members, or one that is not registered.
+        """
+        if strangers := sorted(set(names) - set(self.keys)):
+            raise ValueError(f"{', '.join(strangers)} is not registered")
+        plain = Terms(
+            session=session,
+            members={name: self.keys[name] for name in names},
+            length=self.code.length,
+            bits=self.code.bits,
+            fewest=self.layer.fewest,
+        )
+        needed = max(plain.lowest_threshold, math.ceil(self.layer.threshold * (plain.degree + 1)))
+        return Terms(
+            session=session,
+            members=plain.members,
+            length=plain.length,
+            bits=plain.bits,
+            threshold=needed,
+            fewest=plain.fewest,
+        )
+
+    def session(self, turn: Turn, once: str) -> str:
+        """The name of one try at a sum."""
+        return f"{self.run}/{self.arm}/{turn.round}/{turn.leg}/{once}"
+
+
+def ask_sum(
+    exchange: Exchange,
+    hiding: Hiding,
+    turn: Turn,
+    names: list[str],
+    *,
+    seconds: float,
+    warn: Callable[[str], None],
+) -> tuple[Sums, list[str]]:
+    """Have members form the sum of what they have worked out; gives it, and who is in it.
+
+    Args:
+        exchange: carries the questions.
+        hiding: what is agreed on.
+        turn: the round and leg.
+        names: members that have worked.
+        seconds: that each step may take.
+        warn: told of members that are lost on the way.
+
+    Raises:
+        UserError: too few are left.
+    """
+    once = secrets.token_hex(8)
+    try:
+        terms = hiding.terms(hiding.session(turn, once), names)
+    except ValueError as error:
+        raise UserError(f"no sum can be formed: {error}", where=f"arm {hiding.arm!r}, round {turn.round}") from None
+    total, told = SecureSum(terms), dict.fromkeys(names, b"")
+    for step in STEPS:
+        about: dict[str, JSON] = {
+            "ask": "secure",
+            "run": hiding.run,
+            "arm": hiding.arm,
+            "round": turn.round,
+            "leg": turn.leg,
+            "once": once,
+            "names": names,
+            "step": step,
+        }
+        questions = {name: dump(_packed(message), about) for name, message in told.items()}
+        for name, data in exchange.ask(questions, seconds=seconds):
+            try:
+                if data is None:
+                    raise ProtocolError(f"no answer to {step!r}", where=f"member {name!r}")
+                tensors, found = parse(data, where=f"member {name!r}")
+                if isinstance(refused := found.get("error"), dict):
+                    raise ProtocolError(str(refused.get("what")), where=f"member {name!r}")
+                total.receive(name, _unpacked(tensors))
+            except UserError as error:
+                warn(f"lost on the way to a sum: {error}")
+        told = total.advance()
+    assert total.total is not None
+    return hiding.code.decode(total.total, len(total.survivors)), total.survivors
+
+
+def _packed(message: bytes) -> dict[str, torch.Tensor]:
+    return {"message": torch.frombuffer(bytearray(message), dtype=torch.uint8)} if message else {}
+
+
+def _unpacked(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    message = tensors.get("message")
+    if message is None:
+        return b""
+    if message.dtype != torch.uint8 or message.dim() != 1:
+        raise UserError("the message of a secure sum must be bytes")
+    return message.numpy().tobytes()
+
+
+@dataclass
+class HiddenPart:
+    """A member's part in the sums of one arm.
+
+    Attributes:
+        name: the member's.
+        identity: its private key.
+        hiding: what is agreed on.
+        folder: where it keeps which vectors have been opened.
+        reply: what it worked out in a leg, from its own disk.
+        rounding: random numbers for the rounding.
+    """
+
+    name: str
+    identity: Ed25519PrivateKey
+    hiding: Hiding
+    folder: Path
+    reply: Callable[[int, int], Reply]
+    rounding: Callable[[Turn], Callable[[int], Floats]]
+    _at: tuple[str, SecureMember] | None = field(init=False, default=None)
+
+    def answer(self, about: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> bytes:
+        """One step.
+
+        Raises:
+            UserError: the step or the terms are not what was agreed on, or this vector was opened before.
+        """
+        where = f"member {self.name!r}"
+        try:
+            round, leg, once, step = (about[key] for key in ("round", "leg", "once", "step"))
+            names = [str(name) for name in about["names"]]
+            turn = Turn(int(round), int(leg), int(round))
+            if step not in STEPS or not isinstance(once, str) or len(once) > 64:
+                raise ValueError("unknown step")
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"not a step of a secure sum: {error}", where=where) from None
+        session, message = self.hiding.session(turn, once), _unpacked(tensors)
+        try:
+            if step == "keys":
+                self._refuse_second(turn)
+                terms = self.hiding.terms(session, names)
+                self._at = session, SecureMember(terms, self.name, self.identity)
+                answer = self._at[1].keys()
+            elif self._at is None or self._at[0] != session:
+                raise UserError("this member is not in that sum: it may have begun anew", where=where)
+            elif step == "shares":
+                answer = self._at[1].shares(message)
+            elif step == "masked":
+                vector, _ = self.hiding.code.encode(self.reply(turn.round, turn.leg), self.rounding(turn))
+                answer = self._at[1].masked(message, vector)
+            else:
+                self._refuse_second(turn)
+                self._note(turn)  # before it is sent: a second sum over others would bare somebody's part
+                answer = self._at[1].opened(message)
+        except ValueError as error:
+            raise UserError(str(error), where=where) from None
+        return dump(_packed(answer), {})
+
+    @property
+    def _opened(self) -> Path:
+        return self.folder / "opened.json"
+
+    def _refuse_second(self, turn: Turn) -> None:
+        if [turn.round, turn.leg] in self._read():
+            raise UserError(
+                f"what this member worked out in round {turn.round} is in a sum that was opened already, and a second "
+                "sum would bare it",
+                where=f"member {self.name!r}",
+            )
+
+    def _note(self, turn: Turn) -> None:
+        write_atomic(self._opened, json.dumps([*self._read(), [turn.round, turn.leg]]).encode())
+
+    def _read(self) -> list[list[int]]:
+        try:
+            return list(json.loads(self._opened.read_bytes())) if self._opened.exists() else []
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot be read: {error}", where=self._opened) from error
