@@ -226,7 +226,7 @@ class SecureAggregation(Section):
 
     clip: Annotated[float, Field(gt=0)] = 1.0
     """Largest change of a parameter by one member in a round; what is larger is cut to it, and counted."""
-    largest_weight: Annotated[float, Field(ge=1, le=2**27)] = 1e6
+    largest_weight: Annotated[float, Field(ge=1, le=1e8)] = 1e6
     """Most training records of a member: changes are summed times their number."""
     threshold: Annotated[float, Field(gt=0.5, le=1)] = 2 / 3
     """Share of a member's neighbours, itself among them, that must stay for a sum to be opened."""
