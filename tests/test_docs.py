@@ -244,7 +244,7 @@ def test_the_template_serves_the_built_in_clients_too() -> None:
 
 def test_a_commented_setting_of_the_template_shows_the_default() -> None:
     noise = {"noise_multiplier": 1.0}  # there is no default: one of two keys is needed
-    layers = {"deduplicate": {}, "goldfish": {}, "record": noise, "member": noise}
+    layers = {"deduplicate": {}, "goldfish": {}, "record": noise, "member": noise, "secure_aggregation": {}}
     defaults = make_recipe({"clients": [{"name": "north", "data": "x"}], "canaries": {}, "privacy": layers})
     examples = [
         *BUILT_IN,
