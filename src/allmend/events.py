@@ -114,6 +114,14 @@ class WorkDone(_Event):
     share: float
 
 
+class Offered(_Event):
+    """A run among organisations is offered to its members; what they agree to has this digest."""
+
+    type: Literal["offered"] = "offered"
+    digest: str
+    members: list[str]
+
+
 class Warned(_Event):
     """Something the user should know and the run survives."""
 
@@ -138,7 +146,7 @@ class RunFinished(_Event):
 
 
 Event = Annotated[
-    RunStarted | ArmStarted | StepDone | RoundDone | PhaseDone | WorkDone | Warned | Stopped | RunFinished,
+    RunStarted | Offered | ArmStarted | StepDone | RoundDone | PhaseDone | WorkDone | Warned | Stopped | RunFinished,
     Field(discriminator="type"),
 ]
 _EVENT: TypeAdapter[Event] = TypeAdapter(Event)

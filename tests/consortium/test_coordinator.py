@@ -103,7 +103,7 @@ def test_too_few_members_are_told_one_by_one(make_place: MakePlace) -> None:
     place.post.absent = {"south"}
     with pytest.raises(UserError, match="0 of 3 members have joined, and 2 are the fewest") as raised:
         place.coordinate()
-    assert "east declined" in str(raised.value)
+    assert "east: declined" in str(raised.value)
     assert "south: did not come" in str(raised.value)
 
 

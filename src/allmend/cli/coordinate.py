@@ -29,6 +29,9 @@ def coordinate(
 
     Started again with the same arguments, it goes on where it stopped.
     """
+    from allmend.federation.engines.flower import check_installed
+
+    check_installed()
     from allmend.consortium import coordinator
     from allmend.consortium.network import open_door
     from allmend.federation.engines.flower.door import Listen, address

@@ -31,6 +31,9 @@ def join(
 
     Started again with the same arguments, it goes on where it stopped.
     """
+    from allmend.federation.engines.flower import check_installed
+
+    check_installed()
     from allmend.consortium.member import MemberSide
     from allmend.consortium.network import serve
     from allmend.federation.engines.flower.node import Node
@@ -77,6 +80,9 @@ def join(
     node = Node(address, own, ca, patience=patience or float("inf"), on_wait=wait)
     console.print(f"Joining {address} as {name}", highlight=False)
     serve(side, node)
+    if side.declined:
+        console.print("Declined; nothing has left.")
+        raise typer.Exit(1)
     console.print(f"The run has ended. This member's folder: {place}", highlight=False, soft_wrap=True)
 
 

@@ -13,6 +13,7 @@ from rich.text import Text
 from allmend.events import (
     ArmStarted,
     Event,
+    Offered,
     PhaseDone,
     RoundDone,
     RunFinished,
@@ -144,6 +145,10 @@ def _line(event: Event) -> str:
             return (
                 f"{verb} [bold]{event.run}[/bold]: {escape(event.model)}, {counted(len(event.clients), 'client')}, "
                 f"{records:,} training and {held_out:,} held-out records"
+            )
+        case Offered():
+            return (
+                f"Offer   {event.digest}\n        to {', '.join(event.members)}; a member that is not asked: --accept"
             )
         case ArmStarted():
             rounds = f"rounds {event.round} to {event.rounds}" if event.round > 1 else counted(event.rounds, "round")

@@ -26,7 +26,7 @@ from allmend.consortium.offer import Offer, among, hiding
 from allmend.consortium.scoring import Moments, Paired
 from allmend.data.canaries import write_canaries
 from allmend.errors import UserError
-from allmend.events import ArmStarted, Event, PhaseDone, RunFinished, RunStarted, Stopped, Warned
+from allmend.events import ArmStarted, Event, Offered, PhaseDone, RunFinished, RunStarted, Stopped, Warned
 from allmend.federation.arm import Outcomes, Training, save_outcomes, strategy_of, trainable_of
 from allmend.federation.checkpoint import Checkpoint, Checkpoints
 from allmend.federation.engines.flower.engine import FlowerEngine
@@ -97,13 +97,14 @@ class Coordination:
             UserError: too few agree in time; the message says what came of each.
         """
         offer = self.offer
+        self.log.emit(Offered(digest=offer.digest, members=self._everybody))
         question = dump({}, {"ask": "offer", **offer.about})
         joined, told = [], []
         for name, reply in self._ask(dict.fromkeys(self._everybody, question), seconds=self.patience.join):
             if isinstance(reply, Reply) and reply.seen_facts.get("accepted") == offer.digest:
                 joined.append(name)
             elif isinstance(reply, Reply):
-                told.append(f"{name} declined")
+                told.append(f"{name}: declined")
             else:
                 told.append(f"{name}: {reply or 'did not come'}")
         for words in told:

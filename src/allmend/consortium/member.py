@@ -77,6 +77,7 @@ class MemberSide:
     source: str | None = None
     on_step: OnStep = lambda name, turn, step: None
     _joined: Joined | None = field(init=False, default=None)
+    declined: bool = field(init=False, default=False)
     _parts: dict[str, HiddenPart] = field(init=False, default_factory=dict)
 
     def answer(self, question: bytes) -> bytes:
@@ -137,6 +138,7 @@ class MemberSide:
             if not self._consents.given(offer):
                 if not self.agree(offer, joined.recipe, joined.client):
                     joined.site.close()
+                    self.declined = True
                     return dump_reply(Reply(seen_facts={"declined": True}))
                 self._consents.give(offer)
             write_atomic(self.folder / OFFER, json.dumps(offer.about).encode(), mode=0o600)

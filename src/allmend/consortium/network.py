@@ -62,7 +62,7 @@ def serve(side: MemberSide, node: Node, *, poll: float = 0.5) -> None:
     try:
         for letter in node.receive(poll=poll):
             node.answer(letter, side.answer(letter.data))
-            if _ends(letter.data):
+            if side.declined or _ends(letter.data):
                 return
     finally:
         side.close()

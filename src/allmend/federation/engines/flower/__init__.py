@@ -6,8 +6,21 @@ own. The stock processes of Flower are not used: they put an open control interf
 code that the coordinator sends.
 """
 
+import importlib.util
 import os
+
+from allmend.errors import UserError
 
 # both are read when flwr is imported: nothing calls home
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+
+
+def check_installed() -> None:
+    """Raise unless Flower is there.
+
+    Raises:
+        UserError: it is not.
+    """
+    if importlib.util.find_spec("flwr") is None:
+        raise UserError("runs between machines need Flower", hint="pip install 'allmend[flower]'")
