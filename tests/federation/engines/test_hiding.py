@@ -42,7 +42,7 @@ def test_a_hidden_sum_is_the_plain_one_to_the_width_of_a_step(
     found = run(strategy, members, settings, rounds=1, engine=engine, trainable=trainable)
     for key, tensor in plain.state.tensors.items():
         torch.testing.assert_close(found.state.tensors[key], tensor, rtol=1e-3, atol=1e-4)
-    events = [[event for event in one.events if isinstance(event, RoundDone)][0] for one in (plain, found)]
+    events = [next(event for event in one.events if isinstance(event, RoundDone)) for one in (plain, found)]
     assert events[0].loss == pytest.approx(events[1].loss, abs=1e-3) if events[0].loss else events[1].loss is None
     assert events[1].cut == 0
     size = engine.code.length * 8

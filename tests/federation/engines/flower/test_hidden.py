@@ -103,7 +103,7 @@ def test_too_few_members_end_the_round(make_parts: Callable[..., Parts]) -> None
 
 
 def test_one_vector_is_in_one_opened_sum(make_parts: Callable[..., Parts]) -> None:
-    """A second sum without one of them would bare its part: whoever was in the first stays out, also after a restart."""
+    """A second sum without one of them would bare its part: none of them takes part again, also after a restart."""
     parts = make_parts()
     parts.sum()
     parts.parts = {name: parts.part(name) for name in NAMES}
@@ -154,7 +154,7 @@ def test_a_member_keeps_to_what_was_agreed_on(make_parts: Callable[..., Parts]) 
         with pytest.raises(UserError, match=why):
             parts.parts["a"].answer(about | change, {})
     parts.lost = {"c": "opened"}  # all shares are needed
-    with pytest.raises(UserError, match="4 of the 5 .* have opened"):
+    with pytest.raises(UserError, match=r"4 of the 5 .* have opened"):
         parts.sum()
 
 
