@@ -20,7 +20,6 @@ from allmend.life import tune
 from allmend.recipe import load_recipe
 from allmend.run import RunFolder
 
-pytest.importorskip("flwr")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 NAMES = ("east", "north", "south")

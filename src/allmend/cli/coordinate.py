@@ -49,7 +49,7 @@ def coordinate(
     for name, key in registered.items():
         console.print(f"Member  {name}  {fingerprint(key)}", highlight=False, soft_wrap=True)
     waiting = _Waiting(console)
-    with located(recipe), shown(console, folder) as listen_to:
+    with located(recipe), shown(console, folder, onward="the same command goes on with it.") as listen_to:
         run = coordinator.coordinate(
             loaded,
             registered,

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from allmend.prepare import Prepared
 
 
+_IN_SIGHT = "summed over members; only the sum is used, but whoever sums could see each"
+_HIDDEN = "summed over members behind masks: nobody sees one (between machines; here they are simulated)"
+
+
 def show_disclosures(console: Console, prepared: "Prepared", disclosures: "Sequence[Disclosure]") -> None:
     """Print the clients' records and, for each arm, what leaves a member, who sees it and what stays."""
     records = Table("client", "training", "canaries", "held out", "notes", title="Records")
@@ -38,7 +42,7 @@ def show_disclosures(console: Console, prepared: "Prepared", disclosures: "Seque
                 name,
                 what,
                 "a number" if name in declaration.numbers else size(disclosure.sizes.get(name, 0)),
-                "summed over members; only the sum is used, but whoever sums could see each",
+                _IN_SIGHT if prepared.recipe.arms()[disclosure.arm].privacy.secure_aggregation is None else _HIDDEN,
             )
         for name, why in declaration.seen.items():
             seen = f"seen by {declaration.seen_by} one by one"

@@ -89,6 +89,7 @@ def join(
 def _show(console: Console, offer: "Offer", recipe: "Recipe", client: "EncodedClient") -> None:
     """The offer in words: what leaves, who sees it, what protects it."""
     from allmend.federation.arm import strategy_of
+    from allmend.federation.keys import fingerprint
 
     facts = Table.grid(padding=(0, 2))
     facts.add_row("Run", recipe.name)
@@ -100,11 +101,15 @@ def _show(console: Console, offer: "Offer", recipe: "Recipe", client: "EncodedCl
         facts.add_row("Canaries", f"{planted:,} synthetic texts join your training records, for the audit")
     facts.add_row("Offer", offer.digest)
     console.print(facts, highlight=False)
+    console.print("The members' keys; compare the fingerprints with them:", highlight=False)
+    for name, raw in offer.keys.items():
+        console.print(f"  {name}  {fingerprint(raw)}", highlight=False, soft_wrap=True)
     for name, arm in recipe.arms().items():
+        hidden = arm.privacy.secure_aggregation is not None
         declared = strategy_of(arm, seed=recipe.seed).declare()
         table = Table("what", "which", "who sees it", title=f"{name}: what leaves, {arm.strategy.rounds} rounds")
         for what, which in declared.summed.items():
-            table.add_row(what, which, "summed; whoever sums could see each")
+            table.add_row(what, which, "summed behind masks" if hidden else "summed; whoever sums could see each")
         for what, why in declared.seen.items():
             table.add_row(what, why, f"seen by {declared.seen_by} one by one")
         if declared.kept:

@@ -81,8 +81,11 @@ class _TimeLeft(ProgressColumn):
 
 
 @contextmanager
-def shown(console: Console, run: Path) -> Iterator[Callable[[Event], None]]:
-    """A listener that shows the run in a folder on the terminal: a bar where there is a terminal, lines everywhere."""
+def shown(console: Console, run: Path, *, onward: str | None = None) -> Iterator[Callable[[Event], None]]:
+    """A listener that shows the run in a folder on the terminal: a bar where there is a terminal, lines everywhere.
+
+    `onward` says how to go on with a run that was stopped, where it is not by `allmend tune --resume`.
+    """
     work = WorkLeft()
     bar = Progress(
         TextColumn("{task.description}"),
@@ -103,9 +106,9 @@ def shown(console: Console, run: Path) -> Iterator[Callable[[Event], None]]:
         match event:
             case Stopped():
                 bar.stop()
-                onward = f"; go on with: allmend tune --resume {escape(str(run))}" if event.resumable else "."
+                how = onward or f"go on with: allmend tune --resume {escape(str(run))}"
                 console.print(
-                    f"[bold]Stopped.[/bold] What was complete is kept{onward}",
+                    f"[bold]Stopped.[/bold] What was complete is kept{f'; {how}' if event.resumable else '.'}",
                     highlight=False,
                     emoji=False,
                     soft_wrap=True,
@@ -142,6 +145,8 @@ def _line(event: Event) -> str:
         case RunStarted():
             records, held_out = sum(event.clients.values()), sum(event.held_out.values())
             verb = "Resuming" if event.resumed else "Starting"
+            if not event.clients:  # among organisations, which keep their numbers to themselves
+                return f"{verb} [bold]{event.run}[/bold]: {escape(event.model)}"
             return (
                 f"{verb} [bold]{event.run}[/bold]: {escape(event.model)}, {counted(len(event.clients), 'client')}, "
                 f"{records:,} training and {held_out:,} held-out records"

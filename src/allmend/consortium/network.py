@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from allmend.consortium.member import MemberSide
+from allmend.errors import UserError
 from allmend.federation.engines.flower.door import Door, Listen
 from allmend.federation.engines.flower.exchange import Exchange
 from allmend.federation.engines.flower.node import Node
@@ -72,7 +73,7 @@ def serve(side: MemberSide, node: Node, *, poll: float = 0.5) -> None:
 def _ends(question: bytes) -> bool:
     try:
         return parse(question)[1].get("ask") == "end"
-    except Exception:  # it was answered with what is wrong with it
+    except UserError:  # it was answered with what is wrong with it
         return False
 
 

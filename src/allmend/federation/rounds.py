@@ -85,7 +85,8 @@ def run_rounds(
                 if observe and (revealed := strategy.revealed(tasks[name], reply)) is not None:
                     observe(round, name, revealed)
             working += answers.seconds
-            sums = engine.summed() or sums
+            if (hidden := engine.summed()) is not None:
+                sums = hidden
             cut += sums.cut
             state = strategy.combine(state, turn, sums, seen)
             if weight := sums.fact("weight"):

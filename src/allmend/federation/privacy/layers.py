@@ -38,6 +38,11 @@ def protected(members: Sequence[Member], privacy: Privacy) -> tuple[list[Member]
             + (f"; nothing in {short:,} records that are not longer than h" if short else "")
             + (f"; everything in {emptied:,} records, which teach nothing" if emptied else "")
         )
+    if (layer := privacy.secure_aggregation) is not None:
+        words.append(
+            f"secure aggregation: changes cut to ±{layer.clip:g}, summed as integers over {layer.fewest} members "
+            "or more"
+        )
     if privacy.weight_noise:
         words.append(f"weight noise: Gaussian, standard deviation {privacy.weight_noise:g}; no formal guarantee")
     return members, tuple(words)

@@ -1,6 +1,5 @@
 """The coordinator's post office: letters to members and their answers, kept in Flower's database."""
 
-import contextlib
 import logging
 import os
 import threading
@@ -13,7 +12,7 @@ from pathlib import Path
 from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID
 from flwr.server.superlink.linkstate import LinkStateFactory
 from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
-from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supercore.object_store import NoObjectInStoreError, ObjectStoreFactory
 from flwr.superlink.federation import NoOpFederationManager
 
 from allmend.federation.engines.flower import letters
@@ -101,9 +100,12 @@ class Post:
             letter, id = reply.metadata.reply_to_message_id, reply.metadata.message_id
             if letter not in waiting or reply.has_error():
                 continue
-            with contextlib.suppress(Exception):
+            try:
                 tree = self._state.object_store.get_object_tree(id)
-                self._arriving[letter] = (waiting[letter], id, letters.ids_of(tree))
+            except NoObjectInStoreError:  # its upload was given up; whoever waits asks again
+                _log.warning("an answer of %s came without its content", waiting[letter])
+                continue
+            self._arriving[letter] = (waiting[letter], id, letters.ids_of(tree))
         for letter, (member, id, parts) in list(self._arriving.items()):
             if letter not in waiting:
                 continue
