@@ -192,3 +192,47 @@ def test_behind_masks_the_run_is_that_of_the_simulation_too(make_place: MakePlac
         tensors, about = parse(data)
         assert not any(name.startswith("summed/update") for name in tensors)
         assert "weight" not in about.get("summed", {})
+
+
+@pytest.mark.parametrize("ask", ["score", "learnt"])
+def test_numbers_that_cannot_be_are_not_believed(ask: str, make_place: MakePlace) -> None:
+    from allmend.federation.engines.wire import dump_reply
+    from allmend.models.tensors import parse
+    from allmend.strategy import Reply
+
+    place = make_place(compare={})
+    honest = place.post.answer["north"]
+    lies = {
+        "score": Reply(summed_facts={"held_out/asked": 1.0, "held_out/right": 9.0}),
+        "learnt": Reply(seen_facts={"somebody else's/steps": 3}),
+    }
+
+    def lying(question: bytes) -> bytes:
+        return dump_reply(lies[ask]) if parse(question)[1].get("ask") == ask else honest(question)
+
+    place.post.answer["north"] = lying
+    if ask == "learnt":
+        with pytest.raises(UserError, match="tells of canaries that it does not have"):
+            place.coordinate()
+        return
+    run = place.coordinate()
+    assert any("numbers that cannot be" in e.message for e in run.history() if isinstance(e, Warned))
+
+
+def test_a_question_that_cannot_be_answered_does_not_end_the_member(make_place: MakePlace) -> None:
+    from allmend.federation.engines.wire import dump_task
+    from allmend.models.tensors import parse
+    from allmend.strategy import Task, Turn
+
+    place = make_place(compare={}, canaries=None)
+    place.coordinate()
+    side = place.sides["north"]
+    offer = side._joined.offer.digest
+    about = {"ask": "work", "run": offer, "arm": "fedavg"}
+    for question in (
+        b"",
+        b"x" * 50,
+        dump_task(Task(Turn(9, 0, 9)), about=about),
+        dump_task(Task(Turn(1, 7, 1)), about={}),
+    ):
+        assert "error" in parse(side.answer(question))[1]

@@ -163,6 +163,7 @@ class Coordination:
                 seconds=self.patience.leg,
                 fewest=self.patience.fewest,
                 emit=self.log.emit,
+                layout=strategy.layout(trainable.state()),
                 hiding=hiding(self.offer, recipe, arm, strategy, trainable.state()),
             )
             last = run_rounds(
@@ -190,8 +191,11 @@ class Coordination:
         for name, reply in self._ask(dict.fromkeys(self.names, self._question("learnt", {"arm": arm}))):
             if not isinstance(reply, Reply):
                 raise UserError(f"client {name!r} does not say what it learnt from: {reply or 'no answer'}")
+            own = {canary.id for canary in self.prepared.canaries if canary.inserted and canary.client == name}
             for key, value in reply.seen_facts.items():
                 canary, _, what = key.rpartition("/")
+                if canary not in own or not isinstance(value, int) or value < 0:
+                    raise UserError(f"client {name!r} tells of canaries that it does not have", where=f"arm {arm!r}")
                 before = counts.get(canary, (0, 0))
                 add = int(value)
                 counts[canary] = (before[0] + add, before[1]) if what == "steps" else (before[0], before[1] + add)
@@ -211,6 +215,9 @@ class Coordination:
         for name, reply in self._ask(dict.fromkeys(self.names, question)):
             if not isinstance(reply, Reply):
                 self.log.emit(Warned(message=f"client {name!r} has not scored {model!r}: {reply or 'no answer'}"))
+                continue
+            if not Moments.from_facts(reply.summed_facts, "held_out").possible:
+                self.log.emit(Warned(message=f"client {name!r} has scored {model!r} with numbers that cannot be"))
                 continue
             answered += 1
             for key, value in reply.summed_facts.items():

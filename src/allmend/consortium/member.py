@@ -6,6 +6,7 @@ question makes it do is in the recipe that it has agreed to.
 
 import contextlib
 import json
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,8 @@ from allmend.recipe import Recipe
 from allmend.results import BASE
 from allmend.run import write_atomic
 from allmend.strategy import Reply, State, of_group
+
+_log = logging.getLogger(__name__)
 
 OFFER = "offer.json"
 """The run that the member is in, in its folder: a process that begins anew goes on with it."""
@@ -103,6 +106,11 @@ class MemberSide:
                     raise UserError(f"this version cannot answer the question {other!r}", where=f"member {self.name!r}")
         except UserError as error:
             return error_answer(error)
+        except (
+            Exception
+        ) as error:  # a question that cannot be answered must not end the process: the coordinator is told
+            _log.exception("a question could not be answered")
+            return error_answer(UserError(f"the question could not be answered: {type(error).__name__}: {error}"))
 
     def resume(self) -> bool:
         """Go on with the run that the member was in; False where it was in none that it has agreed to."""

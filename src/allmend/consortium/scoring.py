@@ -60,6 +60,12 @@ class Moments:
         """What `facts` made numbers of, summed over members; zeros where nobody sent any."""
         return cls(**{field.name: float(facts.get(f"{prefix}/{field.name}", 0.0)) for field in fields(cls)})
 
+    @property
+    def possible(self) -> bool:
+        """Whether there can be such records: nothing negative, and no more right than asked."""
+        found = [getattr(self, field.name) for field in fields(self)]
+        return min(found) >= 0 and self.right <= self.asked and (self.tokens > 0) == (self.records > 0)
+
     def utility(self, model: str) -> Utility:
         """The row of the pooled records, the same as of the scores themselves."""
         return Utility(

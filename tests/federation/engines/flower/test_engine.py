@@ -11,10 +11,11 @@ from allmend.errors import UserError
 from allmend.events import Warned
 from allmend.federation.checkpoint import Checkpoint, Checkpoints
 from allmend.federation.engines.flower.engine import FlowerEngine
+from allmend.federation.engines.wire import dump_reply
 from allmend.federation.strategies import STRATEGIES, build_strategy
 from allmend.federation.strategies.fedavg import FedAvg
 from allmend.recipe import Train
-from allmend.strategy import State
+from allmend.strategy import Reply, State
 
 NAMES = ["a", "b", "c", "d", "e"]
 
@@ -181,6 +182,34 @@ def test_a_member_that_answers_rubbish_or_an_error_is_left_out_and_told_of(
     told = [event.message for event in events if isinstance(event, Warned)]
     assert any("client 'b', round 1: has 7 bytes" in message for message in told)
     assert any("client 'c', round 1: no record has a token" in message for message in told)
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "why"),
+    [
+        (Reply({"update/x": torch.zeros(2)}, {"weight": 1.0}), "other names or shapes"),
+        (Reply({}, {"weight": 1.0, "extra": 1.0}), "not declared: extra"),
+        (Reply({}, {"weight": 1.0}, {"update/x": torch.zeros(2)}), "not declared: update"),
+        (Reply({"update/a": torch.full((2,), torch.nan)}, {"weight": 1.0}), "holds NaN"),
+    ],
+)
+def test_a_reply_that_would_spoil_the_round_is_left_out(
+    spoilt: Reply,
+    why: str,
+    run: Callable[..., Any],
+    make_member: Callable[..., Any],
+    make_sites: Callable[..., Any],
+    make_trainable: Callable[..., Any],
+    make_post: Callable[..., Any],
+    settings: Train,
+) -> None:
+    members = [make_member(name) for name in ("a", "b")]
+    sites, events = make_sites(members, FedAvg()), list[Any]()
+    post = make_post({"a": sites["a"].answer, "b": lambda question: dump_reply(spoilt)})
+    layout = FedAvg().layout(make_trainable().state()) | {"update/a": torch.Size([2])}
+    there = run(FedAvg(), members, settings, rounds=1, engine=make_engine(post, ["a", "b"], events, layout=layout))
+    assert same(run(FedAvg(), [members[0]], settings, rounds=1).state, there.state)
+    assert any(why in event.message for event in events if isinstance(event, Warned))
 
 
 def test_states_stay_with_the_members(make_post: Callable[..., Any]) -> None:

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from allmend.errors import UserError
 from allmend.events import Event, Warned
 from allmend.federation.engines import Answer
@@ -10,7 +12,7 @@ from allmend.federation.engines.flower.exchange import Exchange
 from allmend.federation.engines.flower.hidden import Hiding, ask_sum
 from allmend.federation.engines.wire import dump_task, parse_reply
 from allmend.models.tensors import parse
-from allmend.strategy import State, Strategy, Sums, Task, Turn
+from allmend.strategy import Layout, Reply, State, Strategy, Sums, Task, Turn, shapes
 
 SUSPENDED = 3
 """Rounds in a row that a member may miss before it is no longer asked."""
@@ -29,6 +31,7 @@ class FlowerEngine:
         fewest: members that must answer.
         emit: writes events.
         hiding: what is agreed on about sums, where they are formed out of sight.
+        layout: shapes of what members may sum (`Strategy.layout`); None leaves it unchecked.
     """
 
     exchange: Exchange
@@ -39,6 +42,7 @@ class FlowerEngine:
     fewest: int
     emit: Callable[[Event], None]
     hiding: Hiding | None = None
+    layout: Layout | None = None
     _worked: tuple[Turn, list[str]] | None = field(init=False, default=None)
     _missed: dict[str, int] = field(init=False, default_factory=dict)
 
@@ -52,7 +56,7 @@ class FlowerEngine:
         round = next(iter(tasks.values())).turn.round
         answered: list[str] = []
         for name, data in self.exchange.ask(questions, seconds=self.seconds):
-            answer = None if data is None else self._read(name, round, data)
+            answer = None if data is None else self._read(strategy, name, round, data)
             if answer is None:
                 self._miss(name, round, came=data is not None)
                 continue
@@ -93,7 +97,7 @@ class FlowerEngine:
     def close(self) -> None:
         pass
 
-    def _read(self, name: str, round: int, data: bytes) -> Answer | None:
+    def _read(self, strategy: Strategy, name: str, round: int, data: bytes) -> Answer | None:
         where = f"client {name!r}, round {round}"
         try:
             _, about = parse(data, where=where)
@@ -101,10 +105,23 @@ class FlowerEngine:
                 self.emit(Warned(message=f"{where}: {error.get('what')}"))
                 return None
             hidden = self.hiding.code.length * self.hiding.code.bits // 8 if self.hiding else 0
-            return Answer(name, parse_reply(data, where=where)[0], hidden)
+            reply = parse_reply(data, where=where)[0]
+            self._check(strategy, reply, where)
+            return Answer(name, reply, hidden)
         except UserError as error:
             self.emit(Warned(message=str(error)))
             return None
+
+    def _check(self, strategy: Strategy, reply: Reply, where: str) -> None:
+        """Refuse a reply that would spoil the round for all: it is left out like a lost one."""
+        if undeclared := strategy.declare().undeclared(reply):
+            raise UserError(f"the reply holds what was not declared: {', '.join(undeclared)}", where=where)
+        found = shapes(reply.summed)
+        if self.layout is not None and any(self.layout.get(name) != shape for name, shape in found.items()):
+            raise UserError("the reply holds tensors of other names or shapes than the arm's", where=where)
+        for name, tensor in (reply.summed | reply.seen).items():
+            if not torch.isfinite(tensor).all():
+                raise UserError(f"tensor {name!r} holds NaN or infinite values", where=where)
 
     def _miss(self, name: str, round: int, *, came: bool) -> None:
         self._missed[name] = self._missed.get(name, 0) + 1
