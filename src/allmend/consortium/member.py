@@ -106,11 +106,9 @@ class MemberSide:
                     raise UserError(f"this version cannot answer the question {other!r}", where=f"member {self.name!r}")
         except UserError as error:
             return error_answer(error)
-        except (
-            Exception
-        ) as error:  # a question that cannot be answered must not end the process: the coordinator is told
+        except Exception as error:  # must not end the process; its words may hold a record's, and stay in the own log
             _log.exception("a question could not be answered")
-            return error_answer(UserError(f"the question could not be answered: {type(error).__name__}: {error}"))
+            return error_answer(UserError(f"the question could not be answered ({type(error).__name__})"))
 
     def resume(self) -> bool:
         """Go on with the run that the member was in; False where it was in none that it has agreed to."""
