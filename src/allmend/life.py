@@ -1,14 +1,10 @@
 """The life of a recipe: tune, evaluate, audit, report, in one run folder that can be stopped and resumed anywhere."""
 
-import contextlib
-import os
-import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -19,7 +15,6 @@ from allmend.auditing.learnt import write_learnt
 from allmend.auditing.outcomes import audited
 from allmend.auditing.runs import VIEWS, audit_arms, design_digest, expected_tokens, write_cards
 from allmend.data.canaries import write_canaries
-from allmend.errors import UserError
 from allmend.events import (
     Event,
     RunFinished,
@@ -39,9 +34,9 @@ from allmend.models.load import LoadedModel
 from allmend.models.tensors import Tensors, nbytes, write_tensors
 from allmend.prepare import Prepared, differs, prepare, read_frozen, threads
 from allmend.recipe import Arm, Recipe
-from allmend.report.page import write_report
 from allmend.results import BASE
 from allmend.run import EventLog, RunFolder
+from allmend.session import machine, reported, versions
 from allmend.strategy import Declaration
 
 Listener = Callable[[Event], None]
@@ -178,33 +173,31 @@ def _facts(prepared: Prepared) -> dict[str, object]:
 def _live(run: RunFolder, prepared: Prepared, listeners: Sequence[Listener], *, resumed: bool) -> None:
     began = time.perf_counter()
     earlier = _sessions(run)
-    with run.log(listeners) as log:
-        try:
-            started = _started(run, prepared, resumed=resumed)
-            log.emit(started)
-            if earlier and earlier[-1].threads != started.threads:
-                log.emit(Warned(message=_OTHER_THREADS.format(earlier[-1].threads, started.threads)))
-            for warning in prepared.warnings if not resumed else ():
-                log.emit(Warned(message=warning))
-            if prepared.canaries and not run.canaries.exists():
-                write_canaries(run.canaries, prepared.canaries)
-            scores = _evaluate(run, prepared, log, BASE, prepared.model.model, {None: None})
-            for arm in prepared.recipe.arms().values():
-                scores += _arm(run, prepared, log, arm)
-            main = prepared.recipe.strategy.name
-            run.write_table("utility", utility_table(scores, main=main, seed=prepared.recipe.seed))
-            run.write_table("privacy", privacy_table(run, prepared))
-            if prepared.canaries:
-                audit_arms(run, prepared, log, prepared.recipe.audit)
-            write_cards(run, prepared.recipe)
-            before = sum(session.seconds for session in earlier)
-            log.emit(RunFinished(seconds=before + time.perf_counter() - began))
-        except BaseException as error:
-            with contextlib.suppress(UserError):  # the disk may be the cause, and then takes no event either
-                log.emit(Stopped(cause=_cause(error), resumable=not isinstance(error, DivergedError)))
-                write_report(run.path)
-            raise
-    write_report(run.path)
+    with run.log(listeners) as log, reported(run, log, resumable=_may_end_otherwise):
+        started = _started(run, prepared, resumed=resumed)
+        log.emit(started)
+        if earlier and earlier[-1].threads != started.threads:
+            log.emit(Warned(message=_OTHER_THREADS.format(earlier[-1].threads, started.threads)))
+        for warning in prepared.warnings if not resumed else ():
+            log.emit(Warned(message=warning))
+        if prepared.canaries and not run.canaries.exists():
+            write_canaries(run.canaries, prepared.canaries)
+        scores = _evaluate(run, prepared, log, BASE, prepared.model.model, {None: None})
+        for arm in prepared.recipe.arms().values():
+            scores += _arm(run, prepared, log, arm)
+        main = prepared.recipe.strategy.name
+        run.write_table("utility", utility_table(scores, main=main, seed=prepared.recipe.seed))
+        run.write_table("privacy", privacy_table(run, prepared))
+        if prepared.canaries:
+            audit_arms(run, prepared, log, prepared.recipe.audit)
+        write_cards(run, prepared.recipe)
+        before = sum(session.seconds for session in earlier)
+        log.emit(RunFinished(seconds=before + time.perf_counter() - began))
+
+
+def _may_end_otherwise(error: BaseException) -> bool:
+    """Whether going on can meet another end."""
+    return not isinstance(error, DivergedError)
 
 
 _OTHER_THREADS = (
@@ -243,18 +236,12 @@ def _sessions(run: RunFolder) -> list[_Session]:
     return sessions
 
 
-def _cause(error: BaseException) -> str:
-    return "interrupted" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
-
-
 def _started(run: RunFolder, prepared: Prepared, *, resumed: bool) -> RunStarted:
-    packages = ("torch", "transformers", "peft", "safetensors", "tokenizers", "datasets")
-    versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
     return RunStarted(
         run=prepared.recipe.name,
         allmend=allmend.__version__,
-        versions=versions,
-        machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {prepared.model.model.device}",
+        versions=versions(),
+        machine=machine(prepared.model.model.device),
         threads=torch.get_num_threads(),
         model=prepared.recipe.model.source,
         clients={member.name: len(member.records) for member in prepared.members},

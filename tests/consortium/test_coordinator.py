@@ -1,16 +1,22 @@
 """A run among organisations against the simulation of the same recipe, and members that do not come or agree."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
+from allmend.consortium.offer import Offer
 from allmend.errors import UserError
 from allmend.events import Warned
+from allmend.federation.engines.wire import dump_reply, dump_task
 from allmend.life import tune
+from allmend.models.load import load_model
+from allmend.models.tensors import dump, parse
 from allmend.results import BASE, POOLED, AuditTable, UtilityTable
+from allmend.strategy import Reply, Task, Turn
 
 MakePlace = Callable[..., Any]
 
@@ -130,9 +136,6 @@ def test_what_does_not_fit_is_told_by_the_member(change: str, why: str, make_pla
     side = place.sides["north"]
     answer = place.post.answer["north"]
     if change == "version":
-        from allmend.consortium.offer import Offer
-        from allmend.models.tensors import dump
-
         offer = Offer(place.recipe.to_toml(), (), "x", "9.9")
         said = side.answer(dump({}, {"ask": "offer", **offer.about}))
         assert b"9.9" in said
@@ -142,11 +145,7 @@ def test_what_does_not_fit_is_told_by_the_member(change: str, why: str, make_pla
     if change == "data":
         side.data = tmp_path / "nowhere.jsonl"
     if change == "model":
-        from allmend.models.load import load_model
-
         other = load_model(place.recipe.model.source)
-        from dataclasses import replace
-
         side.model = replace(other, digest="other")
     assert answer is not None
     with pytest.raises(UserError, match=why):
@@ -185,8 +184,6 @@ def test_behind_masks_the_run_is_that_of_the_simulation_too(make_place: MakePlac
         assert (masked[key] - tensor).abs().max() < 1e-5
     assert adapter(there.arm("fedavg")) != adapter(plain.arm("fedavg"))
     # no answer held what a member sums
-    from allmend.models.tensors import parse
-
     assert seen
     for data in seen:
         tensors, about = parse(data)
@@ -196,10 +193,6 @@ def test_behind_masks_the_run_is_that_of_the_simulation_too(make_place: MakePlac
 
 @pytest.mark.parametrize("ask", ["score", "learnt"])
 def test_numbers_that_cannot_be_are_not_believed(ask: str, make_place: MakePlace) -> None:
-    from allmend.federation.engines.wire import dump_reply
-    from allmend.models.tensors import parse
-    from allmend.strategy import Reply
-
     place = make_place(compare={})
     honest = place.post.answer["north"]
     lies = {
@@ -220,10 +213,6 @@ def test_numbers_that_cannot_be_are_not_believed(ask: str, make_place: MakePlace
 
 
 def test_a_question_that_cannot_be_answered_does_not_end_the_member(make_place: MakePlace) -> None:
-    from allmend.federation.engines.wire import dump_task
-    from allmend.models.tensors import parse
-    from allmend.strategy import Task, Turn
-
     place = make_place(compare={}, canaries=None)
     place.coordinate()
     side = place.sides["north"]

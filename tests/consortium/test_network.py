@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from allmend.cli import app as _  # noqa: F401 - the command line is there
 from allmend.federation.pki import make_pki
 from allmend.life import tune
 from allmend.recipe import load_recipe

@@ -11,8 +11,10 @@ from allmend.errors import UserError
 
 if TYPE_CHECKING:
     from allmend.consortium.offer import Offer
+    from allmend.learn.loop import Step
     from allmend.prepare import EncodedClient
     from allmend.recipe import Recipe
+    from allmend.strategy import Turn
 
 
 def join(
@@ -64,8 +66,13 @@ def join(
             return False
         return typer.confirm("Take part?")
 
-    def tell(arm: str, turn: object, step: object) -> None:
-        pass
+    last: list[int] = []
+
+    def tell(member: str, turn: "Turn", step: "Step") -> None:
+        if last != [turn.round]:
+            last[:] = [turn.round]
+            loss = "" if step.loss is None else f", loss {step.loss:.3f} at first"
+            console.print(f"  round {turn.round} of {turn.rounds}: training{loss}", highlight=False)
 
     side = MemberSide(name, own, data, place, agree, source=model, on_step=tell)
     if side.resume():

@@ -6,12 +6,10 @@ scores on single records. A process that died goes on from the last round when i
 
 import contextlib
 import json
-import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ from allmend.consortium.offer import Offer, among, hiding
 from allmend.consortium.scoring import Moments, Paired
 from allmend.data.canaries import write_canaries
 from allmend.errors import UserError
-from allmend.events import ArmStarted, Event, Offered, PhaseDone, RunFinished, RunStarted, Stopped, Warned
+from allmend.events import ArmStarted, Event, Offered, PhaseDone, RunFinished, RunStarted, Warned
 from allmend.federation.arm import Outcomes, Training, save_outcomes, strategy_of, trainable_of
 from allmend.federation.checkpoint import Checkpoint, Checkpoints
 from allmend.federation.engines.flower.engine import FlowerEngine
@@ -38,9 +36,9 @@ from allmend.federation.rounds import run_rounds
 from allmend.models.tensors import Tensors, dump, parse
 from allmend.prepare import Prepared, prepare_model, threads
 from allmend.recipe import Arm, Recipe
-from allmend.report.page import write_report
 from allmend.results import BASE, UtilityTable
 from allmend.run import EventLog, RunFolder, write_atomic
+from allmend.session import machine, reported, versions
 from allmend.strategy import Reply, grouped
 
 Listener = Callable[[Event], None]
@@ -280,7 +278,7 @@ def coordinate(
     patience: Patience = Patience(),
     listeners: Sequence[Listener] = (),
 ) -> RunFolder:
-    """Carry out a recipe among organisations, or go on with a run that stopped.
+    """Carry out a recipe among organisations, or go on with a run that stopped; a finished one is left as it is.
 
     Args:
         recipe: what to do; its clients are the members.
@@ -338,6 +336,9 @@ def coordinate(
         run.check_free()
     with run.lock(), threads(recipe):
         resumed = run.marker.exists()
+        finished = resumed and any(isinstance(event, RunFinished) for event in run.history())
+        if finished and (run.path / "report.html").exists():
+            return run
         if not resumed:
             RunFolder.create(run.path, recipe.to_toml(), facts)
             run.path.chmod(0o700)
@@ -348,33 +349,21 @@ def coordinate(
 
 def _live(it: Coordination, *, resumed: bool) -> None:
     began = time.perf_counter()
-    try:
+    with reported(it.run, it.log):
         it.log.emit(_started(it, resumed=resumed))
         if it.prepared.canaries and not it.run.canaries.exists():
             write_canaries(it.run.canaries, list(it.prepared.canaries))
         it.gather()
         it.arms()
         it.log.emit(RunFinished(seconds=time.perf_counter() - began))
-    except BaseException as error:
-        with contextlib.suppress(UserError):
-            cause = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
-            it.log.emit(Stopped(cause=cause))
-            write_report(it.run.path)
-        raise
-    write_report(it.run.path)
 
 
 def _started(it: Coordination, *, resumed: bool) -> RunStarted:
-    packages = ("torch", "transformers", "peft", "safetensors", "tokenizers", "flwr")
-    versions = {"python": platform.python_version()}
-    for name in packages:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
     return RunStarted(
         run=it.recipe.name,
         allmend=allmend.__version__,
-        versions=versions,
-        machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {it.prepared.model.model.device}",
+        versions=versions(["flwr"]) if find_spec("flwr") else versions(),
+        machine=machine(it.prepared.model.model.device),
         threads=torch.get_num_threads(),
         model=it.recipe.model.source,
         clients={},

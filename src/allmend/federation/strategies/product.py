@@ -7,7 +7,7 @@ r (out + in) numbers.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -42,15 +42,10 @@ class FedAvgProduct(FedAvg):
     name = "fedavg_product"
 
     def declare(self) -> Declaration:
-        return Declaration(
-            sent="the shared parameters",
-            summed={
-                "product": "change of each layer's product of factors times number of records",
-                "weight": "number of training records",
-                "loss": "training loss times number of records, unless records have a guarantee",
-            },
-            numbers=frozenset({"weight", "loss"}),
-        )
+        declared = super().declare()
+        summed = {name: what for name, what in declared.summed.items() if name != "update"}
+        summed["product"] = "change of each layer's product of factors times number of records"
+        return replace(declared, summed=summed)
 
     def layout(self, initial: Tensors) -> Layout:
         return {f"product/{layer}": product.shape for layer, product in _products(initial).items()}

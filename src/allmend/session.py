@@ -1,0 +1,51 @@
+"""A process's work on a run, as its log tells it: on what machine it began, and why it stopped if it did."""
+
+import contextlib
+import os
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
+
+import torch
+
+from allmend.errors import UserError
+from allmend.events import Stopped
+from allmend.report.page import write_report
+from allmend.run import EventLog, RunFolder
+
+PACKAGES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "datasets")
+
+
+def versions(more: Sequence[str] = ()) -> dict[str, str]:
+    """Versions of Python and of the packages that decide what a run comes to."""
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in (*PACKAGES, *more)}
+
+
+def machine(device: torch.device) -> str:
+    """The machine in a few words."""
+    return f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {device}"
+
+
+@contextlib.contextmanager
+def reported(
+    run: RunFolder, log: EventLog, *, resumable: Callable[[BaseException], bool] = lambda error: True
+) -> Iterator[None]:
+    """Work whose end is on the run's report, also where it stops with an error, which goes on to the caller.
+
+    Args:
+        run: the run.
+        log: its events.
+        resumable: whether going on can meet another end.
+    """
+    try:
+        yield
+    except BaseException as error:
+        with contextlib.suppress(UserError):  # the disk may be the cause, and then takes no event either
+            log.emit(Stopped(cause=_cause(error), resumable=resumable(error)))
+            write_report(run.path)
+        raise
+    write_report(run.path)
+
+
+def _cause(error: BaseException) -> str:
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
