@@ -69,15 +69,15 @@ def coordinate(
 
 
 class _Waiting:
-    """Says who is waited for, when that has changed or a minute has passed."""
+    """Says who is waited for: when somebody is away who was not, and once a minute."""
 
     def __init__(self, console: Console) -> None:
-        self._console, self._last, self._time = console, ([""], [""]), 0.0
+        self._console, self._away, self._time = console, set[str](), time.monotonic()
 
     def tell(self, waiting: list[str], away: list[str]) -> None:
         now = time.monotonic()
-        if (waiting, away) == self._last and now - self._time < 60:
+        if set(away) <= self._away and now - self._time < 60:
             return
-        self._last, self._time = (waiting, away), now
+        self._away, self._time = set(away), now
         gone = f" (away: {', '.join(away)})" if away else ""
         self._console.print(f"  waiting for {', '.join(waiting)}{gone}", style="dim", highlight=False)

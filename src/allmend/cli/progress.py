@@ -165,9 +165,8 @@ def _line(event: Event) -> str:
             spent = f", ε {max(event.epsilon.values()):.2f} so far" if event.epsilon else ""
             largest = max(event.received.values(), default=0)
             exchanged = f"{size(largest)} from each client" if largest else "nothing exchanged"
-            return (
-                f"  round {event.round}: {loss}{event.tokens:,} tokens in {duration(event.seconds)}, {exchanged}{spent}"
-            )
+            tokens = f"{event.tokens:,} tokens in " if event.tokens else ""  # members elsewhere do not tell
+            return f"  round {event.round}: {loss}{tokens}{duration(event.seconds)}, {exchanged}{spent}"
         case PhaseDone() if not event.phase.startswith("train "):
             return f"  {event.phase}: {duration(event.seconds)}"
         case Warned():
