@@ -117,19 +117,24 @@ def _arms(evidence: Evidence) -> Html:
             arm.strategy,
             f"{len(evidence.rounds.get(name, []))} of {arm.rounds}",
             Cell(numbers.count(arm.trainable), value=arm.trainable),
-            Cell(numbers.count(tokens := sum(r.tokens for r in evidence.rounds.get(name, []))), value=tokens),
+            _tokens(sum(r.tokens for r in evidence.rounds.get(name, []))),
         ]
         for name, arm in evidence.arms.items()
     ]
     return table("Arms", ["Arm", "Strategy", "Rounds", "Trainable parameters", "Tokens trained on"], body)
 
 
+def _tokens(count: int) -> Cell | str:
+    """Tokens, or that nobody told: members on other machines do not."""
+    return Cell(numbers.count(count), value=count) if count else numbers.NONE
+
+
 def learning(evidence: Evidence) -> Html:
     """The section."""
     if not evidence.steps:
-        return section(
-            "learning", "How the loss fell", _arms(evidence), paragraph("No step was logged yet.", class_="missing")
-        )
+        elsewhere = evidence.start is not None and not evidence.start.clients and evidence.rounds
+        words = "Members keep the losses of their steps to themselves." if elsewhere else "No step was logged yet."
+        return section("learning", "How the loss fell", _arms(evidence), paragraph(words, class_="missing"))
     clients = evidence.clients
     losses = sorted(s.loss for by_client in evidence.steps.values() for steps in by_client.values() for s in steps)
     top = losses[min(len(losses) - 1, int(0.995 * len(losses)))]

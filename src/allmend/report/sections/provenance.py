@@ -31,7 +31,8 @@ def head(evidence: Evidence) -> Html:
     facts: list[tuple[str, str]] = []
     if start:
         facts.append(("Model", start.model))
-        facts.append(("Members", f"{len(start.clients)}"))
+        trained = {name for rounds in evidence.rounds.values() for one in rounds for name in one.clients}
+        facts.append(("Members", f"{len(start.clients or trained)}"))
     if evidence.arms:
         facts.append(("Arms", ", ".join(evidence.arms)))
     if evidence.begun is not None and evidence.latest is not None:
