@@ -195,7 +195,7 @@ def prepare(recipe: Recipe, base: Path, *, model: LoadedModel | None = None) -> 
         held_out_encoded={one.member.name: one.held_out_encoded for one in encoded},
         canaries=tuple(canaries),
         notes={one.member.name: one.notes for one in encoded},
-        data_digests={one.member.name: _digest((*one.member.records, *one.held_out_encoded)) for one in encoded},
+        data_digests={one.member.name: data_digest((*one.member.records, *one.held_out_encoded)) for one in encoded},
     )
     return replace(prepared, warnings=tuple(_warnings(prepared)))
 
@@ -450,7 +450,8 @@ def _seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=6).digest())
 
 
-def _digest(records: Iterable[Encoded]) -> str:
+def data_digest(records: Iterable[Encoded]) -> str:
+    """SHA-256 of records as tokens, in their order."""
     digest = hashlib.sha256()
     for record in records:
         digest.update(repr((record.id, record.ids.tolist(), record.target.tolist(), record.branch.tolist())).encode())

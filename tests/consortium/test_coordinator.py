@@ -225,3 +225,14 @@ def test_a_question_that_cannot_be_answered_does_not_end_the_member(make_place: 
         dump_task(Task(Turn(1, 7, 1)), about={}),
     ):
         assert "error" in parse(side.answer(question))[1]
+
+
+def test_records_that_have_changed_are_told(make_place: MakePlace) -> None:
+    place = make_place(compare={}, canaries=None)
+    place.coordinate()
+    side = place.sides["north"]
+    rows = side.data.read_text().splitlines()
+    side.data.write_text("\n".join(rows[:-1]))
+    side._joined = None
+    with pytest.raises(UserError, match="the records differ from those that this run was begun with"):
+        side.resume()

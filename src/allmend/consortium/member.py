@@ -32,7 +32,7 @@ from allmend.learn.evaluate import score
 from allmend.learn.scores import read_scores, write_scores
 from allmend.models.load import LoadedModel
 from allmend.models.tensors import Tensors, parse
-from allmend.prepare import EncodedClient, encode_client, prepare_model
+from allmend.prepare import EncodedClient, data_digest, encode_client, prepare_model
 from allmend.recipe import Recipe
 from allmend.results import BASE
 from allmend.run import write_atomic
@@ -185,6 +185,9 @@ class MemberSide:
             lambda arm: _open_arm(recipe, model, client, arm),
             self.on_step,
         )
+        _same_data(
+            site.folder / "data.json", data_digest((*client.member.records, *client.held_out_encoded)), self.data
+        )
         return Joined(offer, recipe, model, client, site)
 
     def _hidden(self, joined: Joined, about: dict[str, Any]) -> HiddenPart:
@@ -272,6 +275,18 @@ class MemberSide:
         return Reply()
 
 
+def _same_data(path: Path, digest: str, data: Path) -> None:
+    """Refuse records that are not those that the run was begun with here: states and counts are about these."""
+    if not path.exists():
+        write_atomic(path, json.dumps(digest).encode())
+    elif path.read_text() != json.dumps(digest):
+        raise UserError(
+            "the records differ from those that this run was begun with",
+            where=data,
+            hint="Restore them, or take part in a new run.",
+        )
+
+
 def planned(recipe: Recipe, avoid: tuple[str, ...] = ()) -> list[Canary]:
     """The canaries of a recipe among organisations: the same at the coordinator and at every member."""
     if recipe.canaries is None:
@@ -305,8 +320,7 @@ def _open_arm(recipe: Recipe, model: LoadedModel, client: EncodedClient, name: s
     if name not in arms:
         raise UserError(f"no arm is called {name!r}", where="the coordinator's question")
     arm = arms[name]
-    member, _ = at_member(client.member, arm)
+    member, ledger = at_member(client.member, arm)
+    hides = arm.privacy.secure_aggregation is not None
     with trainable_of(model, arm.adapter, seed=recipe.seed) as trainable:
-        yield ArmAtMember(
-            strategy_of(arm, seed=recipe.seed), trainable, member, arm.train, arm.privacy.secure_aggregation is not None
-        )
+        yield ArmAtMember(strategy_of(arm, seed=recipe.seed), trainable, member, arm.train, hides, ledger)

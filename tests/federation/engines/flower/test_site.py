@@ -1,16 +1,20 @@
 """A member's site: what it keeps, what it answers, and what no question can make it do."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from allmend.federation.arm import at_member
 from allmend.federation.engines.wire import dump_task, parse_reply
 from allmend.federation.strategies.fedavg import FedAvg
 from allmend.federation.strategies.local import Local
 from allmend.models.tensors import parse
+from allmend.recipe import Adapter, Arm, Privacy, RecordPrivacy, StrategyChoice
 from allmend.strategy import Task, Turn, of_group
 
 
@@ -104,3 +108,61 @@ def test_the_answer_is_the_strategys_reply(make_site: Callable[..., Any], make_m
     assert reply.summed_facts["weight"] == 5.0
     assert of_group("update", reply.summed)
     assert not reply.seen
+
+
+def private(site: Any, member: Any, settings: Any, *, rounds: int, randomness: str = "seeded") -> Any:
+    """The site with a guarantee for the member's records over so many rounds."""
+    privacy = Privacy(record=RecordPrivacy(noise_multiplier=1.0, delta=1e-2), randomness=randomness)
+    arm = Arm("arm", Adapter(), settings, StrategyChoice(name="fedavg", rounds=rounds), privacy)
+    noisy, ledger = at_member(member, arm)
+    plain = site.open_arm
+
+    @contextlib.contextmanager
+    def open_arm(name: str) -> Iterator[Any]:
+        with plain(name) as at:
+            yield replace(at, member=noisy, ledger=ledger)
+
+    site.open_arm = open_arm
+    return site
+
+
+@pytest.mark.parametrize("randomness", ["seeded", "secure"])
+def test_nobody_can_ask_for_more_than_the_records_guarantee_covers(
+    randomness: str, make_site: Callable[..., Any], make_member: Callable[..., Any], settings: Any
+) -> None:
+    """Other parameters in the same round would have the same noise, or new noise, on another gradient."""
+    member = make_member("a")
+    site = private(make_site(member, FedAvg()), member, settings, rounds=2, randomness=randomness)
+    asked = question(site, FedAvg(), 1)
+    assert "error" not in parse(site.answer(asked))[1]
+    assert "error" not in parse(site.answer(asked))[1]  # the same answer again costs nothing
+    assert "error" not in parse(site.answer(question(site, FedAvg(), 1, shift=0.1)))[1]
+    again = private(make_site(member, FedAvg(), site.folder), member, settings, rounds=2, randomness=randomness)
+    for one in (question(site, FedAvg(), 1, shift=0.2), question(site, FedAvg(), 2)):
+        for where in (site, again):  # also after a restart
+            _, about = parse(where.answer(one))
+            assert "does not cover another round: 2 of 2" in about["error"]["what"]
+
+
+def test_what_was_begun_and_broken_off_costs_where_noise_is_drawn_anew(
+    make_site: Callable[..., Any], make_member: Callable[..., Any], settings: Any
+) -> None:
+    member = make_member("a")
+    for randomness, covered in (("seeded", True), ("secure", False)):
+        site = private(
+            make_site(member, FedAvg(), make_site(member, FedAvg()).folder / randomness),
+            member,
+            settings,
+            rounds=1,
+            randomness=randomness,
+        )
+        asked = question(site, FedAvg(), 1)
+
+        def broken(*step: Any) -> None:
+            raise KeyboardInterrupt
+
+        site.on_step = broken
+        with pytest.raises(KeyboardInterrupt):
+            site.answer(asked)
+        site.on_step = lambda *step: None
+        assert ("error" not in parse(site.answer(asked))[1]) == covered

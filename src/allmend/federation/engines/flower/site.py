@@ -6,6 +6,7 @@ the member has agreed to. A question that comes twice gets the same bytes twice.
 
 import contextlib
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 from allmend.errors import UserError
 from allmend.federation.engines.wire import dump_reply, parse_reply, parse_task
 from allmend.federation.member import Member, MemberClient, OnStep
+from allmend.federation.privacy.ledger import NO_LEDGER, Ledger
 from allmend.federation.privacy.vectors import without_sums
 from allmend.models.adapters import Trainable
 from allmend.models.tensors import Tensors, dump, parse, read_tensors, write_tensors
@@ -29,8 +31,9 @@ class ArmAtMember:
         strategy: the arm's.
         trainable: what learns, at its initial parameters.
         member: the member's records, with the arm's layers on them.
-        hides: whether what is summed stays here until it is asked for behind masks.
         settings: of local training.
+        hides: whether what is summed stays here until it is asked for behind masks.
+        ledger: of the guarantee for the member's records.
     """
 
     strategy: Strategy
@@ -38,6 +41,7 @@ class ArmAtMember:
     member: Member
     settings: Train
     hides: bool = False
+    ledger: Ledger = NO_LEDGER
 
 
 @dataclass
@@ -66,6 +70,7 @@ class Site:
             name, at, initial = self._enter(arm)
             if (answer := place.answered(digest)) is not None:
                 return self._sent(at, answer)
+            place.charge(at.member.name, at.ledger, digest)
             client = MemberClient(at.member, at.trainable, at.settings, initial, place.state_before(), self.on_step)
             reply = at.strategy.work(task, client)
             if undeclared := at.strategy.declare().undeclared(reply):
@@ -167,6 +172,32 @@ class _Place:
             return State()
         tensors, about = read_tensors(self._state(max(before)))
         return State(tensors, about["facts"])
+
+    def charge(self, member: str, ledger: Ledger, digest: str) -> None:
+        """Count a question that is about to be worked on against the budget of the member's records.
+
+        Whoever asks decides how often, so the member counts: every other question costs a round's price, and the same
+        one again where its noise is drawn anew.
+
+        Raises:
+            UserError: the budget does not cover it, or the count cannot be kept. Nothing was worked on then.
+        """
+        if not ledger.accounts:
+            return
+        path = self.folder / "charged.json"
+        try:
+            before = [str(one) for one in json.loads(path.read_bytes())] if path.exists() else []
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"the count of what was spent cannot be read: {error}", where=path) from error
+        if digest in before and not ledger.anew:
+            return
+        planned = min(account.rounds for account in ledger.accounts.values())
+        if len(before) >= planned or ledger.exhausted({member: len(before)}, len(before), [member]):
+            raise UserError(
+                f"the records' privacy budget does not cover another round: {len(before)} of {planned} were worked on",
+                where=f"member {member!r}",
+            )
+        write_atomic(path, json.dumps([*before, digest]).encode())
 
     def keep(self, state: State, answer: bytes, digest: str) -> None:
         """Keep the state and the answer, the answer first; drop what is older than the one before."""
