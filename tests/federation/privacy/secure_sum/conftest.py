@@ -72,7 +72,7 @@ class Parties:
 @pytest.fixture
 def make_parties() -> Callable[..., Parties]:
     def make(n: int = 5, *, length: int = 7, bits: Any = 32, session: str = "s", **terms: Any) -> Parties:
-        # the same each time, since the places on the ring, and so whose losses meet in one neighbourhood, follow from them
+        # the same each time: places on the ring follow from them, and so whose losses meet in one neighbourhood
         seeds = {f"m{i:03d}": hashlib.sha256(f"{session} {i}".encode()).digest() for i in range(n)}
         identities = {name: Ed25519PrivateKey.from_private_bytes(seed) for name, seed in seeds.items()}
         public = {name: key.public_key().public_bytes_raw() for name, key in identities.items()}
