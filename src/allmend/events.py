@@ -122,6 +122,22 @@ class Offered(_Event):
     members: list[str]
 
 
+class Joined(_Event):
+    """Members have agreed to a run among organisations; it goes on with them."""
+
+    type: Literal["joined"] = "joined"
+    members: list[str]
+
+
+class Waiting(_Event):
+    """Members elsewhere are waited for. Written when another set of them is away than before, and once a minute."""
+
+    type: Literal["waiting"] = "waiting"
+    members: list[str]
+    away: list[str]
+    """Those of them that have not been heard of lately."""
+
+
 class Warned(_Event):
     """Something the user should know and the run survives."""
 
@@ -146,7 +162,18 @@ class RunFinished(_Event):
 
 
 Event = Annotated[
-    RunStarted | Offered | ArmStarted | StepDone | RoundDone | PhaseDone | WorkDone | Warned | Stopped | RunFinished,
+    RunStarted
+    | Offered
+    | Joined
+    | Waiting
+    | ArmStarted
+    | StepDone
+    | RoundDone
+    | PhaseDone
+    | WorkDone
+    | Warned
+    | Stopped
+    | RunFinished,
     Field(discriminator="type"),
 ]
 _EVENT: TypeAdapter[Event] = TypeAdapter(Event)

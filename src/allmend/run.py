@@ -331,6 +331,20 @@ class RunFolder:
                 f"is not a table of this version: {error}", where=path, hint="Delete it and run the stage again."
             ) from error
 
+    @property
+    def worked_on(self) -> bool:
+        """Whether a process of this machine holds the run's lock, as far as one can tell without trying to take it."""
+        try:
+            words = (self.path / "lock").read_text().split()
+            if len(words) != 4 or words[3] != socket.gethostname():
+                return False
+            os.kill(int(words[1]), 0)
+        except PermissionError:  # it lives, and belongs to another user
+            return True
+        except (OSError, ValueError):
+            return False
+        return True
+
     @contextlib.contextmanager
     def log(self, listeners: Sequence[Callable[[Event], None]] = ()) -> Iterator[EventLog]:
         """The run's event log, open for writing; `listeners` are told every event."""
@@ -375,4 +389,7 @@ class RunFolder:
                     shutil.rmtree(left, ignore_errors=True)
                 else:
                     left.unlink(missing_ok=True)
-            yield
+            try:
+                yield
+            finally:
+                file.truncate(0)  # nobody works here any more, as `worked_on` can tell

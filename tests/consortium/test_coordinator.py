@@ -8,14 +8,16 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from allmend.consortium.coordinator import TELL_AGAIN, WaitLog
 from allmend.consortium.offer import Offer
 from allmend.errors import UserError
-from allmend.events import Warned
+from allmend.events import Joined, Waiting, Warned
 from allmend.federation.engines.wire import dump_reply, dump_task
 from allmend.life import tune
 from allmend.models.load import load_model
 from allmend.models.tensors import dump, parse
 from allmend.results import BASE, POOLED, AuditTable, UtilityTable
+from allmend.run import EventLog
 from allmend.strategy import Reply, Task, Turn
 
 MakePlace = Callable[..., Any]
@@ -236,3 +238,32 @@ def test_records_that_have_changed_are_told(make_place: MakePlace) -> None:
     side._joined = None
     with pytest.raises(UserError, match="the records differ from those that this run was begun with"):
         side.resume()
+
+
+def test_the_log_tells_who_has_joined(make_place: MakePlace) -> None:
+    place = make_place()
+    run = place.coordinate()
+    (joined,) = (event for event in run.history() if isinstance(event, Joined))
+    assert joined.members == sorted(place.sides)
+
+
+def test_the_log_tells_who_is_away_when_that_changes_and_now_and_then_besides(tmp_path: Path) -> None:
+    now = [100.0]
+    log = EventLog(tmp_path / "events.jsonl")
+    told: list[Waiting] = []
+    log.listeners.append(told.append)
+    tell = WaitLog(log, clock=lambda: now[0])
+    for now[0], away, count in (
+        (101.0, [], 0),  # nothing is amiss
+        (102.0, ["b"], 1),
+        (103.0, ["b"], 1),
+        (104.0, [], 2),  # it is back
+        (105.0, [], 2),
+        (104.0 + TELL_AGAIN, [], 3),
+        (105.0 + TELL_AGAIN, [], 3),
+    ):
+        tell(["a", "b"], away)
+        assert len(told) == count
+        assert not told or told[-1].members == ["a", "b"]
+    assert [event.away for event in told] == [["b"], [], []]
+    log.close()

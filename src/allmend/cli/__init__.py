@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 import allmend
-from allmend.cli import audit, coordinate, demo, doctor, join, member, model, pki, privacy, recipe, report, tune
+from allmend.cli import audit, coordinate, demo, doctor, join, member, model, pki, privacy, recipe, report, status, tune
 from allmend.errors import UserError
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app.command("demo")(demo.demo)
 app.command("tune")(tune.tune)
 app.command("coordinate")(coordinate.coordinate)
 app.command("join")(join.join)
+app.command("status")(status.status)
 app.command("report")(report.report)
 app.command("doctor")(doctor.doctor)
 app.add_typer(audit.app, name="audit")

@@ -1,6 +1,5 @@
 """`allmend coordinate`: a run among organisations, at the coordinator."""
 
-import time
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -48,7 +47,6 @@ def coordinate(
     where = Listen(host, port) if insecure else Listen(host, port, files.server, files.server_key)
     for name, key in registered.items():
         console.print(f"Member  {name}  {fingerprint(key)}", highlight=False, soft_wrap=True)
-    waiting = _Waiting(console)
     with located(recipe), shown(console, folder, onward="the same command goes on with it.") as listen_to:
         run = coordinator.coordinate(
             loaded,
@@ -59,25 +57,9 @@ def coordinate(
                 open_door,
                 members=registered,
                 listen=where,
-                on_wait=waiting.tell,
                 on_open=lambda port: console.print(f"Door    {host}:{port}", highlight=False),
             ),
             patience=coordinator.Patience(join=join_within, leg=answer_within, fewest=fewest),
             listeners=[listen_to],
         )
     show_outcome(console, run)
-
-
-class _Waiting:
-    """Says who is waited for: when somebody is away who was not, and once a minute."""
-
-    def __init__(self, console: Console) -> None:
-        self._console, self._away, self._time = console, set[str](), time.monotonic()
-
-    def tell(self, waiting: list[str], away: list[str]) -> None:
-        now = time.monotonic()
-        if set(away) <= self._away and now - self._time < 60:
-            return
-        self._away, self._time = set(away), now
-        gone = f" (away: {', '.join(away)})" if away else ""
-        self._console.print(f"  waiting for {', '.join(waiting)}{gone}", style="dim", highlight=False)

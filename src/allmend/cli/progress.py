@@ -13,6 +13,7 @@ from rich.text import Text
 from allmend.events import (
     ArmStarted,
     Event,
+    Joined,
     Offered,
     PhaseDone,
     RoundDone,
@@ -20,6 +21,7 @@ from allmend.events import (
     RunStarted,
     StepDone,
     Stopped,
+    Waiting,
     Warned,
     WorkDone,
 )
@@ -155,6 +157,11 @@ def _line(event: Event) -> str:
             return (
                 f"Offer   {event.digest}\n        to {', '.join(event.members)}; a member that is not asked: --accept"
             )
+        case Joined():
+            return f"Joined  {', '.join(event.members)}"
+        case Waiting():
+            gone = f" (away: {', '.join(event.away)})" if event.away else ""
+            return f"[dim]  waiting for {', '.join(event.members)}{gone}[/dim]"
         case ArmStarted():
             rounds = f"rounds {event.round} to {event.rounds}" if event.round > 1 else counted(event.rounds, "round")
             if event.round > event.rounds:

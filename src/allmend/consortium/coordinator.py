@@ -8,7 +8,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,17 @@ from allmend.consortium.offer import Offer, among, hiding
 from allmend.consortium.scoring import Moments, Paired
 from allmend.data.canaries import write_canaries
 from allmend.errors import UserError
-from allmend.events import ArmStarted, Event, Offered, PhaseDone, RunFinished, RunStarted, Warned
+from allmend.events import (
+    ArmStarted,
+    Event,
+    Joined,
+    Offered,
+    PhaseDone,
+    RunFinished,
+    RunStarted,
+    Waiting,
+    Warned,
+)
 from allmend.federation.arm import Outcomes, Training, save_outcomes, strategy_of, trainable_of
 from allmend.federation.checkpoint import Checkpoint, Checkpoints
 from allmend.federation.engines.flower.engine import FlowerEngine
@@ -43,6 +53,9 @@ from allmend.strategy import Reply, grouped
 
 Listener = Callable[[Event], None]
 
+TELL_AGAIN = 60.0
+"""Seconds after which the log tells again who is waited for, while nothing has changed."""
+
 
 @dataclass(frozen=True)
 class Patience:
@@ -57,6 +70,25 @@ class Patience:
     join: float = 3600.0
     leg: float = 3600.0
     fewest: int = 2
+
+
+@dataclass
+class WaitLog:
+    """Tells the log who is waited for, as seldom as a reader can do with."""
+
+    log: EventLog
+    clock: Callable[[], float] = time.monotonic
+    _away: Sequence[str] = ()
+    _told: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._told = self.clock()
+
+    def __call__(self, waiting: list[str], away: list[str]) -> None:
+        now = self.clock()
+        if away != list(self._away) or now - self._told >= TELL_AGAIN:
+            self._away, self._told = away, now
+            self.log.emit(Waiting(members=waiting, away=away))
 
 
 @dataclass
@@ -115,6 +147,7 @@ class Coordination:
                 hint="Run the same command again: it goes on where it stopped.",
             )
         self.names = joined
+        self.log.emit(Joined(members=joined))
 
     def arms(self) -> None:
         """Everything after that: score, train, audit, report."""
@@ -343,6 +376,7 @@ def coordinate(
             RunFolder.create(run.path, recipe.to_toml(), facts)
             run.path.chmod(0o700)
         with run.log(listeners) as log, open_exchange(run.path) as exchange:
+            exchange.on_wait = WaitLog(log)
             _live(Coordination(recipe, members, run, prepared, exchange, patience, log), resumed=resumed)
     return run
 

@@ -24,7 +24,6 @@ def open_door(
     members: Mapping[str, bytes],
     listen: Listen,
     *,
-    on_wait: Callable[[list[str], list[str]], None] = lambda waiting, away: None,
     on_open: Callable[[int], None] = lambda port: None,
 ) -> Iterator[Exchange]:
     """The coordinator's end.
@@ -33,7 +32,6 @@ def open_door(
         run: folder of the run.
         members: name → raw public key.
         listen: where.
-        on_wait: told who is waited for.
         on_open: told the port.
 
     Raises:
@@ -45,7 +43,7 @@ def open_door(
         door = Door(post.links, Gate(members), listen)
         try:
             on_open(door.port)
-            yield Exchange(post, on_wait=on_wait)
+            yield Exchange(post)
         finally:
             door.close()
     finally:
