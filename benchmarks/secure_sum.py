@@ -1,7 +1,8 @@
 """What a secure sum costs, by phase, for each member and for the coordinator, with members lost on the way.
 
 All parties run in one process, one after the other, so that each phase's time is the work of one party and not the
-wait for others. The sum is checked to be exact.
+wait for others. The sum is checked to be exact. Before that: how often a sum fails for want of shares, when members are
+lost at random.
 
     python benchmarks/secure_sum.py [--quick]
 """
@@ -61,6 +62,34 @@ def one_sum(clock: Clock, terms: Terms, identities: dict[str, Ed25519PrivateKey]
     assert np.array_equal(total.total, plain), "the sum is exact"
 
 
+def failed(members: int, threshold: str, lost: float, draws: int) -> float:
+    """Share of sums in which some member's neighbourhood has fewer than the threshold left."""
+    public = {f"m{place}": place.to_bytes(32, "big") for place in range(members)}
+    terms = Terms(session="failures", members=public, length=1)
+    needed = terms.needed if threshold == "two thirds" else terms.lowest_threshold
+    place = {name: number for number, name in enumerate(public)}
+    neighbourhoods = np.array(
+        [[place[name], *map(place.get, terms.neighbourhoods[name])] for name in public], dtype=int
+    )
+    generator = np.random.default_rng(0)
+    found = 0
+    for _ in range(draws):
+        there = np.ones(members, dtype=int)
+        there[generator.choice(members, round(lost * members), replace=False)] = 0
+        found += int(there[neighbourhoods].sum(axis=1).min() < needed)
+    return found / draws
+
+
+def print_failures(draws: int) -> None:
+    shares = (0.05, 0.1, 0.2, 0.3)
+    print(f"\nsums that fail when members are lost at random, of {draws:,} draws:")
+    print(f"  {'members':>8s} {'threshold':>12s} " + " ".join(f"{share:>8.0%}" for share in shares))
+    for members in (8, 16, 40, 100, 256, 1000):
+        for threshold in ("two thirds", "lowest"):
+            row = [failed(members, threshold, share, draws) for share in shares]
+            print(f"  {members:8d} {threshold:>12s} " + " ".join(f"{value:8.1%}" for value in row))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a shorter vector, one run")
@@ -70,6 +99,7 @@ def main() -> None:
     options = parser.parse_args()
     length, runs = (50_000, 1) if options.quick else (options.length, 3)
     print(machine())
+    print_failures(200 if options.quick else 5000)
     identities = {f"m{place}": Ed25519PrivateKey.generate() for place in range(options.members)}
     public = {name: key.public_key().public_bytes_raw() for name, key in identities.items()}
     for bits in (32, 64):

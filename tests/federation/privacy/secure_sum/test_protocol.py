@@ -52,7 +52,7 @@ def test_a_sum_over_a_sparse_graph_is_exact_with_members_lost_in_every_phase(
     bits: int, make_parties: MakeParties
 ) -> None:
     parties = make_parties(40, bits=bits, length=1000)
-    assert parties.terms.degree == 12 < 39
+    assert parties.terms.degree == 24 < 39
     lost = {"keys": ["m001"], "shares": ["m005"], "masked": ["m010", "m020"], "opened": ["m030"]}
     parties.run(lost)
     within = sorted(set(parties.members) - {"m001", "m005", "m010", "m020"})

@@ -17,7 +17,7 @@ def members(n: int) -> dict[str, bytes]:
 def test_the_graph_is_regular_symmetric_and_connected(n: int, session: str) -> None:
     terms = Terms(session=session, members=members(n), length=1)
     near = terms.neighbourhoods
-    degree = n - 1 if n <= 16 else 2 * math.ceil(math.log2(n))
+    degree = n - 1 if n <= 32 else 4 * math.ceil(math.log2(n))
     assert set(near) == set(terms.members)
     for name, others in near.items():
         assert len(set(others)) == len(others) == degree == terms.degree
