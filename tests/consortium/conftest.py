@@ -31,11 +31,15 @@ class Post:
     answer: Mapping[str, Callable[[bytes], bytes]]
     absent: set[str] = field(default_factory=set)
     now: float = 0.0
+    largest: int = 0
     count: int = 0
     inbox: dict[str, Carried] = field(default_factory=dict)
 
     def online(self) -> dict[str, float]:
         return {name: 0.0 for name in self.answer if name not in self.absent}
+
+    def expect(self, largest: int) -> None:
+        self.largest = largest
 
     def send(self, member: str, data: bytes) -> str | None:
         self.count += 1

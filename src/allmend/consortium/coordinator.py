@@ -38,18 +38,21 @@ from allmend.events import (
 from allmend.federation.arm import Outcomes, Training, save_outcomes, strategy_of, trainable_of
 from allmend.federation.checkpoint import Checkpoint, Checkpoints
 from allmend.federation.engines.flower.engine import FlowerEngine
-from allmend.federation.engines.flower.exchange import Exchange
+from allmend.federation.engines.flower.exchange import FACTS, Exchange
 from allmend.federation.engines.wire import parse_reply
 from allmend.federation.keys import public_line
 from allmend.federation.privacy.ledger import open_ledger
 from allmend.federation.rounds import run_rounds
-from allmend.models.tensors import Tensors, dump, parse
+from allmend.models.tensors import Tensors, dump, nbytes, parse
 from allmend.prepare import Prepared, prepare_model, threads
 from allmend.recipe import Arm, Recipe
 from allmend.results import BASE, UtilityTable
 from allmend.run import EventLog, RunFolder, write_atomic
 from allmend.session import machine, reported, versions
 from allmend.strategy import Reply, grouped
+
+REPLY = 4
+"""Times the size of what learns: room for a strategy that sends more than one tensor for each."""
 
 Listener = Callable[[Event], None]
 
@@ -194,7 +197,9 @@ class Coordination:
                 seconds=self.patience.leg,
                 fewest=self.patience.fewest,
                 emit=self.log.emit,
+                largest=FACTS + REPLY * nbytes(trainable.state()),
                 layout=strategy.layout(trainable.state()),
+                opening=self.run.arm(arm.name) / "opening.json",
                 hiding=hiding(self.offer, recipe, arm, strategy, trainable.state()),
             )
             last = run_rounds(

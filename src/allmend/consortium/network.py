@@ -40,7 +40,7 @@ def open_door(
     quiet()
     post = Post(run / DATABASE, members)
     try:
-        door = Door(post.links, Gate(members), listen)
+        door = Door(post.links, Gate(members), listen, post.most_objects)
         try:
             on_open(door.port)
             yield Exchange(post)

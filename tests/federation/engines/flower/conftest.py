@@ -37,6 +37,7 @@ class FakePost:
     there: dict[str, float] = field(init=False)
     lose: Callable[[str, int], bool] = lambda member, number: False
     now: float = 0.0
+    largest: int = 0
     sent: list[str] = field(default_factory=list)
     inbox: dict[str, Carried] = field(default_factory=dict)
     forgotten: list[str] = field(default_factory=list)
@@ -48,6 +49,9 @@ class FakePost:
 
     def online(self) -> Mapping[str, float]:
         return dict(self.there)
+
+    def expect(self, largest: int) -> None:
+        self.largest = largest
 
     def send(self, member: str, data: bytes) -> str | None:
         letter = f"{len(self.sent)}"

@@ -60,7 +60,9 @@ class Parts:
         except UserError as error:
             return error_answer(error)
 
-    def ask(self, questions: Mapping[str, bytes], *, seconds: float) -> Iterator[tuple[str, bytes | None]]:
+    def ask(
+        self, questions: Mapping[str, bytes], *, seconds: float, largest: int
+    ) -> Iterator[tuple[str, bytes | None]]:
         for name in sorted(questions):
             step = parse(questions[name])[1]["step"]
             gone = self.lost.get(name)
@@ -103,13 +105,42 @@ def test_too_few_members_end_the_round(make_parts: Callable[..., Parts]) -> None
 
 
 def test_one_vector_is_in_one_opened_sum(make_parts: Callable[..., Parts]) -> None:
-    """A second sum without one of them would bare its part: none of them takes part again, also after a restart."""
+    """A second sum without one of them would bare its part: none of them opens it, also after a restart."""
     parts = make_parts()
     parts.sum()
     parts.parts = {name: parts.part(name) for name in NAMES}
-    with pytest.raises(UserError, match="are left"):
+    with pytest.raises(UserError, match=r"0 of the 4 .* have opened"):
         parts.sum(["a", "b", "c", "d"])
-    assert {step for name, step in parts.asked[-4:]} == {"keys"}
+    parts.lost = {"e": "masked"}
+    with pytest.raises(UserError, match=r"0 of the 5 .* have opened"):
+        parts.sum()
+
+
+def test_a_sum_that_was_opened_can_be_formed_again_over_the_same_members(make_parts: Callable[..., Parts]) -> None:
+    """It tells nothing new, and a coordinator that died before it had kept the sum needs it."""
+    parts = make_parts()
+    parts.lost = {"c": "masked"}
+    first, survivors, _ = parts.sum()
+    parts.parts = {name: parts.part(name) for name in NAMES}
+    parts.lost = {}
+    again, _, _ = parts.sum(survivors)
+    assert torch.equal(first["update/x"], again["update/x"])
+
+
+def test_who_is_in_the_sum_is_told_before_anybody_opens_it(make_parts: Callable[..., Parts]) -> None:
+    parts = make_parts()
+    parts.lost = {"c": "masked"}
+    told: list[Any] = []
+    ask_sum(
+        parts,  # type: ignore[arg-type]
+        parts.hiding,
+        TURN,
+        NAMES,
+        seconds=1.0,
+        warn=lambda words: None,
+        opening=lambda survivors: told.append((survivors, {step for _, step in parts.asked})),
+    )
+    assert told == [(["a", "b", "d", "e"], {"keys", "shares", "masked"})]
 
 
 def test_a_round_that_was_not_opened_can_be_tried_again(make_parts: Callable[..., Parts]) -> None:

@@ -35,9 +35,6 @@ from allmend.federation.engines.flower.signing import Gate, SignatureError
 LARGEST_REQUEST = 8 * 2**20
 """Bytes; Flower cuts what it sends into objects of 5 MiB."""
 
-MOST_OBJECTS = 20_000
-"""Of one message: some 100 GB."""
-
 Scope: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -114,13 +111,15 @@ def _own(request: Request, state: State) -> None:
             fits = fits and _one_letter_of(node, asked)
     if not fits:
         raise HTTPException(403, "a member speaks for itself")
+    if isinstance(asked, fleet_pb2.PushMessagesRequest):
+        most = request.app.state.most_objects()
+        if next(itertools.islice(iterate_object_tree(asked.message_object_trees[0]), most, None), None) is not None:
+            _log.warning("refused an answer of %s: more than %d objects", request.scope["member"], most)
+            raise HTTPException(403, f"an answer to what was asked has at most {most} objects")
 
 
 def _one_letter_of(node: int, asked: Any) -> bool:
     if len(asked.messages_list) != 1 or len(asked.message_object_trees) != 1:
-        return False
-    parts = iterate_object_tree(asked.message_object_trees[0])
-    if next(itertools.islice(parts, MOST_OBJECTS, None), None) is not None:
         return False
     return bool(asked.messages_list[0].metadata.src_node_id == node)
 
@@ -149,7 +148,7 @@ def _route(handler: Callable[[Any, LinkState], Any]) -> Callable[[Any, LinkState
     return call
 
 
-def _app(links: LinkStateFactory, gate: Gate) -> FastAPI:
+def _app(links: LinkStateFactory, gate: Gate, most_objects: Callable[[], int]) -> FastAPI:
     app = FastAPI(
         docs_url=None,
         redoc_url=None,
@@ -160,7 +159,7 @@ def _app(links: LinkStateFactory, gate: Gate) -> FastAPI:
             Middleware(ProtobufTranslationMiddleware),
         ],
     )
-    app.state.linkstate_factory, app.state.gate = links, gate
+    app.state.linkstate_factory, app.state.gate, app.state.most_objects = links, gate, most_objects
     routes = APIRouter(prefix="/v1/fleet", route_class=ProtobufRoute, dependencies=[Depends(_own)])
     for path, handler in _HANDLERS.items():
         routes.add_api_route(path, _route(handler), methods=["POST"], response_model=None)
@@ -190,13 +189,14 @@ class Door:
         links: Flower's state.
         gate: knows the members.
         listen: where.
+        most_objects: of an answer, as large as one may now be.
 
     Raises:
         UserError: the address is taken or not this machine's, a certificate cannot be read, or the door would be open
             without TLS to others.
     """
 
-    def __init__(self, links: LinkStateFactory, gate: Gate, listen: Listen) -> None:
+    def __init__(self, links: LinkStateFactory, gate: Gate, listen: Listen, most_objects: Callable[[], int]) -> None:
         if (listen.certificate is None) != (listen.key is None):
             raise UserError("a certificate needs its key", where="--cert, --key")
         if listen.certificate is None and not _is_loopback(listen.host):
@@ -206,7 +206,7 @@ class Door:
                 hint="`allmend pki init` makes certificates.",
             )
         config = uvicorn.Config(
-            _app(links, gate),
+            _app(links, gate, most_objects),
             host=listen.host,
             port=listen.port,
             ssl_certfile=listen.certificate,

@@ -1,21 +1,29 @@
 """`Engine` over members on other machines."""
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 
 import torch
 
 from allmend.errors import UserError
 from allmend.events import Event, Warned
-from allmend.federation.engines import Answer
-from allmend.federation.engines.flower.exchange import Exchange
+from allmend.federation.engines import Answer, RoundLostError
+from allmend.federation.engines.flower.exchange import FACTS, Exchange
 from allmend.federation.engines.flower.hidden import Hiding, ask_sum
 from allmend.federation.engines.wire import dump_task, parse_reply
+from allmend.federation.privacy.secure_sum import ProtocolError
 from allmend.models.tensors import parse
+from allmend.run import write_atomic
 from allmend.strategy import Layout, Reply, State, Strategy, Sums, Task, Turn, shapes
 
 SUSPENDED = 3
 """Rounds in a row that a member may miss before it is no longer asked."""
+
+TRIES = 3
+"""Times that a sum is tried while enough members answer; a member that begins anew in the middle breaks one off."""
 
 
 @dataclass
@@ -31,7 +39,9 @@ class FlowerEngine:
         fewest: members that must answer.
         emit: writes events.
         hiding: what is agreed on about sums, where they are formed out of sight.
+        largest: bytes of a reply; larger ones are kept out.
         layout: shapes of what members may sum (`Strategy.layout`); None leaves it unchecked.
+        opening: file that keeps in mind over whom a sum was about to be opened, for whoever begins anew.
     """
 
     exchange: Exchange
@@ -41,8 +51,10 @@ class FlowerEngine:
     seconds: float
     fewest: int
     emit: Callable[[Event], None]
+    largest: int = FACTS
     hiding: Hiding | None = None
     layout: Layout | None = None
+    opening: Path | None = None
     _worked: tuple[Turn, list[str]] | None = field(init=False, default=None)
     _missed: dict[str, int] = field(init=False, default_factory=dict)
 
@@ -55,7 +67,7 @@ class FlowerEngine:
         questions = {name: dump_task(task, about=about) for name, task in tasks.items()}
         round = next(iter(tasks.values())).turn.round
         answered: list[str] = []
-        for name, data in self.exchange.ask(questions, seconds=self.seconds):
+        for name, data in self.exchange.ask(questions, seconds=self.seconds, largest=self.largest):
             answer = None if data is None else self._read(strategy, name, round, data)
             if answer is None:
                 self._miss(name, round, came=data is not None)
@@ -75,18 +87,50 @@ class FlowerEngine:
         if self.hiding is None:
             return None
         assert self._worked is not None, "work comes first"
-        turn, names = self._worked
-        sums, survivors = ask_sum(
-            self.exchange,
-            self.hiding,
-            turn,
-            names,
-            seconds=self.seconds,
-            warn=lambda words: self.emit(Warned(message=words)),
-        )
-        if lost := sorted(set(names) - set(survivors)):
-            self.emit(Warned(message=f"round {turn.round} goes on without what {', '.join(lost)} worked out"))
-        return sums
+        turn, worked = self._worked
+        names = worked
+        if (before := self._begun(turn)) is not None:
+            names = before
+            if missing := sorted(set(before) - set(worked)):
+                raise RoundLostError(f"its sum was about to be opened over {', '.join(missing)} too, who are not there")
+        for left in reversed(range(TRIES)):
+            lost: list[str] = []
+            try:
+                sums, survivors = ask_sum(
+                    self.exchange,
+                    self.hiding,
+                    turn,
+                    names,
+                    seconds=self.seconds,
+                    warn=lambda words: self.emit(Warned(message=words)),
+                    opening=partial(self._begin, turn),
+                    silent=lost.append,
+                )
+            except ProtocolError as error:
+                begun = self._begun(turn)
+                still = [name for name in begun or names if name not in lost]
+                if left and len(still) >= self.hiding.layer.fewest and still == (begun or still):
+                    self.emit(Warned(message=f"the sum of round {turn.round} is tried again: {error.what}"))
+                    names = still
+                    continue
+                if begun is not None:
+                    raise RoundLostError(f"its sum was begun to be opened, and not to the end: {error.what}") from error
+                raise
+            if absent := sorted(set(worked) - set(survivors)):
+                self.emit(Warned(message=f"round {turn.round} goes on without what {', '.join(absent)} worked out"))
+            return sums
+        raise AssertionError("the last try returns or raises")
+
+    def _begin(self, turn: Turn, survivors: list[str]) -> None:
+        if self.opening is not None:
+            write_atomic(self.opening, json.dumps({"turn": [turn.round, turn.leg], "survivors": survivors}).encode())
+
+    def _begun(self, turn: Turn) -> list[str] | None:
+        """Over whom the sum of this turn was about to be opened before; None where none was."""
+        if self.opening is None or not self.opening.exists():
+            return None
+        found = json.loads(self.opening.read_bytes())
+        return list(found["survivors"]) if found["turn"] == [turn.round, turn.leg] else None
 
     def states(self) -> dict[str, State]:
         return {}

@@ -13,6 +13,9 @@ POLL = 0.05
 AGAIN = 60.0
 """Seconds of silence after which a question is sent again; each time twice as long."""
 
+FACTS = 16 * 2**20
+"""Bytes that an answer without tensors has room for."""
+
 
 class Answered(Protocol):
     """A member's answer to a letter; its data is None where it cannot be read."""
@@ -30,6 +33,10 @@ class Postal(Protocol):
 
     def online(self) -> Mapping[str, float]:
         """Members that have been heard of lately, and when they began (seconds since the epoch)."""
+        ...
+
+    def expect(self, largest: int) -> None:
+        """Answers have at most so many bytes from now on."""
         ...
 
     def send(self, member: str, data: bytes) -> str | None: ...
@@ -74,7 +81,9 @@ class Exchange:
     on_wait: Callable[[list[str], list[str]], None] = lambda waiting, away: None
     _told: float = field(init=False, default=0.0)
 
-    def ask(self, questions: Mapping[str, bytes], *, seconds: float) -> Iterator[tuple[str, bytes | None]]:
+    def ask(
+        self, questions: Mapping[str, bytes], *, seconds: float, largest: int = FACTS
+    ) -> Iterator[tuple[str, bytes | None]]:
         """Answers in the order of names, whoever is first; None for members that did not answer in time.
 
         Answers that came early wait in the post, so that one is in memory at a time.
@@ -82,7 +91,9 @@ class Exchange:
         Args:
             questions: by member.
             seconds: how long to wait in all.
+            largest: bytes of an answer; a larger one is kept out, and counts as none.
         """
+        self.post.expect(largest)
         asked = {name: _Asked(data) for name, data in questions.items()}
         end = self.clock() + seconds
         try:

@@ -17,7 +17,7 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from allmend.errors import UserError
-from allmend.federation.engines.flower.exchange import Exchange
+from allmend.federation.engines.flower.exchange import FACTS, Exchange
 from allmend.federation.privacy.secure_sum import ProtocolError, SecureMember, SecureSum, Terms
 from allmend.federation.privacy.secure_sum.fixed_point import Floats
 from allmend.federation.privacy.vectors import VectorCode
@@ -85,6 +85,8 @@ def ask_sum(
     *,
     seconds: float,
     warn: Callable[[str], None],
+    opening: Callable[[list[str]], None] = lambda survivors: None,
+    silent: Callable[[str], None] = lambda name: None,
 ) -> tuple[Sums, list[str]]:
     """Have members form the sum of what they have worked out; gives it, and who is in it.
 
@@ -95,9 +97,11 @@ def ask_sum(
         names: members that have worked.
         seconds: that each step may take.
         warn: told of members that are lost on the way.
+        opening: told who is in the sum, before anybody is asked to open it.
+        silent: told of members that did not answer in time.
 
     Raises:
-        UserError: too few are left.
+        UserError: too few are left; a `ProtocolError` where they were lost on the way.
     """
     once = secrets.token_hex(8)
     try:
@@ -105,6 +109,7 @@ def ask_sum(
     except ValueError as error:
         raise UserError(f"no sum can be formed: {error}", where=f"arm {hiding.arm!r}, round {turn.round}") from None
     total, told = SecureSum(terms), dict.fromkeys(names, b"")
+    largest = FACTS + hiding.code.length * hiding.code.bits // 8
     for step in STEPS:
         about: dict[str, JSON] = {
             "ask": "secure",
@@ -116,10 +121,13 @@ def ask_sum(
             "names": names,
             "step": step,
         }
+        if step == "opened":
+            opening(total.survivors)
         questions = {name: dump(_packed(message), about) for name, message in told.items()}
-        for name, data in exchange.ask(questions, seconds=seconds):
+        for name, data in exchange.ask(questions, seconds=seconds, largest=largest):
             try:
                 if data is None:
+                    silent(name)
                     raise ProtocolError(f"no answer to {step!r}", where=f"member {name!r}")
                 tensors, found = parse(data, where=f"member {name!r}")
                 if isinstance(refused := found.get("error"), dict):
@@ -184,7 +192,6 @@ class HiddenPart:
         session, message = self.hiding.session(turn, once), _unpacked(tensors)
         try:
             if step == "keys":
-                self._refuse_second(turn)
                 terms = self.hiding.terms(session, names)
                 self._at = session, SecureMember(terms, self.name, self.identity)
                 answer = self._at[1].keys()
@@ -196,9 +203,8 @@ class HiddenPart:
                 vector, _ = self.hiding.code.encode(self.reply(turn.round, turn.leg), self.rounding(turn))
                 answer = self._at[1].masked(message, vector)
             else:
-                self._refuse_second(turn)
-                self._note(turn)  # before it is sent: a second sum over others would bare somebody's part
                 answer = self._at[1].opened(message)
+                self._note(turn, self._at[1].survivors)  # before it is sent
         except ValueError as error:
             raise UserError(str(error), where=where) from None
         return dump(_packed(answer), {})
@@ -207,19 +213,22 @@ class HiddenPart:
     def _opened(self) -> Path:
         return self.folder / "opened.json"
 
-    def _refuse_second(self, turn: Turn) -> None:
-        if [turn.round, turn.leg] in self._read():
+    def _note(self, turn: Turn, survivors: list[str]) -> None:
+        """Keep in mind over whom this turn's sum was opened; over others it must never be.
+
+        The difference of the two would be somebody's part. The same sum once more tells nothing new.
+        """
+        before, key = self._read(), f"{turn.round}-{turn.leg}"
+        if before.setdefault(key, survivors) != survivors:
             raise UserError(
                 f"what this member worked out in round {turn.round} is in a sum that was opened already, and a second "
-                "sum would bare it",
+                "sum over others would bare somebody's part",
                 where=f"member {self.name!r}",
             )
+        write_atomic(self._opened, json.dumps(before).encode())
 
-    def _note(self, turn: Turn) -> None:
-        write_atomic(self._opened, json.dumps([*self._read(), [turn.round, turn.leg]]).encode())
-
-    def _read(self) -> list[list[int]]:
+    def _read(self) -> dict[str, list[str]]:
         try:
-            return list(json.loads(self._opened.read_bytes())) if self._opened.exists() else []
+            return dict(json.loads(self._opened.read_bytes())) if self._opened.exists() else {}
         except (OSError, ValueError) as error:
             raise UserError(f"cannot be read: {error}", where=self._opened) from error

@@ -14,6 +14,12 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
+CHUNK = 5 * 2**20
+"""Bytes that Flower puts into one object."""
+
+FRAME = 8
+"""Objects of a letter that are not its content: message, records, array, and room for what a version may add."""
+
 KIND = "train"
 """Flower's type of message; it has no meaning here."""
 
@@ -56,6 +62,11 @@ def write(data: bytes, *, run: int, source: int, target: int, now: float, ttl: f
 def ids_of(tree: Any) -> list[str]:
     """The ids of a tree's objects."""
     return list(dict.fromkeys(part.object_id for part in iterate_object_tree(tree)))
+
+
+def objects_of(size: int) -> int:
+    """The most objects that a letter of `size` bytes has."""
+    return FRAME + -(-size // CHUNK)
 
 
 def read(id: str, objects: Mapping[str, bytes]) -> bytes:

@@ -65,6 +65,7 @@ class Post:
         self._beat = threading.Thread(target=self._keep_alive, args=(task,), name="post", daemon=True)
         self._beat.start()
         self._arriving: dict[str, tuple[str, str, list[str]]] = {}
+        self._largest = 0
 
     def online(self) -> dict[str, float]:
         """Members that have been heard of lately, and when they began (seconds since the epoch)."""
@@ -74,6 +75,14 @@ class Post:
             for node in found
             if node.status == "online"
         }
+
+    def expect(self, largest: int) -> None:
+        """From now on, answers have at most so many bytes; the door keeps out larger ones."""
+        self._largest = largest
+
+    def most_objects(self) -> int:
+        """Objects of the largest answer that may come."""
+        return letters.objects_of(self._largest)
 
     def send(self, member: str, data: bytes) -> str | None:
         """Leave a letter for a member; its id, or None where the member was never there."""

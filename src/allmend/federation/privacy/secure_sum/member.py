@@ -50,6 +50,8 @@ class SecureMember:
         self._own_share = b""
         self._shares: dict[str, tuple[bytes, bytes]] = {}
         self._steps = ["keys", "shares", "masked", "opened"]
+        self.survivors: list[str] = []
+        """Whose vectors are in the sum that this member has opened, sorted."""
 
     def keys(self) -> bytes:
         """Step 1: fresh public keys, signed."""
@@ -149,6 +151,7 @@ class SecureMember:
         if unknown := sorted(near - {self._name, *self._shares}):
             raise ProtocolError(f"{', '.join(unknown)} cannot have survived without shares", where=COORDINATOR)
         enough(terms, self._name, near, "have survived")
+        self.survivors = sorted(alive)
         own = {self._name: self._own_share}
         return Opened(
             terms=terms.digest,
