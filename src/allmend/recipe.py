@@ -132,6 +132,9 @@ class Train(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=True)] = 1.0
     """Gradients are scaled down to this norm; `inf` leaves them as they are."""
+    largest_update: Annotated[float, Field(gt=0)] | None = None
+    """Largest norm of the change that a client makes to the parameters in a round, over all of them. The client scales
+    a larger one down to it; a coordinator that can see a change refuses a larger one. Unbounded when absent."""
     loss_mean: Literal["token", "record"] = "token"
     """What a batch's loss is the mean over: its tokens, or its records, each by the mean over its own tokens.
     Record-level privacy always takes records."""

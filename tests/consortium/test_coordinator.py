@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from allmend.consortium.coordinator import TELL_AGAIN, WaitLog
+from allmend.consortium.member import MemberSide
 from allmend.consortium.offer import Offer
 from allmend.errors import UserError
 from allmend.events import Joined, Waiting, Warned
@@ -267,3 +268,94 @@ def test_the_log_tells_who_is_away_when_that_changes_and_now_and_then_besides(tm
         assert not told or told[-1].members == ["a", "b"]
     assert [event.away for event in told] == [["b"], [], []]
     log.close()
+
+
+HIDDEN = {"privacy": {"secure_aggregation": {"clip": 1.0}}, "compare": {}, "canaries": None}
+
+
+def at_step(step: str, *, round: int) -> Callable[[bytes], bool]:
+    """Whether a question is one for this step of a sum."""
+
+    def asks(question: bytes) -> bool:
+        about = parse(question)[1]
+        return (about.get("ask"), about.get("step"), about.get("round")) == ("secure", step, round)
+
+    return asks
+
+
+@pytest.mark.parametrize("step", ["shares", "masked", "opened"])
+def test_a_member_that_begins_anew_in_the_middle_of_a_sum_is_in_it_all_the_same(
+    step: str, make_place: MakePlace
+) -> None:
+    place = make_place(**HIDDEN)
+    asks, begun = at_step(step, round=2), []
+    old = place.sides["north"]
+
+    def answer(question: bytes) -> bytes:
+        if asks(question) and not begun:
+            begun.append(MemberSide(old.name, old.identity, old.data, old.folder, old.agree))
+            assert begun[0].resume()
+        return (begun or [old])[0].answer(question)
+
+    place.post.answer["north"] = answer
+    there = place.coordinate(fewest=3)
+    here = tune(place.recipe, place.folder / "simulated", base=place.folder)
+    assert begun
+    assert adapter(there.arm("fedavg")) == adapter(here.arm("fedavg"))
+    tried = [event for event in there.history() if isinstance(event, Warned) and "tried again" in event.message]
+    assert len(tried) == (step != "opened")  # two of three shares are enough
+
+
+class Died(Exception):  # noqa: N818
+    """The coordinator's process is gone."""
+
+
+def dies_after_opening(place: Any, *, round: int) -> None:
+    """The coordinator dies when all members have opened a sum, and has not learnt it."""
+    asks, opened = at_step("opened", round=round), []
+
+    def watched(answer: Callable[[bytes], bytes]) -> Callable[[bytes], bytes]:
+        def carry(question: bytes) -> bytes:
+            found = answer(question)
+            if asks(question):
+                opened.append(question)
+                if len(opened) == len(place.sides):
+                    raise Died
+            return found
+
+        return carry
+
+    place.post.answer = {name: watched(side.answer) for name, side in place.sides.items()}
+
+
+def test_a_coordinator_that_dies_while_members_open_a_sum_forms_it_again(make_place: MakePlace) -> None:
+    place = make_place(**HIDDEN)
+    dies_after_opening(place, round=1)
+    with pytest.raises(Died):
+        place.coordinate(fewest=3)
+    there = place.coordinate(fewest=3)
+    here = tune(place.recipe, place.folder / "simulated", base=place.folder)
+    assert adapter(there.arm("fedavg")) == adapter(here.arm("fedavg"))
+
+
+def test_a_sum_that_was_opened_over_somebody_who_is_gone_is_never_formed_over_fewer(make_place: MakePlace) -> None:
+    """The round leaves no trace, as if nobody had been sampled for it, and the run goes on."""
+    place = make_place(**HIDDEN | {"strategy": {"name": "fedavg", "rounds": 1}})
+    dies_after_opening(place, round=1)
+    with pytest.raises(Died):
+        place.coordinate(fewest=2)
+    asks = at_step("keys", round=1)
+    place.post.answer = {name: side.answer for name, side in place.sides.items()}
+
+    def gone(question: bytes) -> bytes:
+        assert not asks(question)
+        return dump_reply(Reply(seen_facts={"other": 1.0})) if parse(question)[1]["ask"] == "work" else b""
+
+    there_before = place.sides["north"].answer
+    place.post.answer["north"] = lambda question: (
+        gone(question) if parse(question)[1].get("ask") in ("work", "secure") else there_before(question)
+    )
+    there = place.coordinate(fewest=2)
+    assert any("round 1 leaves no trace" in e.message for e in there.history() if isinstance(e, Warned))
+    tensors = load_file(there.arm("fedavg") / "adapter" / "adapter_model.safetensors")
+    assert all(not tensor.any() for name, tensor in tensors.items() if "lora_B" in name)

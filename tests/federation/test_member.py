@@ -9,7 +9,7 @@ import torch
 
 from allmend.data.chat import Encoded
 from allmend.errors import UserError
-from allmend.federation.member import LEARNT, Member, MemberClient
+from allmend.federation.member import LEARNT, Member, MemberClient, change
 from allmend.learn.loop import DivergedError, Step
 from allmend.learn.private import RecordNoise
 from allmend.recipe import Train
@@ -135,3 +135,25 @@ def test_records_with_a_guarantee_keep_their_loss_to_the_member(
     assert all(step.loss is not None for step in told)
     assert (found.steps, found.tokens) == (expected.steps, expected.tokens)
     assert any(not torch.equal(found.tensors[name], expected.tensors[name]) for name in found.tensors)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.999, 1.0, 2.0])
+def test_a_change_is_scaled_down_to_its_bound_and_else_left_alone(
+    share: float, make_member: Callable[..., Any], make_trainable: Callable[..., Any], settings: Train
+) -> None:
+    trainable = make_trainable()
+    initial = trainable.state()
+
+    def trained(bound: float | None) -> Any:
+        bounded = settings.model_copy(update={"largest_update": bound})
+        return MemberClient(make_member("a"), trainable, bounded, initial).train(initial, Turn(1, 0, 2)).tensors
+
+    free = trained(None)
+    norm = torch.cat([(free[name].double() - initial[name].double()).flatten() for name in free]).norm().item()
+    found = trained(share * norm)
+    for name, tensor in free.items():
+        expected = initial[name] + min(1.0, share) * (tensor - initial[name])
+        torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-7)
+    assert change(found, initial) <= share * norm * (1 + 1e-6)
+    if share >= 1:
+        assert all(torch.equal(found[name], free[name]) for name in free)

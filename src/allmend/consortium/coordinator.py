@@ -199,6 +199,7 @@ class Coordination:
                 emit=self.log.emit,
                 largest=FACTS + REPLY * nbytes(trainable.state()),
                 layout=strategy.layout(trainable.state()),
+                largest_update=arm.train.largest_update,
                 opening=self.run.arm(arm.name) / "opening.json",
                 hiding=hiding(self.offer, recipe, arm, strategy, trainable.state()),
             )

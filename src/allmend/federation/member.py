@@ -1,5 +1,6 @@
 """A member's side: the records that stay with it, and the `Client` that a strategy works with."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -36,6 +37,21 @@ class Member:
     records: Sequence[Encoded]
     seed: int
     noise: RecordNoise | None = None
+
+
+def change(tensors: Tensors, start: Tensors) -> float:
+    """The norm of the change from one set of parameters to another, over all of them."""
+    return math.sqrt(sum(float((t.double() - start[name].double()).square().sum()) for name, t in tensors.items()))
+
+
+def bounded(tensors: Tensors, start: Tensors, largest: float | None) -> Tensors:
+    """Parameters whose change from `start` has at most the norm `largest`: itself, or scaled down to it."""
+    if largest is None or (norm := change(tensors, start)) <= largest:
+        return tensors
+    return {
+        name: (start[name].double() + (tensor.double() - start[name].double()) * (largest / norm)).to(tensor.dtype)
+        for name, tensor in tensors.items()
+    }
 
 
 @dataclass
@@ -92,10 +108,11 @@ class MemberClient:
             )
         except UserError as error:
             raise type(error)(error.what, where=f"client {self.name!r}, round {turn.round}", hint=error.hint) from error
+        tensors = bounded(outcome.tensors, start, self.settings.largest_update)
         self.state.facts["steps"] = taken + steps
         before = self.state.tensors.get(LEARNT, torch.zeros_like(outcome.learnt))
         self.state.tensors = self.state.tensors | {LEARNT: before + outcome.learnt}
         tokens = sum(step.tokens for step in outcome.steps)
         # without noise of its own, the loss would be a release that no guarantee covers
         loss = mean_loss(outcome.steps) if self.member.noise is None else None
-        return Trained(outcome.tensors, loss, steps, tokens, outcome.optimizer)
+        return Trained(tensors, loss, steps, tokens, outcome.optimizer)

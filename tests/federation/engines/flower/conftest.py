@@ -86,11 +86,11 @@ def make_post() -> Callable[..., FakePost]:
 def make_site(make_trainable: Callable[[], Any], settings: Train, tmp_path: Path) -> Callable[..., Site]:
     """A site with an arm called `arm`."""
 
-    def make(member: Member, strategy: Strategy, folder: Path | None = None) -> Site:
+    def make(member: Member, strategy: Strategy, folder: Path | None = None, how: Train = settings) -> Site:
         @contextlib.contextmanager
         def open_arm(arm: str) -> Iterator[ArmAtMember]:
             trainable = make_trainable()
-            yield ArmAtMember(strategy, trainable, member, settings)
+            yield ArmAtMember(strategy, trainable, member, how)
             remove_lora(trainable)
 
         return Site(folder or tmp_path / member.name, open_arm)
@@ -99,10 +99,11 @@ def make_site(make_trainable: Callable[[], Any], settings: Train, tmp_path: Path
 
 
 @pytest.fixture
-def make_sites(make_site: Callable[..., Site]) -> Callable[..., dict[str, Site]]:
-    def make(members: Sequence[Member], strategy: Strategy, folder: Path | None = None) -> dict[str, Site]:
-        return {
-            member.name: make_site(member, strategy, folder / member.name if folder else None) for member in members
-        }
+def make_sites(make_site: Callable[..., Site], settings: Train) -> Callable[..., dict[str, Site]]:
+    def make(
+        members: Sequence[Member], strategy: Strategy, how: Train = settings, *, folder: Path | None = None
+    ) -> dict[str, Site]:
+        places = {member.name: folder / member.name if folder else None for member in members}
+        return {member.name: make_site(member, strategy, places[member.name], how) for member in members}
 
     return make

@@ -1,6 +1,7 @@
 """The engine between machines against the one in this process, and members that fail."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from allmend.errors import UserError
 from allmend.events import Warned
 from allmend.federation.checkpoint import Checkpoint, Checkpoints
 from allmend.federation.engines.flower.engine import FlowerEngine
-from allmend.federation.engines.wire import dump_reply
+from allmend.federation.engines.wire import dump_reply, parse_reply
 from allmend.federation.strategies import STRATEGIES, build_strategy
 from allmend.federation.strategies.fedavg import FedAvg
 from allmend.recipe import Train
@@ -147,7 +148,7 @@ def test_too_few_answers_stop_the_run_and_keep_the_round_before(
 ) -> None:
     members = [make_member(name) for name in ("a", "b")]
     whole = run(FedAvg(), members, settings, rounds=3)
-    sites = make_sites(members, FedAvg(), tmp_path / "sites")
+    sites = make_sites(members, FedAvg(), folder=tmp_path / "sites")
     post = make_post({name: site.answer for name, site in sites.items()})
     run(FedAvg(), members, settings, rounds=2, engine=make_engine(post, ["a", "b"], fewest=2), folder=tmp_path / "arm")
     post.slow["b"] = 1e9
@@ -210,6 +211,32 @@ def test_a_reply_that_would_spoil_the_round_is_left_out(
     there = run(FedAvg(), members, settings, rounds=1, engine=make_engine(post, ["a", "b"], events, layout=layout))
     assert same(run(FedAvg(), [members[0]], settings, rounds=1).state, there.state)
     assert any(why in event.message for event in events if isinstance(event, Warned))
+
+
+@pytest.mark.parametrize(("factor", "left_out"), [(0.9, False), (1.0, False), (1.1, True), (1e6, True)])
+def test_a_change_over_the_bound_is_left_out(
+    factor: float,
+    left_out: bool,
+    run: Callable[..., Any],
+    make_member: Callable[..., Any],
+    make_sites: Callable[..., Any],
+    make_post: Callable[..., Any],
+    settings: Train,
+) -> None:
+    bounded = settings.model_copy(update={"largest_update": 1e-3})  # training alone would go further
+    members = [make_member(name) for name in ("a", "b")]
+    sites, events = make_sites(members, FedAvg(), bounded), list[Any]()
+
+    def larger(question: bytes) -> bytes:
+        reply = parse_reply(sites["b"].answer(question))[0]
+        return dump_reply(replace(reply, summed={name: tensor * factor for name, tensor in reply.summed.items()}))
+
+    post = make_post({"a": sites["a"].answer, "b": larger})
+    engine = make_engine(post, ["a", "b"], events, largest_update=1e-3)
+    there = run(FedAvg(), members, bounded, rounds=1, engine=engine)
+    assert same(run(FedAvg(), [members[0]], bounded, rounds=1).state, there.state) == left_out
+    told = [event.message for event in events if isinstance(event, Warned)]
+    assert any("client 'b', round 1: its change has the norm" in message for message in told) == left_out
 
 
 def test_states_stay_with_the_members(make_post: Callable[..., Any]) -> None:

@@ -14,6 +14,7 @@ from allmend.federation.engines import Answer, RoundLostError
 from allmend.federation.engines.flower.exchange import FACTS, Exchange
 from allmend.federation.engines.flower.hidden import Hiding, ask_sum
 from allmend.federation.engines.wire import dump_task, parse_reply
+from allmend.federation.member import change
 from allmend.federation.privacy.secure_sum import ProtocolError
 from allmend.models.tensors import parse
 from allmend.run import write_atomic
@@ -21,6 +22,9 @@ from allmend.strategy import Layout, Reply, State, Strategy, Sums, Task, Turn, s
 
 SUSPENDED = 3
 """Rounds in a row that a member may miss before it is no longer asked."""
+
+ROUNDING = 1e-3
+"""By how much a change that was scaled down to its bound may come out above it."""
 
 TRIES = 3
 """Times that a sum is tried while enough members answer; a member that begins anew in the middle breaks one off."""
@@ -41,6 +45,7 @@ class FlowerEngine:
         hiding: what is agreed on about sums, where they are formed out of sight.
         largest: bytes of a reply; larger ones are kept out.
         layout: shapes of what members may sum (`Strategy.layout`); None leaves it unchecked.
+        largest_update: norm of a member's change, over which its reply is left out, where it can be seen.
         opening: file that keeps in mind over whom a sum was about to be opened, for whoever begins anew.
     """
 
@@ -54,6 +59,7 @@ class FlowerEngine:
     largest: int = FACTS
     hiding: Hiding | None = None
     layout: Layout | None = None
+    largest_update: float | None = None
     opening: Path | None = None
     _worked: tuple[Turn, list[str]] | None = field(init=False, default=None)
     _missed: dict[str, int] = field(init=False, default_factory=dict)
@@ -68,7 +74,7 @@ class FlowerEngine:
         round = next(iter(tasks.values())).turn.round
         answered: list[str] = []
         for name, data in self.exchange.ask(questions, seconds=self.seconds, largest=self.largest):
-            answer = None if data is None else self._read(strategy, name, round, data)
+            answer = None if data is None else self._read(strategy, tasks[name], name, data)
             if answer is None:
                 self._miss(name, round, came=data is not None)
                 continue
@@ -141,8 +147,8 @@ class FlowerEngine:
     def close(self) -> None:
         pass
 
-    def _read(self, strategy: Strategy, name: str, round: int, data: bytes) -> Answer | None:
-        where = f"client {name!r}, round {round}"
+    def _read(self, strategy: Strategy, task: Task, name: str, data: bytes) -> Answer | None:
+        where = f"client {name!r}, round {task.turn.round}"
         try:
             _, about = parse(data, where=where)
             if isinstance(error := about.get("error"), dict):
@@ -150,13 +156,13 @@ class FlowerEngine:
                 return None
             hidden = self.hiding.code.length * self.hiding.code.bits // 8 if self.hiding else 0
             reply = parse_reply(data, where=where)[0]
-            self._check(strategy, reply, where)
+            self._check(strategy, task, reply, where)
             return Answer(name, reply, hidden)
         except UserError as error:
             self.emit(Warned(message=str(error)))
             return None
 
-    def _check(self, strategy: Strategy, reply: Reply, where: str) -> None:
+    def _check(self, strategy: Strategy, task: Task, reply: Reply, where: str) -> None:
         """Refuse a reply that would spoil the round for all: it is left out like a lost one."""
         if undeclared := strategy.declare().undeclared(reply):
             raise UserError(f"the reply holds what was not declared: {', '.join(undeclared)}", where=where)
@@ -166,6 +172,13 @@ class FlowerEngine:
         for name, tensor in (reply.summed | reply.seen).items():
             if not torch.isfinite(tensor).all():
                 raise UserError(f"tensor {name!r} holds NaN or infinite values", where=where)
+        if self.largest_update is None or self.hiding is not None:
+            return
+        model = strategy.revealed(task, reply)
+        if model is not None and (norm := change(model, task.tensors)) > self.largest_update * (1 + ROUNDING):
+            raise UserError(
+                f"its change has the norm {norm:.4g}, and train.largest_update is {self.largest_update:g}", where=where
+            )
 
     def _miss(self, name: str, round: int, *, came: bool) -> None:
         self._missed[name] = self._missed.get(name, 0) + 1
