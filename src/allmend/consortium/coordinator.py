@@ -30,6 +30,7 @@ from allmend.events import (
     Joined,
     Offered,
     PhaseDone,
+    RoundDone,
     RunFinished,
     RunStarted,
     Waiting,
@@ -162,7 +163,7 @@ class Coordination:
         if self.prepared.canaries:
             audit_arms(self.run, self.prepared, self.log, self.recipe.audit)
         write_cards(self.run, self.recipe)
-        self._all(dump({}, {"ask": "end"}))
+        self._all(self._questions("end", {}, {}, {}))
 
     @property
     def _everybody(self) -> list[str]:
@@ -200,6 +201,7 @@ class Coordination:
                 largest=FACTS + REPLY * nbytes(trainable.state()),
                 layout=strategy.layout(trainable.state()),
                 largest_update=arm.train.largest_update,
+                counted=self._counted(arm.name, strategy.legs),
                 opening=self.run.arm(arm.name) / "opening.json",
                 hiding=hiding(self.offer, recipe, arm, strategy, trainable.state()),
             )
@@ -219,13 +221,19 @@ class Coordination:
             save_outcomes(self.run.arm(arm.name), outcomes, trainable, base=str(self.prepared.model.folder))
         self.log.emit(PhaseDone(phase=f"train {arm.name}", seconds=time.perf_counter() - began, tokens=0))
         if self.prepared.canaries and shared is not None:
-            write_learnt(self.run, arm.name, self.prepared.canaries, self._learnt(arm.name))
-        self._all(self._question("keep", {"arm": arm.name}, shared or {}))
-        self._score(arm.name, shared or {})
+            write_learnt(self.run, arm.name, self.prepared.canaries, self._learnt(arm.name, engine.counted))
+        own = {} if shared else engine.counted
+        self._all(self._questions("keep", {"arm": arm.name}, shared or {}, own))
+        self._score(arm.name, shared or {}, own)
 
-    def _learnt(self, arm: str) -> Training:
+    def _counted(self, arm: str, legs: int) -> dict[str, tuple[int, int]]:
+        """The last round of each member that counted, as far as an arm has come."""
+        done = (event for event in self.run.history() if isinstance(event, RoundDone) and event.arm == arm)
+        return {name: (event.round, legs - 1) for event in done for name in event.clients}
+
+    def _learnt(self, arm: str, counted: Mapping[str, tuple[int, int]]) -> Training:
         counts: dict[str, tuple[int, int]] = {}
-        for name, reply in self._ask(dict.fromkeys(self.names, self._question("learnt", {"arm": arm}))):
+        for name, reply in self._ask(self._questions("learnt", {"arm": arm}, {}, counted)):
             if not isinstance(reply, Reply):
                 raise UserError(f"client {name!r} does not say what it learnt from: {reply or 'no answer'}")
             own = {canary.id for canary in self.prepared.canaries if canary.inserted and canary.client == name}
@@ -239,17 +247,17 @@ class Coordination:
         # one record stands for all copies of a canary here
         return Training({}, {f"canary:{canary}#1": pair for canary, pair in counts.items()}, ())
 
-    def _score(self, model: str, tensors: Tensors) -> None:
+    def _score(self, model: str, tensors: Tensors, own: Mapping[str, tuple[int, int]] = {}) -> None:
         """Have the members score a model on their held-out records, and keep the sums."""
         path = self._sums(model)
         if path.exists():
             return
         began = time.perf_counter()
         others = [other for other in (BASE, *self.recipe.arms()) if self._sums(other).exists()]
-        question = self._question("score", {"model": model, "others": others}, tensors)
+        questions = self._questions("score", {"model": model, "others": others}, tensors, own)
         total: dict[str, float] = {}
         answered = 0
-        for name, reply in self._ask(dict.fromkeys(self.names, question)):
+        for name, reply in self._ask(questions):
             if not isinstance(reply, Reply):
                 self.log.emit(Warned(message=f"client {name!r} has not scored {model!r}: {reply or 'no answer'}"))
                 continue
@@ -283,12 +291,19 @@ class Coordination:
         differences = [difference for difference in found if difference is not None]
         return UtilityTable(rows=tuple(rows), differences=tuple(differences), seed=self.recipe.seed)
 
-    def _question(self, ask: str, about: Mapping[str, Any], tensors: Tensors | None = None) -> bytes:
-        return dump(grouped("model", tensors or {}), {"ask": ask, "run": self.offer.digest, **about})
+    def _questions(
+        self, ask: str, about: Mapping[str, Any], tensors: Tensors, own: Mapping[str, tuple[int, int]]
+    ) -> dict[str, bytes]:
+        """A question to all that have joined: one for all, or with the state of each that is meant."""
+        about = {"ask": ask, "run": self.offer.digest, **about}
+        if own:
+            found = {name: about | {"counted": own.get(name)} for name in self.names}
+            return {name: dump(grouped("model", tensors), facts) for name, facts in found.items()}
+        return dict.fromkeys(self.names, dump(grouped("model", tensors), about))
 
-    def _all(self, question: bytes) -> None:
+    def _all(self, questions: Mapping[str, bytes]) -> None:
         """Tell all that have joined; it does no harm where one does not answer."""
-        for _ in self._ask(dict.fromkeys(self.names, question), seconds=min(60.0, self.patience.leg)):
+        for _ in self._ask(questions, seconds=min(60.0, self.patience.leg)):
             pass
 
     def _ask(

@@ -226,7 +226,7 @@ class MemberSide:
                 if name != BASE:
                     adapter = recipe.arms()[name].adapter
                     trainable = stack.enter_context(trainable_of(joined.model, adapter, seed=recipe.seed))
-                    trainable.load(tensors or self._personal(joined, name))
+                    trainable.load(tensors or self._personal(joined, name, about))
                     module = trainable.model
                     module.eval()
                 found = score(module, held_out, encoded, tokens_per_pass=recipe.evaluation.tokens_per_pass)
@@ -244,9 +244,9 @@ class MemberSide:
             raise UserError(f"no arm is called {name!r}", where="the coordinator's question")
         return str(name)
 
-    def _personal(self, joined: Joined, arm: str) -> Tensors:
+    def _personal(self, joined: Joined, arm: str, about: dict[str, Any]) -> Tensors:
         strategy = strategy_of(joined.recipe.arms()[arm], seed=joined.recipe.seed)
-        tensors = strategy.personal(State(), joined.site.newest(arm))
+        tensors = strategy.personal(State(), joined.site.state(arm, about))
         if tensors is None:
             raise UserError(f"there is no model of arm {arm!r} here", where=f"member {self.name!r}")
         return tensors
@@ -254,7 +254,7 @@ class MemberSide:
     def _learnt(self, joined: Joined, about: dict[str, Any]) -> Reply:
         """Steps and tokens that each of the member's canaries had; nothing about its own records."""
         arm = self._arm(joined, about.get("arm"))
-        counts = joined.site.newest(arm).tensors.get(LEARNT)
+        counts = joined.site.state(arm, about).tensors.get(LEARNT)
         found: dict[str, list[int]] = {}
         member, _ = at_member(joined.client.member, joined.recipe.arms()[arm])
         for record, (steps, tokens) in zip(member.records, counts.tolist() if counts is not None else (), strict=False):
@@ -269,7 +269,7 @@ class MemberSide:
         arm, recipe = self._arm(joined, about.get("arm")), joined.recipe
         joined.site.close()
         with trainable_of(joined.model, recipe.arms()[arm].adapter, seed=recipe.seed) as trainable:
-            outcome = tensors or self._personal(joined, arm)
+            outcome = tensors or self._personal(joined, arm, about)
             kind = "model" if trainable.kind == "full" else "adapter"
             trainable.save(joined.site.folder / "arms" / arm / kind, outcome, base=str(joined.model.folder))
         return Reply()

@@ -61,7 +61,7 @@ def run_rounds(
         received: dict[str, int] = {}
         working, cut = 0.0, 0
         summed_loss: float | None = None
-        before = state
+        before, counted = state, set[str]()
         for leg in range(strategy.legs):
             turn = Turn(round, leg, rounds, len(engine.members))
             tasks = strategy.plan(state, turn, engine.members)
@@ -74,6 +74,7 @@ def run_rounds(
                 if ledger.anew:  # replies of a round that is broken off were seen, and those of its second try will be
                     checkpoints.begin(round, took_part)
             sums, seen = Sums(), {}
+            counted |= set(tasks)
             answers = _Timed(engine.work(strategy, tasks))
             for answer in answers:
                 name, reply = answer.member, answer.reply
@@ -90,10 +91,10 @@ def run_rounds(
                 hidden = engine.summed()
             except RoundLostError as error:
                 emit(Warned(message=f"{arm}: round {round} leaves no trace, and the next one follows: {error.what}"))
-                state = before
+                state, counted = before, set()
                 break
             if hidden is not None:
-                sums = hidden
+                sums, counted = hidden[0], counted & set(hidden[1])
             cut += sums.cut
             state = strategy.combine(state, turn, sums, seen)
             if weight := sums.fact("weight"):
@@ -104,7 +105,7 @@ def run_rounds(
         done = RoundDone(
             arm=arm,
             round=round,
-            clients=sorted(sent),
+            clients=sorted(counted & set(sent)),
             sent=sent,
             received=received,
             # a loss without noise would be a release of its own

@@ -59,7 +59,8 @@ def test_replies_come_without_what_is_summed(
     for answer in engine.work(strategy, tasks):
         assert answer.reply.summed == {}
         assert answer.reply.summed_facts == {}
-    sums = engine.summed()
+    sums, names = engine.summed()
+    assert names == [member.name for member in members]
     assert sums is not None
     assert sums.members == 3
     assert sums.fact("weight") == 12.0

@@ -39,8 +39,9 @@ class Engine(Protocol):
         """Have every member that has a task work on it; replies in the order of names."""
         ...
 
-    def summed(self) -> Sums | None:
-        """After `work`: sums that were formed without a look at their parts; None where the replies hold the parts.
+    def summed(self) -> tuple[Sums, list[str]] | None:
+        """After `work`: sums that were formed without a look at their parts, and of whose; None where the replies hold
+        the parts.
 
         Raises:
             RoundLostError: the sum can never be had any more.

@@ -29,13 +29,14 @@ class HidingEngine:
     rounding: Callable[[Turn, str], Callable[[int], Floats]]
     fewest: int
     _sum: CodedSum | None = field(init=False, default=None)
+    _worked: list[str] = field(init=False, default_factory=list)
 
     @property
     def members(self) -> list[str]:
         return self.inner.members
 
     def work(self, strategy: Strategy, tasks: Mapping[str, Task]) -> Iterator[Answer]:
-        self._sum = CodedSum(self.code)
+        self._sum, self._worked = CodedSum(self.code), []
         for answer in self.inner.work(strategy, tasks):
             turn = tasks[answer.member].turn
             try:
@@ -46,9 +47,10 @@ class HidingEngine:
                     where=f"client {answer.member!r}, round {turn.round}",
                     hint="Lower train.learning_rate if its training diverged.",
                 ) from error
+            self._worked.append(answer.member)
             yield Answer(answer.member, without_sums(answer.reply), hidden=size)
 
-    def summed(self) -> Sums | None:
+    def summed(self) -> tuple[Sums, list[str]] | None:
         assert self._sum is not None, "work comes first"
         if self._sum.members < self.fewest:
             raise UserError(
@@ -56,7 +58,7 @@ class HidingEngine:
                 where="privacy.secure_aggregation",
                 hint="Let more members take part in a round.",
             )
-        return self._sum.sums()
+        return self._sum.sums(), list(self._worked)
 
     def states(self) -> dict[str, State]:
         return self.inner.states()

@@ -10,7 +10,7 @@ from allmend.federation.engines import Answer
 from allmend.federation.member import Member, MemberClient, OnStep
 from allmend.models.adapters import Trainable
 from allmend.recipe import Train
-from allmend.strategy import State, Strategy, Sums, Task
+from allmend.strategy import State, Strategy, Task
 
 
 @dataclass
@@ -45,7 +45,7 @@ class InProcessEngine:
         for name in sorted(tasks):
             yield Answer(name, strategy.work(tasks[name], self._clients[name]))
 
-    def summed(self) -> Sums | None:
+    def summed(self) -> None:
         return None
 
     def states(self) -> dict[str, State]:

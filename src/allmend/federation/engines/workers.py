@@ -23,7 +23,7 @@ from allmend.federation.engines.wire import dump_reply, dump_task, parse_reply, 
 from allmend.federation.member import Member, OnStep
 from allmend.models.adapters import Trainable
 from allmend.recipe import Train
-from allmend.strategy import State, Strategy, Sums, Task
+from allmend.strategy import State, Strategy, Task
 
 
 @dataclass
@@ -92,7 +92,7 @@ class WorkerEngine:
                         self._hand_out(worker, waiting, strategy, tasks)
             yield answers.pop(name)
 
-    def summed(self) -> Sums | None:
+    def summed(self) -> None:
         return None
 
     def states(self) -> dict[str, State]:

@@ -1,6 +1,6 @@
 """The engine between machines against the one in this process, and members that fail."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,11 @@ from allmend.errors import UserError
 from allmend.events import Warned
 from allmend.federation.checkpoint import Checkpoint, Checkpoints
 from allmend.federation.engines.flower.engine import FlowerEngine
-from allmend.federation.engines.wire import dump_reply, parse_reply
+from allmend.federation.engines.wire import dump_reply, parse_reply, parse_task
 from allmend.federation.strategies import STRATEGIES, build_strategy
 from allmend.federation.strategies.fedavg import FedAvg
 from allmend.recipe import Train
-from allmend.strategy import Reply, State
+from allmend.strategy import Reply, State, Task, Turn
 
 NAMES = ["a", "b", "c", "d", "e"]
 
@@ -119,6 +119,34 @@ def test_a_member_that_does_not_answer_is_as_if_it_was_not_sampled(
     ]
 
 
+@pytest.mark.parametrize("worked", [True, False])
+def test_a_reply_that_is_lost_leaves_no_trace_at_its_member_either(
+    worked: bool,
+    run: Callable[..., Any],
+    make_member: Callable[..., Any],
+    make_sites: Callable[..., Any],
+    make_post: Callable[..., Any],
+    settings: Train,
+) -> None:
+    """A round without a member is as if it had not been sampled, in that round and in those after it."""
+    members = [make_member(name) for name in ("a", "b", "c")]
+    sites = make_sites(members, FedAvg())
+
+    def losing(question: bytes) -> bytes:
+        found = sites["b"].answer(question) if worked or parse_task(question)[0].turn.round != 2 else b""
+        return b"" if parse_task(question)[0].turn.round == 2 else found
+
+    post = make_post({name: site.answer for name, site in sites.items()} | {"b": losing})
+    there = run(FedAvg(), members, settings, rounds=4, engine=make_engine(post, ["a", "b", "c"]))
+
+    class Without(FedAvg):
+        def plan(self, state: State, turn: Turn, members: Sequence[str]) -> dict[str, Task]:
+            tasks = FedAvg.plan(self, state, turn, members)
+            return {name: task for name, task in tasks.items() if (name, turn.round) != ("b", 2)}
+
+    assert same(run(Without(), members, settings, rounds=4).state, there.state)
+
+
 def test_a_member_that_fails_three_rounds_is_suspended(
     run: Callable[..., Any],
     make_member: Callable[..., Any],
@@ -154,11 +182,12 @@ def test_too_few_answers_stop_the_run_and_keep_the_round_before(
     post.slow["b"] = 1e9
     start = Checkpoints(tmp_path / "arm", "identity").newest()
     assert start is not None
+    again = {"fewest": 2, "counted": {"a": (2, 0), "b": (2, 0)}}
     with pytest.raises(UserError, match="1 of 2 members answered in round 3, and 2 are the fewest"):
-        run(FedAvg(), members, settings, rounds=3, engine=make_engine(post, ["a", "b"], fewest=2), start=start)
+        run(FedAvg(), members, settings, rounds=3, engine=make_engine(post, ["a", "b"], **again), start=start)
     post.slow.clear()
-    again = run(FedAvg(), members, settings, rounds=3, engine=make_engine(post, ["a", "b"], fewest=2), start=start)
-    assert same(again.state, whole.state)
+    last = run(FedAvg(), members, settings, rounds=3, engine=make_engine(post, ["a", "b"], **again), start=start)
+    assert same(last.state, whole.state)
 
 
 def test_a_member_that_answers_rubbish_or_an_error_is_left_out_and_told_of(

@@ -46,6 +46,8 @@ class FlowerEngine:
         largest: bytes of a reply; larger ones are kept out.
         layout: shapes of what members may sum (`Strategy.layout`); None leaves it unchecked.
         largest_update: norm of a member's change, over which its reply is left out, where it can be seen.
+        counted: round and leg of each member's last reply that counted. A member goes on from its state then; what it
+            kept of a reply that was lost is void.
         opening: file that keeps in mind over whom a sum was about to be opened, for whoever begins anew.
     """
 
@@ -61,6 +63,7 @@ class FlowerEngine:
     layout: Layout | None = None
     largest_update: float | None = None
     opening: Path | None = None
+    counted: dict[str, tuple[int, int]] = field(default_factory=dict)
     _worked: tuple[Turn, list[str]] | None = field(init=False, default=None)
     _missed: dict[str, int] = field(init=False, default_factory=dict)
 
@@ -70,7 +73,9 @@ class FlowerEngine:
 
     def work(self, strategy: Strategy, tasks: Mapping[str, Task]) -> Iterator[Answer]:
         about = {"ask": "work", "run": self.run, "arm": self.arm}
-        questions = {name: dump_task(task, about=about) for name, task in tasks.items()}
+        questions = {
+            name: dump_task(task, about=about | {"counted": self.counted.get(name)}) for name, task in tasks.items()
+        }
         round = next(iter(tasks.values())).turn.round
         answered: list[str] = []
         for name, data in self.exchange.ask(questions, seconds=self.seconds, largest=self.largest):
@@ -81,7 +86,10 @@ class FlowerEngine:
             self._missed[name] = 0
             answered.append(name)
             yield answer
-        self._worked = next(iter(tasks.values())).turn, answered
+        turn = next(iter(tasks.values())).turn
+        self._worked = turn, answered
+        if self.hiding is None:
+            self._count(turn, answered)
         if len(answered) < self.fewest:
             raise UserError(
                 f"{len(answered)} of {len(tasks)} members answered in round {round}, and {self.fewest} are the fewest",
@@ -89,7 +97,10 @@ class FlowerEngine:
                 hint="Run the same command again when more of them are there; the last round is kept.",
             )
 
-    def summed(self) -> Sums | None:
+    def _count(self, turn: Turn, names: Sequence[str]) -> None:
+        self.counted |= dict.fromkeys(names, (turn.round, turn.leg))
+
+    def summed(self) -> tuple[Sums, list[str]] | None:
         if self.hiding is None:
             return None
         assert self._worked is not None, "work comes first"
@@ -124,7 +135,8 @@ class FlowerEngine:
                 raise
             if absent := sorted(set(worked) - set(survivors)):
                 self.emit(Warned(message=f"round {turn.round} goes on without what {', '.join(absent)} worked out"))
-            return sums
+            self._count(turn, survivors)
+            return sums, survivors
         raise AssertionError("the last try returns or raises")
 
     def _begin(self, turn: Turn, survivors: list[str]) -> None:

@@ -7,9 +7,10 @@ the member has agreed to. A question that comes twice gets the same bytes twice.
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from allmend.errors import UserError
 from allmend.federation.engines.wire import dump_reply, parse_reply, parse_task
@@ -71,12 +72,13 @@ class Site:
             if (answer := place.answered(digest)) is not None:
                 return self._sent(at, answer)
             place.charge(at.member.name, at.ledger, digest)
-            client = MemberClient(at.member, at.trainable, at.settings, initial, place.state_before(), self.on_step)
+            before = place.state_before(*_counted(about))
+            client = MemberClient(at.member, at.trainable, at.settings, initial, before, self.on_step)
             reply = at.strategy.work(task, client)
             if undeclared := at.strategy.declare().undeclared(reply):
                 raise TypeError(f"strategy {at.strategy.name!r} returns what it did not declare: {undeclared}")
             answer = dump_reply(reply, about={"arm": name})
-            place.keep(client.state, answer, digest)
+            place.keep(client.state, answer, digest, *_counted(about))
         except UserError as error:
             return error_answer(error)
         return self._sent(at, answer)
@@ -93,10 +95,10 @@ class Site:
     def _sent(self, at: ArmAtMember, answer: bytes) -> bytes:
         return dump_reply(without_sums(parse_reply(answer)[0])) if at.hides else answer
 
-    def newest(self, arm: str) -> State:
-        """The member's state after what it last worked on in an arm; empty before."""
+    def state(self, arm: str, about: Mapping[str, Any]) -> State:
+        """The member's state after its last reply in an arm that counted, as a question tells; empty before."""
         place = _Place(self.folder / "arms" / _plain(arm), 2**31, 0)
-        return place.state_before()
+        return place.state_before(*_counted(about))
 
     def close(self) -> None:
         """Let go of the model."""
@@ -109,6 +111,18 @@ class Site:
             at = self._open.enter_context(self.open_arm(arm))
             self._arm = arm, at, at.trainable.state()
         return self._arm
+
+
+def _counted(about: Mapping[str, Any]) -> tuple[tuple[int, int] | None, ...]:
+    """The turn of the member's last reply that counted, as a question tells; nothing where it does not tell."""
+    if "counted" not in about:
+        return ()
+    match about["counted"]:
+        case None:
+            return (None,)
+        case [int(round), int(leg)]:
+            return ((round, leg),)
+    raise UserError("the question's counted is no round and leg", where="the coordinator's question")
 
 
 def error_answer(error: UserError) -> bytes:
@@ -154,13 +168,23 @@ class _Place:
         except OSError as error:
             raise UserError(f"round {self.round} was not worked on here: {error.strerror}", where=path) from error
 
-    def state_before(self) -> State:
+    def state_before(self, *counted: tuple[int, int] | None) -> State:
         """The state after what came before.
+
+        Args:
+            counted: the round and leg of the member's last reply that counted, None where none did; when not given, the
+                newest before this one.
 
         Raises:
             UserError: only later states are kept: the coordinator has gone further back than this member can.
         """
-        keys = self._keys()
+        keys = [key for key in self._keys() if not counted or (counted[0] is not None and key <= counted[0])]
+        if counted and counted[0] is not None and counted[0] not in keys:
+            raise UserError(
+                f"what this member had worked out in round {counted[0][0]} is not here any more",
+                where=self.folder,
+                hint="Its folder was put back or changed: begin a new run.",
+            )
         before = [key for key in keys if key < self.key]
         if not before:
             if keys and self.key != min(keys) and min(keys) > (1, 0):
@@ -199,9 +223,10 @@ class _Place:
             )
         write_atomic(path, json.dumps([*before, digest]).encode())
 
-    def keep(self, state: State, answer: bytes, digest: str) -> None:
-        """Keep the state and the answer, the answer first; drop what is older than the one before."""
-        older = [key for key in self._keys() if key < self.key]
+    def keep(self, state: State, answer: bytes, digest: str, *counted: tuple[int, int] | None) -> None:
+        """Keep the state and the answer, the answer first; drop what is older than what this one came from."""
+        last = counted[0] if counted and counted[0] else self.key
+        older = [key for key in self._keys() if key < self.key and (not counted or key <= last)]
         write_atomic(self._answer(self.key), answer)
         write_tensors(self._state(self.key), state.tensors, {"facts": state.facts, "question": digest})
         for key in sorted(older)[:-1]:
