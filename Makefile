@@ -29,7 +29,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install model demo test test-slow coverage lint types bench clean distclean
+.PHONY: help install model demo test test-slow chaos coverage lint types bench clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -46,6 +46,9 @@ test: install model ## run the fast tests
 
 test-slow: install model ## run the tests that need the real model or minutes
 	@$(BIN)/python -m pytest -m slow
+
+chaos: install model ## try every fault in runs among organisations, and write docs/faults.md
+	@$(BIN)/python -m pytest tests/consortium/chaos -m chaos --chaos-table docs/faults.md
 
 coverage: install model ## run the fast tests and show what they do not reach
 	@$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered

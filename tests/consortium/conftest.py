@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from tests.consortium.processes import Federation, Machine
 
 from allmend.consortium.coordinator import Patience, coordinate
 from allmend.consortium.member import MemberSide
@@ -129,3 +130,15 @@ def make_place(tmp_path: Path, tiny_folder: Path) -> Callable[..., Place]:
         return Place(tmp_path, recipe, keys, sides, Post({name: side.answer for name, side in sides.items()}), asked)
 
     return make
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Machine]:
+    made = Machine(tmp_path)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def make_federation(machine: Machine, tiny_folder: Path) -> Callable[..., Federation]:
+    return lambda **options: Federation(machine, tiny_folder, **options)

@@ -133,20 +133,35 @@ class Coordination:
         offer = self.offer
         self.log.emit(Offered(digest=offer.digest, members=self._everybody))
         question = dump({}, {"ask": "offer", **offer.about})
-        joined, told = [], []
-        for name, reply in self._ask(dict.fromkeys(self._everybody, question), seconds=self.patience.join):
-            if isinstance(reply, Reply) and reply.seen_facts.get("accepted") == offer.digest:
-                joined.append(name)
-            elif isinstance(reply, Reply):
-                told.append(f"{name}: declined")
-            else:
-                told.append(f"{name}: {reply or 'did not come'}")
-        for words in told:
-            self.log.emit(Warned(message=words))
+        told = dict.fromkeys(self._everybody, "did not come")
+        joined, waiting, pause = list[str](), set(self._everybody), 1.0
+        end = self.exchange.clock() + self.patience.join
+        while waiting and (left := end - self.exchange.clock()) > 0:
+            for name, reply in self._ask(dict.fromkeys(waiting, question), seconds=left):
+                if reply is None:
+                    continue
+                if not isinstance(reply, Reply):  # it may come again, with what was amiss put right
+                    if told[name] != reply:
+                        self.log.emit(Warned(message=f"{name}: {reply}"))
+                    told[name] = reply
+                    continue
+                waiting.discard(name)
+                if reply.seen_facts.get("accepted") == offer.digest:
+                    joined.append(name)
+                    del told[name]
+                else:
+                    told[name] = "declined"
+            self.exchange.sleep(pause)
+            pause = min(60.0, 2 * pause)
+        joined.sort()
+        reasons = [f"{name}: {words}" for name, words in told.items()]
+        for name in told:
+            if told[name] in ("did not come", "declined"):  # other reasons were told when they came
+                self.log.emit(Warned(message=f"{name}: {told[name]}"))
         if len(joined) < self.patience.fewest:
             raise UserError(
                 f"{len(joined)} of {len(self._everybody)} members have joined, and {self.patience.fewest} are the "
-                f"fewest" + "".join(f"\n  {words}" for words in told),
+                f"fewest" + "".join(f"\n  {words}" for words in reasons),
                 where=self.run.path,
                 hint="Run the same command again: it goes on where it stopped.",
             )

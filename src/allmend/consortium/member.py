@@ -81,10 +81,13 @@ class MemberSide:
     on_step: OnStep = lambda name, turn, step: None
     _joined: Joined | None = field(init=False, default=None)
     declined: bool = field(init=False, default=False)
+    refused: UserError | None = field(init=False, default=None)
+    """Why this member cannot be in the run that it was offered."""
     _parts: dict[str, HiddenPart] = field(init=False, default_factory=dict)
 
     def answer(self, question: bytes) -> bytes:
         """The answer to a question; what goes wrong is told in it."""
+        about: dict[str, Any] = {}
         try:
             tensors, about = parse(question, where="the coordinator's question")
             match about.get("ask"):
@@ -105,6 +108,8 @@ class MemberSide:
                 case other:
                     raise UserError(f"this version cannot answer the question {other!r}", where=f"member {self.name!r}")
         except UserError as error:
+            if about.get("ask") == "offer":
+                self.refused = error
             return error_answer(error)
         except Exception as error:  # must not end the process; its words may hold a record's, and stay in the own log
             _log.exception("a question could not be answered")

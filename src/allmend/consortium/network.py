@@ -54,13 +54,16 @@ def serve(side: MemberSide, node: Node, *, poll: float = 0.5) -> None:
     """The member's end: answer questions until the coordinator says that the run has ended.
 
     Raises:
-        UserError: the coordinator refuses this member, or cannot be reached for too long.
+        UserError: the coordinator refuses this member, or cannot be reached for too long, or this member cannot be
+            in the run that it was offered.
     """
     quiet()
     node.connect()
     try:
         for letter in node.receive(poll=poll):
             node.answer(letter, side.answer(letter.data))
+            if side.refused is not None:
+                raise side.refused
             if side.declined or _ends(letter.data):
                 return
     finally:
