@@ -35,3 +35,20 @@ def test_masks_are_uniform_and_another_keys_are_independent() -> None:
     add_mask(other, bytes(32))
     for values in (one, other, one ^ other, one - other):
         assert chisquare(np.bincount(values.view(np.uint8), minlength=256)).pvalue > 1e-6
+
+
+def test_every_bit_of_a_key_counts_which_is_not_so_with_a_generator_of_32_bits() -> None:
+    """Flower's SecAgg+ folds a secret by XOR into 32 bits: 2³² guesses undo a mask, and other secrets make the same."""
+    generate = pytest.importorskip("flwr.common.secure_aggregation.secaggplus_utils").pseudo_rand_gen
+    other = bytes(value ^ (0xA5 if place in (0, 16) else 0) for place, value in enumerate(KEY))  # folds to the same
+    theirs = [generate(key, 2**32, [(100,)])[0] for key in (KEY, other)]
+    np.testing.assert_array_equal(*theirs)
+    ours = [np.zeros(100, dtype=dtype(32)) for _ in range(2)]
+    for vector, key in zip(ours, (KEY, other), strict=True):
+        add_mask(vector, key)
+    assert (ours[0] != ours[1]).mean() > 0.9
+    for bit in range(256):
+        flipped = bytes(value ^ (1 << bit % 8 if place == bit // 8 else 0) for place, value in enumerate(KEY))
+        vector = np.zeros(100, dtype=dtype(32))
+        add_mask(vector, flipped)
+        assert (vector != ours[0]).mean() > 0.9
