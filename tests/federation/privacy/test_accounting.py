@@ -154,3 +154,28 @@ def test_a_budget_that_hardly_any_noise_keeps() -> None:
 def test_words_name_the_unit() -> None:
     assert "one training record" in describe("record")
     assert "a member with all its records" in describe("member")
+
+
+@pytest.mark.parametrize(("noise", "rate"), [(1.0, 0.1), (0.8, 0.5), (2.0, 0.05)])
+@pytest.mark.parametrize("rounds", [10, 200])
+def test_flowers_accountant_is_never_below_and_not_far_above(noise: float, rate: float, rounds: int) -> None:
+    """It accounts for the same sampled Gaussian by Rényi divergences, which bound ε from above."""
+    flower = pytest.importorskip("flwr.supercore.privacy_accounting")
+    from flwr.supercore.privacy_accounting.rdp_accountant import RdpAccountant as FlowersAccountant
+
+    population = 1000
+    accountant = FlowersAccountant(
+        flower.PrivacyConfig(
+            target_delta=DELTA,
+            population_size=population,
+            neighboring_relation=flower.NeighboringRelation.ADD_OR_REMOVE_ONE,
+            sampling_method=flower.SamplingMethod.POISSON,
+        )
+    )
+    event = flower.GaussianPrivacyEvent(
+        noise_multiplier=noise, sample_size=round(rate * population), population_size=population
+    )
+    accountant.compose(event, rounds)
+    theirs, ours = accountant.get_epsilon(DELTA), epsilon(Release(noise, rate), rounds, DELTA)
+    assert ours <= theirs
+    assert theirs < 1.35 * ours
