@@ -231,13 +231,13 @@ def test_the_template_is_a_recipe() -> None:
 
 @pytest.mark.parametrize("other", ["local_epochs", "local_steps"])
 def test_the_template_with_every_setting_is_a_recipe(other: str) -> None:
-    text = uncommented(packaged("template.toml"), without=(*BUILT_IN, other))
+    text = uncommented(packaged("template.toml"), without=(*BUILT_IN, "rank = 4", other))
     for arm in make_recipe(tomllib.loads(text)).arms().values():
         build_strategy(arm.strategy.name, arm.strategy.options, seed=0)
 
 
 def test_the_template_serves_the_built_in_clients_too() -> None:
-    text = re.sub(r"\[\[clients\]\]\nname = .*\ndata = .*\n", "", packaged("template.toml"))
+    text = re.sub(r"\[\[clients\]\]\nname = .*\ndata = .*\n(#rank.*\n)?", "", packaged("template.toml"))
     text = uncommented(text, without=("local_steps", 'clients = ["north"]'))
     assert make_recipe(tomllib.loads(text)).data.icd10cm is not None
 
@@ -257,7 +257,7 @@ def test_a_commented_setting_of_the_template_shows_the_default() -> None:
         "adapter.",
         "train.",
     ]
-    examples += ["epsilon", "quantile", "prefix_shares", "suffix_tokens", "exposure ="]
+    examples += ["epsilon", "quantile", "rank = 4", "largest_update", "prefix_shares", "suffix_tokens", "exposure ="]
     text = uncommented(packaged("template.toml"), without=examples)
     found = make_recipe(tomllib.loads(text))
     for name in ("seed", "model", "data", "adapter", "train", "privacy", "canaries", "evaluation", "audit", "engine"):

@@ -95,6 +95,8 @@ class ClientSource(Section):
     name: Name
     data: str
     """A `.jsonl`, `.csv` or `.parquet` file (also `.gz`), relative to the recipe, or `hub:owner/name[:split]`."""
+    rank: Annotated[int, Field(ge=1)] | None = None
+    """Most components of a LoRA adapter that this client trains; all of the adapter's when absent."""
 
 
 class Adapter(Section):
@@ -430,6 +432,10 @@ class Recipe(Section):
                 key = ("adapter", "dropout") if name == self.strategy.name else ("compare", name, "adapter", "dropout")
                 what = "what one record changes cannot be bounded with dropout: set it to 0, or remove privacy.record"
                 problems.append(Problem(key, what))
+            limited = [index for index, client in enumerate(self.clients) if client.rank is not None]
+            if arm.privacy.record and arm.adapter.kind == "lora" and limited:
+                what = f"noise for records ({name}) goes to all components: remove rank, or privacy.record"
+                problems += [Problem(("clients", index, "rank"), what) for index in limited]
         if problems:
             raise RecipeError(problems)
         return arms

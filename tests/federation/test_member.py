@@ -12,6 +12,7 @@ from allmend.errors import UserError
 from allmend.federation.member import LEARNT, Member, MemberClient, change
 from allmend.learn.loop import DivergedError, Step
 from allmend.learn.private import RecordNoise
+from allmend.models.adapters import add_lora
 from allmend.recipe import Train
 from allmend.strategy import State, Turn
 
@@ -157,3 +158,39 @@ def test_a_change_is_scaled_down_to_its_bound_and_else_left_alone(
     assert change(found, initial) <= share * norm * (1 + 1e-6)
     if share >= 1:
         assert all(torch.equal(found[name], free[name]) for name in free)
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_a_member_of_lower_rank_trains_as_with_an_adapter_of_that_rank(
+    rank: int, make_member: Callable[..., Any], make_tiny_model: Callable[..., Any], settings: Train
+) -> None:
+    """Its components end where those of a smaller adapter with the same scale end, and the others stay as they were."""
+    settings = settings.model_copy(update={"local_steps": 4, "weight_decay": 0.1})
+    whole = add_lora(make_tiny_model(), rank=4, alpha=8.0, targets=["q_proj", "v_proj"], seed=1)
+    start = {
+        name: torch.randn(t.shape, generator=torch.Generator().manual_seed(len(name))) / 8
+        for name, t in whole.state().items()
+    }
+    limited = replace(make_member("a"), rank=rank)
+    found = MemberClient(limited, whole, settings, start).train(start, Turn(1, 0, 1)).tensors
+
+    small = add_lora(make_tiny_model(), rank=rank, alpha=8.0 * rank / 4, targets=["q_proj", "v_proj"], seed=1)
+    cut = {name: t[:rank] if "lora_A" in name else t[:, :rank] for name, t in start.items()}
+    alone = MemberClient(make_member("a"), small, settings, cut).train(cut, Turn(1, 0, 1)).tensors
+    for name, tensor in found.items():
+        first, rest = (tensor[:rank], tensor[rank:]) if "lora_A" in name else (tensor[:, :rank], tensor[:, rank:])
+        torch.testing.assert_close(first, alone[name], rtol=1e-4, atol=1e-6)
+        assert torch.equal(rest, start[name][rank:] if "lora_A" in name else start[name][:, rank:])
+        assert not torch.equal(first, cut[name])
+
+
+def test_a_rank_above_the_adapters_changes_nothing(
+    make_member: Callable[..., Any], make_trainable: Callable[..., Any], settings: Train
+) -> None:
+    trainable = make_trainable()
+    initial = trainable.state()
+    free, limited = (
+        MemberClient(replace(make_member("a"), rank=rank), trainable, settings, initial).train(initial, Turn(1, 0, 1))
+        for rank in (None, 99)
+    )
+    assert all(torch.equal(free.tensors[name], limited.tensors[name]) for name in initial)

@@ -89,7 +89,8 @@ def among(recipe: Recipe, names: Sequence[str]) -> Recipe:
     Raises:
         UserError: the recipe asks for what only a simulation can do.
     """
-    clients = [ClientSource(name=name, data=AT_MEMBER) for name in sorted(names)]
+    ranks = {client.name: client.rank for client in recipe.clients}
+    clients = [ClientSource(name=name, data=AT_MEMBER, rank=ranks.get(name)) for name in sorted(names)]
     values = recipe.model_dump()
     values["clients"] = [client.model_dump() for client in clients]
     values["data"]["icd10cm"] = None

@@ -10,7 +10,7 @@ from allmend.data.chat import Encoded
 from allmend.errors import UserError
 from allmend.learn.loop import Step, mean_loss, steps_per_round, train
 from allmend.learn.private import RecordNoise
-from allmend.models.adapters import Trainable
+from allmend.models.adapters import Trainable, first_components, with_components
 from allmend.models.tensors import Tensors
 from allmend.recipe import Train
 from allmend.strategy import State, Trained, Turn
@@ -31,12 +31,14 @@ class Member:
         records: encoded for training.
         seed: of their order and of seeded noise; another one for each member.
         noise: makes the member's steps private for each of its records.
+        rank: most components of a LoRA adapter that it trains; all where it is None.
     """
 
     name: str
     records: Sequence[Encoded]
     seed: int
     noise: RecordNoise | None = None
+    rank: int | None = None
 
 
 def change(tensors: Tensors, start: Tensors) -> float:
@@ -87,7 +89,8 @@ class MemberClient:
         Raises:
             UserError: nothing to learn from, or training diverged; the member is named.
         """
-        self.trainable.load(start)
+        rank = self.member.rank if self.trainable.kind == "lora" else None
+        self.trainable.load(start if rank is None else first_components(start, rank))
         steps = steps_per_round(self.examples, self.settings)
         taken = int(self.state.facts.get("steps", 0))
         try:
@@ -108,7 +111,8 @@ class MemberClient:
             )
         except UserError as error:
             raise type(error)(error.what, where=f"client {self.name!r}, round {turn.round}", hint=error.hint) from error
-        tensors = bounded(outcome.tensors, start, self.settings.largest_update)
+        tensors = outcome.tensors if rank is None else with_components(outcome.tensors, start, rank)
+        tensors = bounded(tensors, start, self.settings.largest_update)
         self.state.facts["steps"] = taken + steps
         before = self.state.tensors.get(LEARNT, torch.zeros_like(outcome.learnt))
         self.state.tensors = self.state.tensors | {LEARNT: before + outcome.learnt}

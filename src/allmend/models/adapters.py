@@ -149,6 +149,27 @@ class Trainable:
                 shutil.copyfile(path, folder / path.name)
 
 
+def first_components(tensors: Tensors, rank: int) -> Tensors:
+    """LoRA factors with all but the first `rank` components zero: A [r, in] and B [out, r] of each layer.
+
+    Where both sides of a component are zero its gradients are zero too, so that training leaves it alone.
+    """
+    return {name: _components(name, tensor, torch.zeros_like(tensor), rank) for name, tensor in tensors.items()}
+
+
+def with_components(tensors: Tensors, others: Tensors, rank: int) -> Tensors:
+    """LoRA factors with the first `rank` components of `tensors` and the rest of `others`."""
+    return {name: _components(name, tensor, others[name], rank) for name, tensor in tensors.items()}
+
+
+def _components(name: str, first: torch.Tensor, rest: torch.Tensor, rank: int) -> torch.Tensor:
+    if name.endswith(".lora_A.weight"):
+        return torch.cat([first[:rank], rest[rank:]])
+    if name.endswith(".lora_B.weight"):
+        return torch.cat([first[:, :rank], rest[:, rank:]], dim=1)
+    raise ValueError(f"{name} is no factor of a LoRA layer")
+
+
 _SAME_RECIPE = "The tensors must come from the same model with the same adapter settings."
 
 

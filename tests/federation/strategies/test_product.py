@@ -1,6 +1,7 @@
 """Averaging products of factors: exact where there is room, the nearest where there is not, and able to go on."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -173,3 +174,20 @@ def test_only_factors_have_products() -> None:
 def settings_of(settings: Train) -> Train:
     """Under another name: hypothesis has its own `settings`."""
     return settings
+
+
+@pytest.mark.parametrize("rank", [1, 2, 9])
+def test_a_member_of_lower_rank_sends_the_exact_change_of_its_own_components(
+    rank: int, make_member: Callable[..., Any], make_trainable: Callable[..., Any]
+) -> None:
+    trainable = make_trainable()
+    start = {name: tensor + 0.1 for name, tensor in trainable.state().items()}
+    client = MemberClient(replace(make_member("a"), rank=rank), trainable, Train(batch_size=2), start)
+    reply = FedAvgProduct().work(Task(Turn(1, 0, 1), start), client)
+    inside = trainable.state()  # what was trained, with nothing in the components beyond its rank
+    for name, change in of_group("product", reply.summed).items():
+        a, b = (inside[f"{name}.lora_{factor}.weight"].double() for factor in "AB")
+        before = start[f"{name}.lora_B.weight"][:, :rank].double() @ start[f"{name}.lora_A.weight"][:rank].double()
+        expected = (b @ a - before) * client.examples
+        torch.testing.assert_close(change.double(), expected, rtol=1e-4, atol=1e-6)
+        assert torch.linalg.matrix_rank(b @ a) <= rank
