@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,8 +91,8 @@ NAMES = ("east", "north", "south")
 
 @pytest.fixture
 def make_place(tmp_path: Path, tiny_folder: Path) -> Callable[..., Place]:
-    def make(agree: bool = True, **sections: Any) -> Place:
-        for place, name in enumerate(NAMES):
+    def make(agree: bool = True, names: Sequence[str] = NAMES, **sections: Any) -> Place:
+        for place, name in enumerate(names):
             rows = [
                 {"id": f"{name}-{i}", "prompt": f"{name}: {i} + {i}?", "choices": [f"{2 * i}", "none"], "answer": 0}
                 for i in range(8 + 2 * place)
@@ -104,7 +104,7 @@ def make_place(tmp_path: Path, tiny_folder: Path) -> Callable[..., Place]:
                 "seed": 3,
                 "model": {"source": str(tiny_folder)},
                 "data": {"held_out": 0.3, "max_tokens": 256},
-                "clients": [{"name": name, "data": f"{name}.jsonl"} for name in NAMES],
+                "clients": [{"name": name, "data": f"{name}.jsonl"} for name in names],
                 "adapter": {"rank": 2},
                 "train": {"learning_rate": 0.01, "batch_size": 4},
                 "strategy": {"name": "fedavg", "rounds": 2},
@@ -121,10 +121,10 @@ def make_place(tmp_path: Path, tiny_folder: Path) -> Callable[..., Place]:
             asked.append(what)
             return agree
 
-        private = {name: Ed25519PrivateKey.generate() for name in NAMES}
+        private = {name: Ed25519PrivateKey.generate() for name in names}
         sides = {
             name: MemberSide(name, private[name], tmp_path / f"{name}.jsonl", tmp_path / "members" / name, decide)
-            for name in NAMES
+            for name in names
         }
         keys = {name: key.public_key().public_bytes_raw() for name, key in private.items()}
         return Place(tmp_path, recipe, keys, sides, Post({name: side.answer for name, side in sides.items()}), asked)

@@ -1,5 +1,6 @@
 """A run among organisations against the simulation of the same recipe, and members that do not come or agree."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -340,10 +341,12 @@ def test_a_coordinator_that_dies_while_members_open_a_sum_forms_it_again(make_pl
 
 def test_a_sum_that_was_opened_over_somebody_who_is_gone_is_never_formed_over_fewer(make_place: MakePlace) -> None:
     """The round leaves no trace, as if nobody had been sampled for it, and the run goes on."""
-    place = make_place(**HIDDEN | {"strategy": {"name": "fedavg", "rounds": 1}})
+    place = make_place(
+        names=("east", "north", "south", "west"), **HIDDEN | {"strategy": {"name": "fedavg", "rounds": 1}}
+    )
     dies_after_opening(place, round=1)
     with pytest.raises(Died):
-        place.coordinate(fewest=2)
+        place.coordinate(fewest=3)
     asks = at_step("keys", round=1)
     place.post.answer = {name: side.answer for name, side in place.sides.items()}
 
@@ -355,7 +358,27 @@ def test_a_sum_that_was_opened_over_somebody_who_is_gone_is_never_formed_over_fe
     place.post.answer["north"] = lambda question: (
         gone(question) if parse(question)[1].get("ask") in ("work", "secure") else there_before(question)
     )
-    there = place.coordinate(fewest=2)
+    there = place.coordinate(fewest=3)
     assert any("round 1 leaves no trace" in e.message for e in there.history() if isinstance(e, Warned))
     tensors = load_file(there.arm("fedavg") / "adapter" / "adapter_model.safetensors")
     assert all(not tensor.any() for name, tensor in tensors.items() if "lora_B" in name)
+
+
+def test_fewer_members_than_a_sum_needs_are_told_before_anything_begins(make_place: MakePlace) -> None:
+    place = make_place(**HIDDEN | {"privacy": {"secure_aggregation": {"fewest": 4}}})
+    with pytest.raises(UserError, match="4 members are the fewest, and 3 are registered"):
+        place.coordinate(fewest=2)
+    assert place.post.count == 0
+
+
+def test_a_disk_without_room_for_a_round_is_told_before_anything_begins(
+    make_place: MakePlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = make_place(compare={}, canaries=None)
+    usage = shutil.disk_usage(place.folder)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=10_000_000))
+    with pytest.raises(UserError, match=r"0.01 GB are free on this disk, and a round of 3 members needs up to 0.02 GB"):
+        place.coordinate()
+    assert place.post.count == 0
+    monkeypatch.undo()
+    place.coordinate()

@@ -6,6 +6,7 @@ scores on single records. A process that died goes on from the last round when i
 
 import contextlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -124,6 +125,38 @@ class Coordination:
         members = tuple((name, public_line(key)) for name, key in sorted(self.keys.items()))
         return Offer(self.recipe.to_toml(), members, self.prepared.model.digest, allmend.__version__)
 
+    @property
+    def fewest(self) -> int:
+        """Members that must be there: as many as are asked for, and as a sum needs that nobody looks behind."""
+        layers = (arm.privacy.secure_aggregation for arm in self.recipe.arms().values())
+        return max([self.patience.fewest, *(layer.fewest for layer in layers if layer is not None)])
+
+    def check(self) -> None:
+        """Refuse what could only fail later: too few members, or too small a disk.
+
+        Raises:
+            UserError: so it is; nothing has begun.
+        """
+        if len(self.keys) < self.fewest:
+            raise UserError(
+                f"{self.fewest} members are the fewest, and {len(self.keys)} are registered",
+                where="members",
+                hint="Register more, or lower --fewest and privacy.secure_aggregation.fewest.",
+            )
+        largest = 0
+        for arm in self.recipe.arms().values():
+            with trainable_of(self.prepared.model, arm.adapter, seed=self.recipe.seed) as trainable:
+                largest = max(largest, nbytes(trainable.state()))
+        # the checkpoint, the next one beside it and the outcome; a question to each member and its answer
+        needed = (3 + 2 * len(self.keys)) * largest + FACTS
+        if (free := shutil.disk_usage(self.run.path).free) < needed:
+            raise UserError(
+                f"{free / 1e9:.2f} GB are free on this disk, and a round of {len(self.keys)} members needs up to "
+                f"{needed / 1e9:.2f} GB",
+                where=self.run.path,
+                hint="Free some space, or choose another folder with --out.",
+            )
+
     def gather(self) -> None:
         """Offer the run to all members, and wait for their consent.
 
@@ -158,9 +191,9 @@ class Coordination:
         for name in told:
             if told[name] in ("did not come", "declined"):  # other reasons were told when they came
                 self.log.emit(Warned(message=f"{name}: {told[name]}"))
-        if len(joined) < self.patience.fewest:
+        if len(joined) < self.fewest:
             raise UserError(
-                f"{len(joined)} of {len(self._everybody)} members have joined, and {self.patience.fewest} are the "
+                f"{len(joined)} of {len(self._everybody)} members have joined, and {self.fewest} are the "
                 f"fewest" + "".join(f"\n  {words}" for words in reasons),
                 where=self.run.path,
                 hint="Run the same command again: it goes on where it stopped.",
@@ -211,7 +244,7 @@ class Coordination:
                 arm.name,
                 run=self.offer.digest,
                 seconds=self.patience.leg,
-                fewest=self.patience.fewest,
+                fewest=self.fewest,
                 emit=self.log.emit,
                 largest=FACTS + REPLY * nbytes(trainable.state()),
                 layout=strategy.layout(trainable.state()),
@@ -282,9 +315,9 @@ class Coordination:
             answered += 1
             for key, value in reply.summed_facts.items():
                 total[key] = total.get(key, 0.0) + value
-        if answered < self.patience.fewest:
+        if answered < self.fewest:
             raise UserError(
-                f"{answered} members have scored {model!r}, and {self.patience.fewest} are the fewest",
+                f"{answered} members have scored {model!r}, and {self.fewest} are the fewest",
                 where=self.run.path,
                 hint="Run the same command again when more of them are there.",
             )
@@ -420,6 +453,7 @@ def coordinate(
 def _live(it: Coordination, *, resumed: bool) -> None:
     began = time.perf_counter()
     with reported(it.run, it.log):
+        it.check()
         it.log.emit(_started(it, resumed=resumed))
         if it.prepared.canaries and not it.run.canaries.exists():
             write_canaries(it.run.canaries, list(it.prepared.canaries))
