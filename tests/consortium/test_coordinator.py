@@ -1,5 +1,6 @@
 """A run among organisations against the simulation of the same recipe, and members that do not come or agree."""
 
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from allmend.consortium.coordinator import TELL_AGAIN, WaitLog
@@ -15,10 +17,12 @@ from allmend.consortium.offer import Offer
 from allmend.errors import UserError
 from allmend.events import Joined, Waiting, Warned
 from allmend.federation.engines.wire import dump_reply, dump_task
+from allmend.federation.privacy.accounting import Release, epsilon
 from allmend.life import tune
 from allmend.models.load import load_model
 from allmend.models.tensors import dump, parse
-from allmend.results import BASE, POOLED, AuditTable, UtilityTable
+from allmend.recipe import make_recipe
+from allmend.results import BASE, POOLED, AuditTable, PrivacyTable, UtilityTable
 from allmend.run import EventLog
 from allmend.strategy import Reply, Task, Turn
 
@@ -382,3 +386,30 @@ def test_a_disk_without_room_for_a_round_is_told_before_anything_begins(
     assert place.post.count == 0
     monkeypatch.undo()
     place.coordinate()
+
+
+@pytest.mark.parametrize("randomness", ["seeded", "secure"])
+def test_behind_masks_members_add_the_noise_of_their_guarantee(randomness: str, make_place: MakePlace) -> None:
+    privacy = {
+        "member": {"clip": 0.05, "noise_multiplier": 0.5},
+        "secure_aggregation": {},
+        "randomness": randomness,
+    }
+    place = make_place(**HIDDEN | {"privacy": privacy})
+    there = place.coordinate(fewest=3)
+    table = there.read_table("privacy", PrivacyTable)
+    assert table is not None
+    (budget,) = table.budgets["fedavg"]
+    assert budget.epsilon == pytest.approx(epsilon(Release(0.5, skellam=True), 2, budget.delta))
+    noisy = load_file(there.arm("fedavg") / "adapter" / "adapter_model.safetensors")
+    here = tune(place.recipe, place.folder / "simulated", base=place.folder)
+    assert (adapter(there.arm("fedavg")) == adapter(here.arm("fedavg"))) == (randomness == "seeded")
+    quiet = {**privacy, "member": {"clip": 0.05, "noise_multiplier": 0.0}, "randomness": "seeded"}
+    values = {**place.recipe.model_dump(exclude_none=True, exclude_unset=True), "privacy": quiet}
+    plain = tune(make_recipe(values), place.folder / "quiet", base=place.folder)
+    still = load_file(plain.arm("fedavg") / "adapter" / "adapter_model.safetensors")
+    spread = torch.cat([(noisy[name] - still[name]).flatten() for name in still]).std().item()
+    assert 0.3 < spread / (math.sqrt(2) * 0.5 * 0.05 / 3) < 3  # two rounds of noise, over three members
+    if randomness == "secure":
+        (site,) = (place.sides["north"].folder / "runs").iterdir()
+        assert (site / "noise.key").stat().st_mode & 0o077 == 0

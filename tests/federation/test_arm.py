@@ -344,6 +344,13 @@ def test_the_layer_and_the_seed_reach_the_private_strategy(settings: Train) -> N
     )
 
 
+@pytest.mark.parametrize("layer", [{"quantile": 0.5, "epsilon": 5.0}, {"clip": math.inf, "noise_multiplier": 0.0}])
+def test_out_of_sight_a_guarantees_clip_is_a_number_that_stays(layer: dict[str, float], settings: Train) -> None:
+    privacy = Privacy(member=MemberPrivacy(**layer), secure_aggregation=SecureAggregation())
+    with pytest.raises(ValueError, match="must be a number and stay as it is"):
+        strategy_of(make_arm("fedavg", settings, privacy=privacy), seed=0)
+
+
 # --- budgets
 
 

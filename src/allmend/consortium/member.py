@@ -7,6 +7,7 @@ question makes it do is in the recipe that it has agreed to.
 import contextlib
 import json
 import logging
+import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,14 +30,15 @@ from allmend.federation.member import LEARNT, OnStep
 from allmend.federation.privacy.vectors import rounding
 from allmend.learn.compare import ModelScores
 from allmend.learn.evaluate import score
+from allmend.learn.noise import NoiseSource, keyed_source
 from allmend.learn.scores import read_scores, write_scores
 from allmend.models.load import LoadedModel
 from allmend.models.tensors import Tensors, parse
 from allmend.prepare import EncodedClient, data_digest, encode_client, prepare_model
-from allmend.recipe import Recipe
+from allmend.recipe import Arm, Recipe
 from allmend.results import BASE
 from allmend.run import write_atomic
-from allmend.strategy import Reply, State, of_group
+from allmend.strategy import Reply, State, Turn, of_group
 
 _log = logging.getLogger(__name__)
 
@@ -212,9 +214,18 @@ class MemberSide:
                 agreed,
                 joined.site.folder / "arms" / name,
                 lambda round, leg: joined.site.reply(name, round, leg),
-                lambda turn: rounding(arm.privacy.randomness, recipe.seed, name, turn, self.name),
+                lambda turn: self._source(joined, arm, turn),
             )
         return self._parts[name]
+
+    def _source(self, joined: Joined, arm: Arm, turn: Turn) -> NoiseSource:
+        """Random numbers of a leg, the same whenever it is asked for: a sum that is formed again must tell no more."""
+        if arm.privacy.randomness == "seeded":
+            return rounding("seeded", joined.recipe.seed, arm.name, turn, self.name)
+        path = joined.site.folder / "noise.key"
+        if not path.exists():
+            write_atomic(path, secrets.token_bytes(32), mode=0o600)
+        return keyed_source(path.read_bytes(), arm.name, turn.round, turn.leg)
 
     def _scored(self, joined: Joined, about: dict[str, Any], tensors: Tensors) -> Reply:
         """Sums over the held-out records under a model, and of the differences to others scored before."""

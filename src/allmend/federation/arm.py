@@ -1,10 +1,11 @@
 """An arm of a run: one strategy with its adapter and settings, trained from its newest checkpoint and saved."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from allmend.events import ArmStarted, Event, StepDone
 from allmend.federation.checkpoint import Checkpoint, Checkpoints
@@ -22,6 +23,7 @@ from allmend.federation.strategies.fedavg import FedAvg
 from allmend.federation.strategies.private_fedavg import PrivateFedAvg
 from allmend.federation.strategies.product import FedAvgProduct
 from allmend.learn.loop import Step, mean_loss, steps_per_round
+from allmend.learn.noise import NoiseSource
 from allmend.learn.private import RecordNoise
 from allmend.meter import Meter
 from allmend.models.adapters import Trainable, add_lora, full, remove_lora
@@ -92,13 +94,17 @@ def strategy_of(arm: Arm, *, seed: int) -> Strategy:
             f"privacy.secure_aggregation hides what is summed, and {strategy.name!r} looks at each member's "
             f"{', '.join(seen)}: remove one of the two"
         )
-    if arm.privacy.secure_aggregation and arm.privacy.member:
-        raise ValueError("privacy.member adds its noise to a sum that is seen: remove it or privacy.secure_aggregation")
     layer = arm.privacy.member
     if layer is None:
         return strategy
     if type(strategy) is not FedAvg:
         raise ValueError(f"privacy.member is for fedavg, and this is {strategy.name!r}: remove one of the two")
+    hidden = arm.privacy.secure_aggregation is not None
+    if hidden and (layer.quantile is not None or not math.isfinite(layer.clip)):
+        raise ValueError(
+            "privacy.secure_aggregation sums privacy.member's changes on a grid of its clip, which must be a number "
+            "and stay as it is: set clip, and remove quantile"
+        )
     return PrivateFedAvg(
         clip=layer.clip,
         noise_multiplier=member_account(arm, layer).release.noise_multiplier,
@@ -106,6 +112,7 @@ def strategy_of(arm: Arm, *, seed: int) -> Strategy:
         quantile=layer.quantile,
         randomness=arm.privacy.randomness,
         seed=seed,
+        distributed=hidden,
     )
 
 
@@ -197,7 +204,7 @@ def train_arm(
     return Training(outcomes, _learnt(members, last), layers)
 
 
-def _rounding(arm: Arm, seed: int) -> Callable[[Turn, str], Callable[[int], Any]]:
+def _rounding(arm: Arm, seed: int) -> Callable[[Turn, str], NoiseSource]:
     return lambda turn, member: rounding(arm.privacy.randomness, seed, arm.name, turn, member)
 
 

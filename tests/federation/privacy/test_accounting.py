@@ -1,6 +1,7 @@
 import math
 
 import dp_accounting
+import numpy as np
 import pytest
 from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
 from dp_accounting.rdp import RdpAccountant
@@ -8,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from opacus.accountants import PRVAccountant
 from scipy.optimize import brentq
-from scipy.stats import norm
+from scipy.special import logsumexp
+from scipy.stats import norm, skellam
 
 from allmend.errors import UserError
 from allmend.federation.privacy.accounting import NOISE_RANGE, Release, describe, epsilon, noise_for
@@ -179,3 +181,41 @@ def test_flowers_accountant_is_never_below_and_not_far_above(noise: float, rate:
     theirs, ours = accountant.get_epsilon(DELTA), epsilon(Release(noise, rate), rounds, DELTA)
     assert ours <= theirs
     assert theirs < 1.35 * ours
+
+
+@pytest.mark.parametrize("order", [2, 3, 8, 32])
+@pytest.mark.parametrize("variance", [30.0, 400.0])
+@pytest.mark.parametrize("shift", [1, 3, 20])
+def test_the_bound_on_skellam_noise_holds_for_its_probabilities(order: int, variance: float, shift: int) -> None:
+    """The Rényi divergence of shifted Skellam noise, summed over its values, against the bound of one coordinate."""
+    reach = int(12 * math.sqrt(variance)) + 40 * shift
+    values = np.arange(-reach, reach + 1)
+    here = skellam.logpmf(values, variance / 2, variance / 2)
+    there = skellam.logpmf(values - shift, variance / 2, variance / 2)
+    known = np.isfinite(here) & np.isfinite(there)
+    divergence = logsumexp(order * there[known] - (order - 1) * here[known]) / (order - 1)
+    bound = order * shift**2 / (2 * variance) + (2 * order * shift**2 + 6 * shift) / (4 * variance**2)
+    assert divergence <= bound
+    if order * shift <= variance / 10:  # it is no idle bound where it is used
+        assert divergence >= 0.9 * order * shift**2 / (2 * variance)
+
+
+@given(st.floats(0.5, 30), st.integers(1, 100), st.sampled_from([1e-9, 1e-5, 1e-2]))
+@settings(deadline=None, max_examples=40)
+def test_skellam_noise_costs_what_gaussian_noise_costs_and_a_little_more(
+    noise: float, times: int, delta: float
+) -> None:
+    gaussian, found = (epsilon(Release(noise, skellam=kind), times, delta) for kind in (False, True))
+    assert gaussian <= found + 1e-9
+    if 0.1 < gaussian < 20:
+        assert found < 1.3 * gaussian + 0.1
+
+
+def test_noise_for_a_budget_of_skellam_releases_is_enough() -> None:
+    needed = noise_for(rate=None, times=10, epsilon=4.0, delta=1e-5, skellam=True)
+    assert 3.9 < epsilon(Release(needed, skellam=True), 10, 1e-5) <= 4.0
+
+
+def test_nothing_is_counted_for_sampling_under_skellam_noise() -> None:
+    with pytest.raises(ValueError, match="nothing is counted for sampling"):
+        Release(1.0, 0.5, skellam=True)

@@ -1,6 +1,7 @@
 """Replies as vectors of integers: what comes back is what plain sums give, to the width of a step."""
 
-from collections.abc import Callable
+import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,9 +9,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import kstest
 
+from allmend.federation.privacy.accounting import SKELLAM_LEVELS
 from allmend.federation.privacy.secure_sum import SecureMember, SecureSum, Terms
 from allmend.federation.privacy.vectors import LARGEST_NUMBER, VectorCode
+from allmend.federation.strategies.fedavg import FedAvg
+from allmend.federation.strategies.private_fedavg import PrivateFedAvg
+from allmend.learn.noise import NoiseSource, noise_source
+from allmend.recipe import SecureAggregation
 from allmend.strategy import Reply, Sums
 
 LAYOUT = {"update/b": torch.Size([2, 3]), "update/a": torch.Size([4]), "blocks/c": torch.Size([])}
@@ -20,8 +27,8 @@ def code(members: int = 5, **options: Any) -> VectorCode:
     return VectorCode(LAYOUT, ("weight", "loss"), clip=100.0, members=members, **options)
 
 
-def uniform(seed: int) -> Callable[[int], Any]:
-    return np.random.default_rng(seed).random
+def uniform(seed: int) -> NoiseSource:
+    return noise_source("seeded", seed, "test")
 
 
 def reply(seed: int, *, without: str | None = None) -> Reply:
@@ -103,3 +110,52 @@ def test_behind_masks_it_is_the_same_sum_to_the_bit() -> None:
     open_ = code(4).decode(sum(list(vectors.values())[1:], next(iter(vectors.values()))), 4)
     for name in LAYOUT:
         assert torch.equal(hidden[name], open_[name])
+
+
+PRIVATE = PrivateFedAvg(clip=0.5, noise_multiplier=2.0, distributed=True)
+
+
+def private_code(fewest: int = 4) -> VectorCode:
+    return VectorCode.of(PRIVATE, {"a": torch.zeros(300, 100)}, SecureAggregation(fewest=fewest), members=8)
+
+
+def test_a_guarantees_sum_lies_on_a_grid_of_the_clip_and_shares_make_up_its_noise() -> None:
+    code = private_code()
+    assert code.of_tensors.step == pytest.approx(0.5 / SKELLAM_LEVELS)
+    norm = SKELLAM_LEVELS + math.sqrt(30_000)
+    assert code.noise * 4 == pytest.approx((2.0 * norm) ** 2)
+    assert private_code(8).noise == pytest.approx(code.noise / 2)
+    assert VectorCode.of(FedAvg(), {"a": torch.zeros(2)}, SecureAggregation(), members=8).noise == 0
+
+
+@pytest.mark.parametrize("members", [4, 8])
+def test_the_sum_has_the_noise_that_is_accounted_for_or_more(members: int) -> None:
+    """With as few members as may be, it is the noise multiplier over the clip; with more, more."""
+    code, total = private_code(), np.zeros(30_001, dtype=np.uint64)
+    for member in range(members):
+        vector, cut = code.encode(Reply({"update/a": torch.full((300, 100), 0.001)}), uniform(member))
+        assert cut == 0
+        total += vector
+    noise = code.decode(total, members)["update/a"].numpy() - 0.001 * members
+    deviation = 2.0 * 0.5 * math.sqrt(members / 4)
+    assert abs(noise.mean()) < 5 * deviation / math.sqrt(30_000)
+    assert noise.std() == pytest.approx(deviation, rel=0.03)
+    assert kstest(noise.flatten() / deviation, "norm").pvalue > 1e-6
+
+
+def test_a_change_at_the_clip_stays_within_the_norm_that_is_accounted_for() -> None:
+    """Whatever direction it has: rounding adds less than one to each of its coordinates."""
+    code = replace(private_code(), noise=0.0)
+    for seed in range(5):
+        change = random_unit(30_000, seed) * 0.5 * (1 - 1e-12)
+        vector, _ = code.encode(Reply({"update/a": change.view(300, 100)}), uniform(seed))
+        norm = np.linalg.norm(vector[:30_000].view(np.int64).astype(float))
+        assert SKELLAM_LEVELS * 0.99 < norm <= SKELLAM_LEVELS + math.sqrt(30_000)
+
+
+def random_unit(size: int, seed: int) -> torch.Tensor:
+    drawn = torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    if seed == 0:
+        drawn = torch.zeros(size, dtype=torch.float64)
+        drawn[0] = 1.0  # all in one place
+    return drawn / drawn.norm()

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from allmend.errors import UserError
 from allmend.federation.engines import Answer, Engine
-from allmend.federation.privacy.secure_sum.fixed_point import Floats
 from allmend.federation.privacy.vectors import CodedSum, VectorCode, without_sums
+from allmend.learn.noise import NoiseSource
 from allmend.strategy import State, Strategy, Sums, Task, Turn
 
 
@@ -20,13 +20,13 @@ class HidingEngine:
     Attributes:
         inner: does the work.
         code: of the replies' vectors.
-        rounding: random numbers for a member's rounding in a leg.
+        rounding: random numbers for a member's rounding and noise in a leg.
         fewest: members that a sum must be over.
     """
 
     inner: Engine
     code: VectorCode
-    rounding: Callable[[Turn, str], Callable[[int], Floats]]
+    rounding: Callable[[Turn, str], NoiseSource]
     fewest: int
     _sum: CodedSum | None = field(init=False, default=None)
     _worked: list[str] = field(init=False, default_factory=list)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
+import numpy as np
 from scipy.optimize import brentq
 
 from allmend.errors import UserError
@@ -22,6 +23,10 @@ Unit = Literal["record", "member"]
 
 NOISE_RANGE = (0.01, 1000.0)
 """Noise multipliers that are worth accounting: less noise counts as none, more is never chosen."""
+
+
+SKELLAM_LEVELS = 2**20
+"""Whole numbers from 0 to the clip, where noise is Skellam noise: so many that it costs what Gaussian noise would."""
 
 
 class OutOfReachError(UserError):
@@ -36,16 +41,21 @@ class Release:
         noise_multiplier: standard deviation of the noise over the clip; 0 for none.
         rate: probability with which each unit enters the sum, by a secret coin of its own (Poisson sampling). None
             where units are chosen otherwise, or where others learn which: then nothing is counted for sampling.
+        skellam: whether the noise is a Skellam distribution's on whole numbers, of which members can each add a share,
+            instead of a Gaussian one's; `noise_multiplier` is then over the clip after rounding.
     """
 
     noise_multiplier: float
     rate: float | None = None
+    skellam: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.noise_multiplier < math.inf:
             raise ValueError(f"a noise multiplier is a finite number of 0 or more, got {self.noise_multiplier}")
         if self.rate is not None and not 0 < self.rate <= 1:
             raise ValueError(f"a sampling rate lies in (0, 1], got {self.rate}")
+        if self.skellam and self.rate not in (None, 1.0):
+            raise ValueError("nothing is counted for sampling where the noise is Skellam noise")
 
 
 @lru_cache(maxsize=4096)
@@ -63,6 +73,8 @@ def epsilon(release: Release, times: int, delta: float) -> float:
         return 0.0
     if release.noise_multiplier < NOISE_RANGE[0]:
         return math.inf
+    if release.skellam:
+        return _skellam_epsilon(release.noise_multiplier, times, delta)
     if release.rate in (None, 1.0):
         # T Gaussian releases together are one with noise σ / √T
         from dp_accounting import get_epsilon_gaussian
@@ -71,16 +83,34 @@ def epsilon(release: Release, times: int, delta: float) -> float:
     return float(_loss_distribution(release).self_compose(times).get_epsilon_for_delta(delta))
 
 
+def _skellam_epsilon(noise: float, times: int, delta: float) -> float:
+    """ε of so many Skellam releases, by Rényi divergences of whole orders α > 1.
+
+    On one coordinate that a unit moves by Δ, under noise of variance μ, the divergence is at most
+    α Δ² / (2 μ) + (2 α Δ² + 6 |Δ|) / (4 μ²); over d coordinates these add up. Here the norm of all Δ is at most Δ₂,
+    which is L = `SKELLAM_LEVELS` or more, and μ = z² Δ₂²; with Σ |Δ| ≤ √d Δ₂ and d ≤ L² that is at most
+    α / (2 z²) + (α + 3) / (2 z⁴ L²).
+
+    Source of the bound: Agarwal, Kairouz, Liu, "The Skellam Mechanism for Differentially Private Federated Learning",
+    NeurIPS 2021 (2 α − 1 there).
+    """
+    from dp_accounting.rdp.rdp_privacy_accountant import compute_epsilon
+
+    orders = np.concatenate([np.arange(2, 128), np.arange(128, 2048, 16)])
+    one = orders / (2 * noise**2) + (orders + 3) / (2 * noise**4 * SKELLAM_LEVELS**2)
+    return float(compute_epsilon(orders, times * one, delta)[0])
+
+
 _epsilon = epsilon
 """The same under a name that no argument hides."""
 
 
-def noise_for(*, rate: float | None, times: int, epsilon: float, delta: float) -> float:
+def noise_for(*, rate: float | None, times: int, epsilon: float, delta: float, skellam: bool = False) -> float:
     """The least noise multiplier in `NOISE_RANGE` with which so many releases cost no more than ε, rounded up to four
     digits.
 
     Args:
-        rate: as in `Release`.
+        rate, skellam: as in `Release`.
         times: releases.
         epsilon, delta: the budget.
 
@@ -90,7 +120,7 @@ def noise_for(*, rate: float | None, times: int, epsilon: float, delta: float) -
     least, most = NOISE_RANGE
 
     def cost(noise: float) -> float:
-        return _epsilon(Release(noise, rate), times, delta)
+        return _epsilon(Release(noise, rate, skellam), times, delta)
 
     if (reachable := cost(most)) > epsilon:
         raise OutOfReachError(

@@ -117,8 +117,13 @@ def member_account(arm: Arm, settings: MemberPrivacy) -> Account:
         if rate
         else "every member takes part in every round: no amplification by sampling"
     )
-    multiplier = _multiplier(settings, rate, arm.strategy.rounds, _whose(arm, MEMBERS))
-    return Account("member", settings, Release(multiplier, rate), lambda rounds: rounds, words, arm.strategy.rounds)
+    skellam = arm.privacy.secure_aggregation is not None
+    if skellam:
+        rate = None
+        words = "members add their shares of the noise before the sum is formed; no amplification by sampling"
+    multiplier = _multiplier(settings, rate, arm.strategy.rounds, _whose(arm, MEMBERS), skellam=skellam)
+    release = Release(multiplier, rate, skellam)
+    return Account("member", settings, release, lambda rounds: rounds, words, arm.strategy.rounds)
 
 
 def _of_records(arm: Arm, settings: RecordPrivacy, member: Member) -> Account:
@@ -142,12 +147,12 @@ def _of_records(arm: Arm, settings: RecordPrivacy, member: Member) -> Account:
     return Account("record", settings, Release(multiplier, None), passes, words, arm.strategy.rounds)
 
 
-def _multiplier(settings: Noise, rate: float | None, times: int, where: str) -> float:
+def _multiplier(settings: Noise, rate: float | None, times: int, where: str, *, skellam: bool = False) -> float:
     if settings.noise_multiplier is not None:
         return settings.noise_multiplier
     assert settings.epsilon is not None  # the recipe has one of the two
     try:
-        return noise_for(rate=rate, times=times, epsilon=settings.epsilon, delta=settings.delta)
+        return noise_for(rate=rate, times=times, epsilon=settings.epsilon, delta=settings.delta, skellam=skellam)
     except UserError as error:
         raise UserError(error.what, where=where, hint=error.hint) from None
 

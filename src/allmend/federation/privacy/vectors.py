@@ -4,15 +4,18 @@ The same code serves a simulation, where the integers are added in this process,
 integers are masked: both sums are the same integers, and both models the same bits.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 
+from allmend.federation.privacy.accounting import SKELLAM_LEVELS
 from allmend.federation.privacy.secure_sum.fixed_point import FixedPoint, Floats
 from allmend.federation.privacy.secure_sum.masks import Integers, dtype
+from allmend.federation.strategies.private_fedavg import PrivateFedAvg
 from allmend.learn.noise import NoiseSource, Randomness, noise_source
 from allmend.models.tensors import Tensors
 from allmend.recipe import SecureAggregation
@@ -35,6 +38,8 @@ class VectorCode:
         clip: largest absolute value in a tensor.
         members: most members of a sum.
         bits: integers are taken modulo 2^bits.
+        levels: whole numbers from 0 to the clip; as many as fit where it is None.
+        noise: variance of the Skellam noise that a member adds to each of its tensors' values, in whole numbers.
     """
 
     layout: Layout
@@ -42,6 +47,8 @@ class VectorCode:
     clip: float
     members: int
     bits: Literal[32, 64] = 64
+    levels: int | None = None
+    noise: float = 0.0
 
     @classmethod
     def of(cls, strategy: Strategy, initial: Tensors, layer: SecureAggregation, members: int) -> "VectorCode":
@@ -54,8 +61,13 @@ class VectorCode:
             members: in the run.
         """
         declared = strategy.declare()
-        numbers = sorted(set(declared.summed) & declared.numbers)
-        return cls(strategy.layout(initial), numbers, layer.clip * layer.largest_weight, members)
+        numbers, layout = sorted(set(declared.summed) & declared.numbers), strategy.layout(initial)
+        if not isinstance(strategy, PrivateFedAvg):
+            return cls(layout, numbers, layer.clip * layer.largest_weight, members)
+        # a change of norm C has the norm L on the grid, and √d more at most when it is rounded
+        norm = SKELLAM_LEVELS + math.sqrt(sum(shape.numel() for shape in layout.values()))
+        share = (strategy.noise_multiplier * norm) ** 2 / layer.fewest
+        return cls(layout, numbers, strategy.clip, members, levels=SKELLAM_LEVELS, noise=share)
 
     @property
     def length(self) -> int:
@@ -65,7 +77,7 @@ class VectorCode:
     @property
     def of_tensors(self) -> FixedPoint:
         """Levels of the tensors' values."""
-        return FixedPoint(self.clip, self.members, self.bits)
+        return FixedPoint(self.clip, self.members, self.bits, self.levels)
 
     @property
     def of_numbers(self) -> FixedPoint:
@@ -73,12 +85,12 @@ class VectorCode:
         finest = self.of_tensors.scale
         return FixedPoint(LARGEST_NUMBER, self.members, self.bits, 1 << (finest.bit_length() - 1))
 
-    def encode(self, reply: Reply, uniform: Callable[[int], Floats]) -> tuple[Integers, int]:
+    def encode(self, reply: Reply, source: NoiseSource) -> tuple[Integers, int]:
         """The summed part of a reply, and how many of its values were cut to what fits.
 
         Args:
             reply: a member's.
-            uniform: that many numbers, uniform on [0, 1), for the rounding.
+            source: of the rounding and of the noise.
 
         Raises:
             ValueError: a name is not in the layout, a shape differs, or a value is not finite (which is said).
@@ -101,7 +113,13 @@ class VectorCode:
         numbers = np.array([reply.summed_facts.get(name, 0.0) for name in sorted(self.numbers)] + [0.0])
         if not np.isfinite(numbers).all():
             raise ValueError(f"number {sorted(self.numbers)[int(np.argmin(np.isfinite(numbers)))]!r} is not finite")
+
+        def uniform(count: int) -> Floats:
+            return np.asarray(source.uniform(count).numpy(), dtype=np.float64)
+
         tensors, cut = self.of_tensors.encode(np.concatenate([*parts, np.zeros(0)]), uniform)
+        if self.noise:
+            tensors = tensors + source.skellam(len(tensors), self.noise).astype(np.uint64).astype(tensors.dtype)
         cut += int((np.abs(numbers) > LARGEST_NUMBER).sum())
         numbers[-1] = cut
         return np.concatenate([tensors, self.of_numbers.encode(numbers, uniform)[0]]), cut
@@ -124,10 +142,9 @@ class VectorCode:
         return Sums.of(tensors, dict(zip(sorted(self.numbers), numbers, strict=False)), members, cut=round(numbers[-1]))
 
 
-def rounding(randomness: Randomness, seed: int, arm: str, turn: Turn, member: str) -> Callable[[int], Floats]:
-    """Where a member's rounding gets its random numbers in a leg: another source for each."""
-    source: NoiseSource = noise_source(randomness, seed, "rounding", arm, turn.round, turn.leg, member)
-    return lambda count: np.asarray(source.uniform(count).numpy(), dtype=np.float64)
+def rounding(randomness: Randomness, seed: int, arm: str, turn: Turn, member: str) -> NoiseSource:
+    """Where a member's rounding and its share of noise get their random numbers in a leg: another source for each."""
+    return noise_source(randomness, seed, "rounding", arm, turn.round, turn.leg, member)
 
 
 def without_sums(reply: Reply) -> Reply:
@@ -150,13 +167,13 @@ class CodedSum:
     def __post_init__(self) -> None:
         self._total: Integers = np.zeros(self.code.length, dtype=dtype(self.code.bits))
 
-    def add(self, reply: Reply, uniform: Callable[[int], Floats]) -> int:
+    def add(self, reply: Reply, source: NoiseSource) -> int:
         """Add a member's reply; gives the bytes of its vector.
 
         Raises:
             ValueError: see `VectorCode.encode`.
         """
-        vector, _ = self.code.encode(reply, uniform)
+        vector, _ = self.code.encode(reply, source)
         self._total += vector
         self.members += 1
         return vector.nbytes

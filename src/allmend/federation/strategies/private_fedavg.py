@@ -52,6 +52,7 @@ class PrivateFedAvg:
         quantile: which of the updates' norms C follows; fixed where it is None.
         randomness: `seeded` or `secure`, of the noise and the sampling.
         seed: of both, where they are seeded.
+        distributed: whether members add shares of the noise to what they send, so that none is added here.
     """
 
     clip: float
@@ -60,6 +61,7 @@ class PrivateFedAvg:
     quantile: float | None = None
     randomness: Literal["seeded", "secure"] = "seeded"
     seed: int = 0
+    distributed: bool = False
 
     name = "fedavg"
     legs = 1
@@ -72,7 +74,9 @@ class PrivateFedAvg:
 
     def declare(self) -> Declaration:
         summed = {"update": f"change of the parameters, scaled down to the clip ({self.clip:g} at first)"}
-        summed["update"] += "; the sum gets noise before it is used"
+        summed["update"] += (
+            "; each member adds its share of noise" if self.distributed else "; the sum gets noise before it is used"
+        )
         if self.quantile is not None:
             summed["within"] = "whether the change was within the clip; the sum gets noise"
         return Declaration(sent="the shared parameters and the clip", summed=summed, numbers=frozenset({"within"}))
@@ -107,7 +111,7 @@ class PrivateFedAvg:
         for name, tensor in sorted(of_group("model", state.tensors).items()):  # a checkpoint may turn their order
             key = f"update/{name}"  # nobody sent it where nobody was drawn
             total = sums[key] if key in sums else torch.zeros_like(tensor, dtype=torch.float64)
-            if self.noise_multiplier:
+            if self.noise_multiplier and not self.distributed:
                 total = total + source.normal(tensor.shape) * (self._update_multiplier * clip)
             model[name] = (tensor + total / expected).to(tensor.dtype)
         return State(grouped("model", model), _clip_fact(self._next_clip(clip, expected, sums, turn)))

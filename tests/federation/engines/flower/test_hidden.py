@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -12,6 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from allmend.errors import UserError
 from allmend.federation.engines.flower.hidden import STEPS, HiddenPart, Hiding, ask_sum
 from allmend.federation.privacy.vectors import VectorCode
+from allmend.learn.noise import noise_source
 from allmend.models.tensors import dump, parse
 from allmend.recipe import SecureAggregation
 from allmend.strategy import Reply, Turn
@@ -47,7 +47,7 @@ class Parts:
             self.hiding,
             folder,
             lambda round, leg: self.replies[name],
-            lambda turn: np.random.default_rng(7).random,
+            lambda turn: noise_source("seeded", 7, turn.round),
         )
 
     def answer(self, name: str, question: bytes) -> bytes:

@@ -19,8 +19,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from allmend.errors import UserError
 from allmend.federation.engines.flower.exchange import FACTS, Exchange
 from allmend.federation.privacy.secure_sum import ProtocolError, SecureMember, SecureSum, Terms
-from allmend.federation.privacy.secure_sum.fixed_point import Floats
 from allmend.federation.privacy.vectors import VectorCode
+from allmend.learn.noise import NoiseSource
 from allmend.models.tensors import JSON, dump, parse
 from allmend.recipe import SecureAggregation
 from allmend.run import write_atomic
@@ -163,7 +163,7 @@ class HiddenPart:
         hiding: what is agreed on.
         folder: where it keeps which vectors have been opened.
         reply: what it worked out in a leg, from its own disk.
-        rounding: random numbers for the rounding.
+        source: random numbers for the rounding and the noise of a leg, the same whenever it is asked for.
     """
 
     name: str
@@ -171,7 +171,7 @@ class HiddenPart:
     hiding: Hiding
     folder: Path
     reply: Callable[[int, int], Reply]
-    rounding: Callable[[Turn], Callable[[int], Floats]]
+    source: Callable[[Turn], NoiseSource]
     _at: tuple[str, SecureMember] | None = field(init=False, default=None)
 
     def answer(self, about: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> bytes:
@@ -200,7 +200,7 @@ class HiddenPart:
             elif step == "shares":
                 answer = self._at[1].shares(message)
             elif step == "masked":
-                vector, _ = self.hiding.code.encode(self.reply(turn.round, turn.leg), self.rounding(turn))
+                vector, _ = self.hiding.code.encode(self.reply(turn.round, turn.leg), self.source(turn))
                 answer = self._at[1].masked(message, vector)
             else:
                 answer = self._at[1].opened(message)
