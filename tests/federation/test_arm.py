@@ -30,6 +30,7 @@ from allmend.recipe import (
     MemberPrivacy,
     Privacy,
     RecordPrivacy,
+    SecureAggregation,
     StrategyChoice,
     Train,
 )
