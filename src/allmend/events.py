@@ -10,9 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter
 
 VERSION = 1
+
+LONGEST = 4000
+"""Characters of a warning."""
 
 
 class _Event(BaseModel):
@@ -138,18 +141,26 @@ class Waiting(_Event):
     """Those of them that have not been heard of lately."""
 
 
+def _told(words: str) -> str:
+    return "".join(letter if letter.isprintable() or letter == "\n" else "\ufffd" for letter in words[:LONGEST])
+
+
+Told = Annotated[str, AfterValidator(_told)]
+"""Words that may come from elsewhere: cut off after `LONGEST`, and without what is not to be printed."""
+
+
 class Warned(_Event):
     """Something the user should know and the run survives."""
 
     type: Literal["warning"] = "warning"
-    message: str
+    message: Told
 
 
 class Stopped(_Event):
     """The run ended before its end; `cause` says why."""
 
     type: Literal["stopped"] = "stopped"
-    cause: str
+    cause: Told
     resumable: bool = True
     """False where going on would only meet the same end (training diverged)."""
 

@@ -32,6 +32,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import psutil
+
 from allmend.errors import UserError
 from allmend.events import Event, dump_event, read_events
 from allmend.results import Table
@@ -336,14 +338,12 @@ class RunFolder:
         """Whether a process of this machine holds the run's lock, as far as one can tell without trying to take it."""
         try:
             words = (self.path / "lock").read_text().split()
-            if len(words) != 4 or words[3] != socket.gethostname():
+            if len(words) != 6 or words[3] != socket.gethostname():
                 return False
-            os.kill(int(words[1]), 0)
-        except PermissionError:  # it lives, and belongs to another user
-            return True
-        except (OSError, ValueError):
+            # another process may have the number of one that died
+            return bool(abs(psutil.Process(int(words[1])).create_time() - float(words[5])) < 1)
+        except (OSError, ValueError, psutil.Error):
             return False
-        return True
 
     @contextlib.contextmanager
     def log(self, listeners: Sequence[Callable[[Event], None]] = ()) -> Iterator[EventLog]:
@@ -375,14 +375,14 @@ class RunFolder:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 file.seek(0)
-                holder = file.read().strip() or "another process"
+                holder = file.read().partition(" since")[0].strip() or "another process"
                 raise UserError(
                     f"the run is in use by {holder}",
                     where=self.path,
                     hint="Wait for it, stop it, or use another run folder.",
                 ) from error
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.write(f"process {os.getpid()} on {socket.gethostname()} since {psutil.Process().create_time():.2f}")
             file.flush()
             for left in [*self.path.rglob(".*.partial")]:
                 if left.is_dir():

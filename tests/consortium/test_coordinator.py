@@ -343,29 +343,32 @@ def test_a_coordinator_that_dies_while_members_open_a_sum_forms_it_again(make_pl
     assert adapter(there.arm("fedavg")) == adapter(here.arm("fedavg"))
 
 
-def test_a_sum_that_was_opened_over_somebody_who_is_gone_is_never_formed_over_fewer(make_place: MakePlace) -> None:
-    """The round leaves no trace, as if nobody had been sampled for it, and the run goes on."""
-    place = make_place(
-        names=("east", "north", "south", "west"), **HIDDEN | {"strategy": {"name": "fedavg", "rounds": 1}}
-    )
+def test_a_sum_that_was_opened_over_somebody_who_is_away_waits_for_it(make_place: MakePlace) -> None:
+    """It is never formed over the others: the difference would be somebody's part."""
+    place = make_place(names=("east", "north", "south", "west"), **HIDDEN)
     dies_after_opening(place, round=1)
     with pytest.raises(Died):
         place.coordinate(fewest=3)
-    asks = at_step("keys", round=1)
     place.post.answer = {name: side.answer for name, side in place.sides.items()}
-
-    def gone(question: bytes) -> bytes:
-        assert not asks(question)
-        return dump_reply(Reply(seen_facts={"other": 1.0})) if parse(question)[1]["ask"] == "work" else b""
-
-    there_before = place.sides["north"].answer
-    place.post.answer["north"] = lambda question: (
-        gone(question) if parse(question)[1].get("ask") in ("work", "secure") else there_before(question)
-    )
+    answer = place.post.answer["north"]
+    place.post.answer["north"] = lambda question: b"" if parse(question)[1].get("ask") == "work" else answer(question)
+    with pytest.raises(UserError, match="was begun to be opened, and is not whole: north did not answer"):
+        place.coordinate(fewest=3)
+    place.post.answer["north"] = answer
     there = place.coordinate(fewest=3)
-    assert any("round 1 leaves no trace" in e.message for e in there.history() if isinstance(e, Warned))
-    tensors = load_file(there.arm("fedavg") / "adapter" / "adapter_model.safetensors")
-    assert all(not tensor.any() for name, tensor in tensors.items() if "lora_B" in name)
+    here = tune(place.recipe, place.folder / "simulated", base=place.folder)
+    assert adapter(there.arm("fedavg")) == adapter(here.arm("fedavg"))
+
+
+def test_a_member_works_on_the_rounds_that_it_agreed_to_alone(make_place: MakePlace) -> None:
+    place = make_place(compare={}, canaries=None)
+    place.coordinate()
+    side = place.sides["north"]
+    about = {"ask": "work", "run": side._joined.offer.digest, "arm": "fedavg"}
+    tensors = {"x": torch.zeros(1)}
+    for turn in (Turn(3, 0, 2), Turn(1, 1, 2), Turn(1, 0, 10**9), Turn(1, 0, 1)):
+        told = parse(side.answer(dump_task(Task(turn, tensors), about=about)))[1]
+        assert "the arm has 2 rounds of 1 legs" in told["error"]["what"]
 
 
 def test_fewer_members_than_a_sum_needs_are_told_before_anything_begins(make_place: MakePlace) -> None:

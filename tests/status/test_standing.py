@@ -1,5 +1,7 @@
 """How a run stands: from its log and its lock, whatever point it has come to."""
 
+import os
+import socket
 import subprocess
 import sys
 from typing import Any
@@ -55,7 +57,16 @@ def test_a_process_that_was_killed_works_no_more(begun: Any) -> None:
     assert standing(begun.folder).state == "not running"
 
 
-@pytest.mark.parametrize("words", ["", "process 1", "process x on here", "process 1 on another-machine"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "",
+        "process 1",
+        "process x on here since 0",
+        "process 1 on another-machine since 0",
+        f"process {os.getpid()} on {socket.gethostname()} since 1.0",
+    ],
+)
 def test_a_lock_that_says_nothing_of_this_machine_is_nobodys(begun: Any, words: str) -> None:
     (begun.folder.path / "lock").write_text(words)
     assert not begun.folder.worked_on

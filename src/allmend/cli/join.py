@@ -40,6 +40,7 @@ def join(
     from allmend.consortium.network import serve
     from allmend.federation.engines.flower.node import Node
     from allmend.federation.keys import read_key
+    from allmend.run import RunFolder
 
     console = Console()
     if (ca is None) != insecure:
@@ -75,8 +76,6 @@ def join(
             console.print(f"  round {turn.round} of {turn.rounds}: training{loss}", highlight=False)
 
     side = MemberSide(name, own, data, place, agree, source=model, on_step=tell)
-    if side.resume():
-        console.print("Going on with the run that was agreed to.")
     waits: set[str] = set()
 
     def wait(why: str) -> None:
@@ -85,8 +84,11 @@ def join(
             console.print(f"  waiting: {why}", style="dim", highlight=False)
 
     node = Node(address, own, ca, patience=patience or float("inf"), on_wait=wait)
-    console.print(f"Joining {address} as {name}", highlight=False)
-    serve(side, node)
+    with RunFolder(place).lock():  # two processes of one member could open two sums of the same work
+        if side.resume():
+            console.print("Going on with the run that was agreed to.")
+        console.print(f"Joining {address} as {name}", highlight=False)
+        serve(side, node)
     if side.declined:
         console.print("Declined; nothing has left.")
         raise typer.Exit(1)

@@ -31,7 +31,6 @@ from allmend.events import (
     Joined,
     Offered,
     PhaseDone,
-    RoundDone,
     RunFinished,
     RunStarted,
     Waiting,
@@ -41,7 +40,7 @@ from allmend.federation.arm import Outcomes, Training, save_outcomes, strategy_o
 from allmend.federation.checkpoint import Checkpoint, Checkpoints
 from allmend.federation.engines.flower.engine import FlowerEngine
 from allmend.federation.engines.flower.exchange import FACTS, Exchange
-from allmend.federation.engines.wire import parse_reply
+from allmend.federation.engines.wire import error_of, parse_reply
 from allmend.federation.keys import public_line
 from allmend.federation.privacy.ledger import open_ledger
 from allmend.federation.rounds import run_rounds
@@ -51,7 +50,7 @@ from allmend.recipe import Arm, Recipe
 from allmend.results import BASE, UtilityTable
 from allmend.run import EventLog, RunFolder, write_atomic
 from allmend.session import machine, reported, versions
-from allmend.strategy import Reply, grouped
+from allmend.strategy import Reply, Strategy, grouped
 
 REPLY = 4
 """Times the size of what learns: room for a strategy that sends more than one tensor for each."""
@@ -143,12 +142,14 @@ class Coordination:
                 where="members",
                 hint="Register more, or lower --fewest and privacy.secure_aggregation.fewest.",
             )
-        largest = 0
+        needed = 0
         for arm in self.recipe.arms().values():
+            strategy = strategy_of(arm, seed=self.recipe.seed)
             with trainable_of(self.prepared.model, arm.adapter, seed=self.recipe.seed) as trainable:
-                largest = max(largest, nbytes(trainable.state()))
-        # the checkpoint, the next one beside it and the outcome; a question to each member and its answer
-        needed = (3 + 2 * len(self.keys)) * largest + FACTS
+                initial = trainable.state()
+            sent = sum(shape.numel() * 4 for shape in strategy.layout(initial).values())
+            # the checkpoint, the next one beside it and the outcome; a question to each member and its answer
+            needed = max(needed, (3 + len(self.keys)) * nbytes(initial) + len(self.keys) * sent + FACTS)
         if (free := shutil.disk_usage(self.run.path).free) < needed:
             raise UserError(
                 f"{free / 1e9:.2f} GB are free on this disk, and a round of {len(self.keys)} members needs up to "
@@ -246,10 +247,9 @@ class Coordination:
                 seconds=self.patience.leg,
                 fewest=self.fewest,
                 emit=self.log.emit,
-                largest=FACTS + REPLY * nbytes(trainable.state()),
+                largest=_largest_reply(strategy, trainable.state()),
                 layout=strategy.layout(trainable.state()),
                 largest_update=arm.train.largest_update,
-                counted=self._counted(arm.name, strategy.legs),
                 opening=self.run.arm(arm.name) / "opening.json",
                 hiding=hiding(self.offer, recipe, arm, strategy, trainable.state()),
             )
@@ -274,16 +274,13 @@ class Coordination:
         self._all(self._questions("keep", {"arm": arm.name}, shared or {}, own))
         self._score(arm.name, shared or {}, own)
 
-    def _counted(self, arm: str, legs: int) -> dict[str, tuple[int, int]]:
-        """The last round of each member that counted, as far as an arm has come."""
-        done = (event for event in self.run.history() if isinstance(event, RoundDone) and event.arm == arm)
-        return {name: (event.round, legs - 1) for event in done for name in event.clients}
-
     def _learnt(self, arm: str, counted: Mapping[str, tuple[int, int]]) -> Training:
         counts: dict[str, tuple[int, int]] = {}
         for name, reply in self._ask(self._questions("learnt", {"arm": arm}, {}, counted)):
             if not isinstance(reply, Reply):
-                raise UserError(f"client {name!r} does not say what it learnt from: {reply or 'no answer'}")
+                words = f"client {name!r} does not say what it learnt from: {reply or 'no answer'}"
+                self.log.emit(Warned(message=words))
+                continue
             own = {canary.id for canary in self.prepared.canaries if canary.inserted and canary.client == name}
             for key, value in reply.seen_facts.items():
                 canary, _, what = key.rpartition("/")
@@ -363,11 +360,16 @@ class Coordination:
                 yield name, None
                 continue
             try:
-                _, about = parse(data, where=f"client {name!r}")
-                error = about.get("error")
-                yield name, str(error.get("what")) if isinstance(error, dict) else parse_reply(data)[0]
+                error = error_of(parse(data, where=f"client {name!r}")[1])
+                yield name, parse_reply(data)[0] if error is None else error
             except UserError as error:
                 yield name, str(error)
+
+
+def _largest_reply(strategy: Strategy, initial: Tensors) -> int:
+    """Bytes: room for what is summed in float64, and for a few tensors of each that learns that are seen."""
+    summed = sum(shape.numel() * 8 for shape in strategy.layout(initial).values())
+    return FACTS + max(REPLY * nbytes(initial), summed)
 
 
 def coordinate(

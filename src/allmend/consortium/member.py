@@ -212,8 +212,8 @@ class MemberSide:
                 self.name,
                 self.identity,
                 agreed,
-                joined.site.folder / "arms" / name,
-                lambda round, leg: joined.site.reply(name, round, leg),
+                joined.site.folder,
+                lambda round, leg: joined.site.work(name, round, leg),
                 lambda turn: self._source(joined, arm, turn),
             )
         return self._parts[name]
@@ -339,4 +339,5 @@ def _open_arm(recipe: Recipe, model: LoadedModel, client: EncodedClient, name: s
     member, ledger = at_member(client.member, arm)
     hides = arm.privacy.secure_aggregation is not None
     with trainable_of(model, arm.adapter, seed=recipe.seed) as trainable:
-        yield ArmAtMember(strategy_of(arm, seed=recipe.seed), trainable, member, arm.train, hides, ledger)
+        strategy = strategy_of(arm, seed=recipe.seed)
+        yield ArmAtMember(strategy, trainable, member, arm.train, hides, ledger, arm.strategy.rounds)

@@ -89,6 +89,8 @@ def strategy_of(arm: Arm, *, seed: int) -> Strategy:
     strategy = build_strategy(arm.strategy.name, arm.strategy.options, seed=seed)
     if isinstance(strategy, FedAvgProduct) and arm.adapter.kind != "lora":
         raise ValueError(f"{strategy.name} averages products of LoRA's factors: adapter.kind must be 'lora'")
+    if isinstance(strategy, FedAvgProduct) and arm.train.largest_update is not None:
+        raise ValueError(f"train.largest_update is about LoRA's factors, and {strategy.name} sends their products")
     if arm.privacy.secure_aggregation and (seen := sorted(strategy.declare().seen)):
         raise ValueError(
             f"privacy.secure_aggregation hides what is summed, and {strategy.name!r} looks at each member's "

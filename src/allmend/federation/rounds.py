@@ -11,7 +11,7 @@ import torch
 from allmend.errors import UserError
 from allmend.events import Event, RoundDone, Warned
 from allmend.federation.checkpoint import Checkpoint, Checkpoints
-from allmend.federation.engines import Answer, Engine, RoundLostError
+from allmend.federation.engines import Answer, Engine
 from allmend.federation.privacy.ledger import NO_LEDGER, Ledger
 from allmend.models.tensors import Tensors, nbytes
 from allmend.strategy import Reply, Seen, Strategy, Sums, Turn
@@ -61,7 +61,7 @@ def run_rounds(
         received: dict[str, int] = {}
         working, cut = 0.0, 0
         summed_loss: float | None = None
-        before, counted = state, set[str]()
+        counted = set[str]()
         for leg in range(strategy.legs):
             turn = Turn(round, leg, rounds, len(engine.members))
             tasks = strategy.plan(state, turn, engine.members)
@@ -87,13 +87,7 @@ def run_rounds(
                 if observe and (revealed := strategy.revealed(tasks[name], reply)) is not None:
                     observe(round, name, revealed)
             working += answers.seconds
-            try:
-                hidden = engine.summed()
-            except RoundLostError as error:
-                emit(Warned(message=f"{arm}: round {round} leaves no trace, and the next one follows: {error.what}"))
-                state, counted = before, set()
-                break
-            if hidden is not None:
+            if (hidden := engine.summed()) is not None:
                 sums, counted = hidden[0], counted & set(hidden[1])
             cut += sums.cut
             state = strategy.combine(state, turn, sums, seen)

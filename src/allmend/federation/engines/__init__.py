@@ -4,12 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from allmend.errors import UserError
 from allmend.strategy import Reply, State, Strategy, Sums, Task
-
-
-class RoundLostError(UserError):
-    """What members have worked out in a round cannot be had, now or later; the run can go on without it."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +39,6 @@ class Engine(Protocol):
         the parts.
 
         Raises:
-            RoundLostError: the sum can never be had any more.
             UserError: too few members are left for a sum.
         """
         ...

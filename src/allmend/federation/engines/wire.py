@@ -1,5 +1,6 @@
 """Tasks, replies and states as bytes, for engines whose members are not in this process."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Annotated, Any, TypeVar
@@ -11,6 +12,9 @@ from allmend.models.tensors import JSON, dump, parse
 from allmend.strategy import Facts, Reply, State, Task, Turn, grouped, of_group
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
+Whole = Annotated[int, Field(ge=-(2**53), le=2**53)]
+"""As large as a float64 holds exactly."""
+Count = Annotated[int, Field(ge=0, le=2**31)]
 
 
 class _Strict(BaseModel):
@@ -21,24 +25,24 @@ M = TypeVar("M", bound=_Strict)
 
 
 class _Turn(_Strict):
-    round: Annotated[int, Field(ge=1)]
-    leg: Annotated[int, Field(ge=0)]
-    rounds: Annotated[int, Field(ge=1)]
-    members: Annotated[int, Field(ge=0)]
+    round: Annotated[Count, Field(ge=1)]
+    leg: Count
+    rounds: Annotated[Count, Field(ge=1)]
+    members: Count
 
 
 class _Task(_Strict):
     turn: _Turn
-    facts: dict[str, bool | int | Number | str]
+    facts: dict[str, bool | Whole | Number | str]
 
 
 class _Reply(_Strict):
-    summed: dict[str, int | Number]
-    seen: dict[str, bool | int | Number | str]
+    summed: dict[str, Whole | Number]
+    seen: dict[str, bool | Whole | Number | str]
 
 
 class _State(_Strict):
-    state: dict[str, bool | int | Number | str]
+    state: dict[str, bool | Whole | Number | str]
 
 
 def dump_task(task: Task, state: State | None = None, about: Mapping[str, JSON] = {}) -> bytes:
@@ -49,6 +53,17 @@ def dump_task(task: Task, state: State | None = None, about: Mapping[str, JSON] 
         tensors |= grouped("state", state.tensors)
         facts["state"] = state.facts
     return dump(tensors, facts)
+
+
+def task_digest(task: Task) -> str:
+    """SHA-256 of a task: what a member's work rests on."""
+    return hashlib.sha256(dump_task(task)).hexdigest()
+
+
+def error_of(about: Mapping[str, Any]) -> str | None:
+    """What a message says of an error; None where it says nothing."""
+    error = about.get("error")
+    return str(error.get("what")) if isinstance(error, dict) else None
 
 
 def parse_task(data: bytes, *, where: str = "task") -> tuple[Task, State, dict[str, Any]]:

@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from allmend.errors import UserError
-from allmend.events import Warned
-from allmend.federation.checkpoint import Checkpoint, Checkpoints
+from allmend.events import Warned, read_events
+from allmend.federation.checkpoint import Checkpoints
 from allmend.federation.engines.flower.engine import FlowerEngine
 from allmend.federation.engines.wire import dump_reply, parse_reply, parse_task
 from allmend.federation.strategies import STRATEGIES, build_strategy
 from allmend.federation.strategies.fedavg import FedAvg
+from allmend.models.tensors import dump
 from allmend.recipe import Train
+from allmend.run import EventLog
 from allmend.strategy import Reply, State, Task, Turn
 
 NAMES = ["a", "b", "c", "d", "e"]
@@ -23,7 +25,7 @@ NAMES = ["a", "b", "c", "d", "e"]
 
 def make_engine(post: Any, names: list[str], events: list[Any] | None = None, **settings: Any) -> FlowerEngine:
     emit = (events if events is not None else []).append
-    options = {"arm": "arm", "run": "run", "seconds": 100.0, "fewest": 1, "emit": emit}
+    options: dict[str, Any] = {"arm": "arm", "run": "run", "seconds": 100.0, "fewest": 1, "emit": emit}
     return FlowerEngine(post.exchange(), names, **options | settings)
 
 
@@ -182,11 +184,10 @@ def test_too_few_answers_stop_the_run_and_keep_the_round_before(
     post.slow["b"] = 1e9
     start = Checkpoints(tmp_path / "arm", "identity").newest()
     assert start is not None
-    again = {"fewest": 2, "counted": {"a": (2, 0), "b": (2, 0)}}
     with pytest.raises(UserError, match="1 of 2 members answered in round 3, and 2 are the fewest"):
-        run(FedAvg(), members, settings, rounds=3, engine=make_engine(post, ["a", "b"], **again), start=start)
+        run(FedAvg(), members, settings, rounds=3, engine=make_engine(post, ["a", "b"], fewest=2), start=start)
     post.slow.clear()
-    last = run(FedAvg(), members, settings, rounds=3, engine=make_engine(post, ["a", "b"], **again), start=start)
+    last = run(FedAvg(), members, settings, rounds=3, engine=make_engine(post, ["a", "b"], fewest=2), start=start)
     assert same(last.state, whole.state)
 
 
@@ -268,8 +269,70 @@ def test_a_change_over_the_bound_is_left_out(
     assert any("client 'b', round 1: its change has the norm" in message for message in told) == left_out
 
 
-def test_states_stay_with_the_members(make_post: Callable[..., Any]) -> None:
+def test_of_the_members_states_only_which_is_meant_is_kept(make_post: Callable[..., Any]) -> None:
     engine = make_engine(make_post({}), [])
-    engine.restore({"a": State({"x": torch.ones(1)})})
-    assert engine.states() == {}
-    assert Checkpoint(0, State(), engine.states()).members == {}
+    engine._count(Turn(3, 1, 9), ["a"])
+    states = engine.states()
+    assert states == {"a": State(facts={"round": 3, "leg": 1})}
+    other = make_engine(make_post({}), [])
+    other.restore(states)
+    assert other.counted == {"a": (3, 1)}
+
+
+SURROGATE = dump({}, {"error": {"what": "AAAAAAA\x1b[2J" + "x" * 9000}}).replace(b"AAAAAAA", b"\\\\ud800")
+"""Half of a pair of UTF-16, which no UTF-8 has, and a command to the terminal."""
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda data: SURROGATE, "xxx"),
+        (lambda data: data.replace(b"4.0", b"9e9"), None),
+        (lambda data: dump_reply(replace(parse_reply(data)[0], summed_facts={})), "cannot be used (KeyError)"),
+        (lambda data: dump_reply(replace(parse_reply(data)[0], summed={})), "cannot be used (KeyError)"),
+        (lambda data: dump_reply(replace(parse_reply(data)[0], summed_facts={"weight": 0.0})), "a weight is above 0"),
+        (lambda data: dump_reply(replace(parse_reply(data)[0], summed_facts={"weight": -1.0})), "a weight is above 0"),
+    ],
+)
+def test_nothing_that_a_member_sends_stops_the_others(
+    change: Callable[[bytes], bytes],
+    why: str | None,
+    run: Callable[..., Any],
+    make_member: Callable[..., Any],
+    make_sites: Callable[..., Any],
+    make_post: Callable[..., Any],
+    settings: Train,
+    tmp_path: Path,
+) -> None:
+    members = [make_member(name) for name in ("a", "b")]
+    sites = make_sites(members, FedAvg())
+    post = make_post({"a": sites["a"].answer, "b": lambda question: change(sites["b"].answer(question))})
+    log = EventLog(tmp_path / "events.jsonl")
+    engine = make_engine(post, ["a", "b"], emit=log.emit, largest_update=1e6)
+    there = run(FedAvg(), members, settings, rounds=1, engine=engine)
+    log.close()
+    warned = [event.message for event in read_events(tmp_path / "events.jsonl") if isinstance(event, Warned)]
+    if why is not None:
+        assert same(run(FedAvg(), [members[0]], settings, rounds=1).state, there.state)
+        assert any(why in words and "\x1b" not in words and len(words) < 5000 for words in warned)
+
+
+def test_seen_tensors_of_other_shapes_are_left_out(
+    run: Callable[..., Any],
+    make_member: Callable[..., Any],
+    make_sites: Callable[..., Any],
+    make_post: Callable[..., Any],
+    settings: Train,
+) -> None:
+    strategy = build_strategy("median", {}, seed=0)
+    members = [make_member(name) for name in ("a", "b", "c")]
+    sites, events = make_sites(members, strategy), list[Any]()
+
+    def odd(question: bytes) -> bytes:
+        reply = parse_reply(sites["b"].answer(question))[0]
+        return dump_reply(replace(reply, seen={name: tensor[:1] for name, tensor in reply.seen.items()}))
+
+    post = make_post({name: site.answer for name, site in sites.items()} | {"b": odd})
+    there = run(strategy, members, settings, rounds=1, engine=make_engine(post, ["a", "b", "c"], events))
+    assert same(run(strategy, [members[0], members[2]], settings, rounds=1).state, there.state)
+    assert any("other names or shapes" in event.message for event in events if isinstance(event, Warned))

@@ -1,6 +1,7 @@
 """Secure sums as questions: exact with members lost on the way, and what a member does not let happen."""
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ class Parts:
         self.folder = folder
         self.parts = {name: self.part(name) for name in NAMES}
         self.lost: dict[str, str] = {}
+        self.tasks: dict[str, str] = {}
         self.asked: list[tuple[str, str]] = []
 
     def part(self, name: str) -> HiddenPart:
@@ -46,7 +48,7 @@ class Parts:
             self.keys[name],
             self.hiding,
             folder,
-            lambda round, leg: self.replies[name],
+            lambda round, leg: (self.replies[name], self.tasks.get(name, "task")),
             lambda turn: noise_source("seeded", 7, turn.round),
         )
 
@@ -69,9 +71,9 @@ class Parts:
             away = gone is not None and STEPS.index(step) >= STEPS.index(gone)
             yield name, None if away else self.answer(name, questions[name])
 
-    def sum(self, names: list[str] | None = None) -> Any:
+    def sum(self, names: list[str] | None = None, *, turn: Turn = TURN) -> Any:
         warned: list[str] = []
-        found = ask_sum(self, self.hiding, TURN, names or NAMES, seconds=1.0, warn=warned.append)  # type: ignore[arg-type]
+        found = ask_sum(self, self.hiding, turn, "task", names or NAMES, seconds=1.0, warn=warned.append)  # type: ignore[arg-type]
         return (*found, warned)
 
     def plain(self, names: list[str]) -> torch.Tensor:
@@ -127,6 +129,43 @@ def test_a_sum_that_was_opened_can_be_formed_again_over_the_same_members(make_pa
     assert torch.equal(first["update/x"], again["update/x"])
 
 
+def test_work_that_was_opened_is_not_changed_and_opened_again(make_parts: Callable[..., Parts]) -> None:
+    """The difference of both sums would be what one of them had changed by, and so its first vector."""
+    parts = make_parts()
+    parts.sum()
+    parts.replies["a"] = Reply({"update/x": torch.zeros(4)}, {"weight": 1.0})
+    parts.parts = {name: parts.part(name) for name in NAMES}
+    with pytest.raises(UserError, match=r"0 of the 5 .* have opened"):  # the others open nothing without it
+        parts.sum()
+    assert ("a", "masked") not in parts.asked[len(NAMES) * len(STEPS) :]
+
+
+def test_work_that_was_opened_in_one_turn_is_not_opened_over_others_in_another(
+    make_parts: Callable[..., Parts],
+) -> None:
+    """A coordinator can ask for the same work twice under other numbers."""
+    parts = make_parts()
+    parts.sum()
+    for other in (Turn(3, 1, 9, 5), Turn(4, 0, 9, 5)):
+        for names in (["a", "b", "c", "d"], NAMES):
+            with pytest.raises(UserError, match=r"0 of the \d .* have opened"):
+                parts.sum(names, turn=other)
+    parts.hiding = replace(parts.hiding, arm="another")  # which begins alike
+    parts.parts = {name: parts.part(name) for name in NAMES}
+    with pytest.raises(UserError, match=r"0 of the 4 .* have opened"):
+        parts.sum(["a", "b", "c", "d"])
+    assert parts.sum()[1] == NAMES
+
+
+def test_who_was_given_another_task_is_in_no_sum_with_the_others(make_parts: Callable[..., Parts]) -> None:
+    """A coordinator that sends all but one a model that teaches nothing would see that one's part in the sum."""
+    parts = make_parts()
+    parts.tasks = {"a": "another task"}
+    _, survivors, warned = parts.sum()
+    assert survivors == ["b", "c", "d", "e"]
+    assert any("member 'a'" in words and "another sum" in words for words in warned)
+
+
 def test_who_is_in_the_sum_is_told_before_anybody_opens_it(make_parts: Callable[..., Parts]) -> None:
     parts = make_parts()
     parts.lost = {"c": "masked"}
@@ -135,6 +174,7 @@ def test_who_is_in_the_sum_is_told_before_anybody_opens_it(make_parts: Callable[
         parts,  # type: ignore[arg-type]
         parts.hiding,
         TURN,
+        "task",
         NAMES,
         seconds=1.0,
         warn=lambda words: None,

@@ -1,6 +1,7 @@
 """`Engine` over members on other machines."""
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,15 +11,15 @@ import torch
 
 from allmend.errors import UserError
 from allmend.events import Event, Warned
-from allmend.federation.engines import Answer, RoundLostError
+from allmend.federation.engines import Answer
 from allmend.federation.engines.flower.exchange import FACTS, Exchange
 from allmend.federation.engines.flower.hidden import Hiding, ask_sum
-from allmend.federation.engines.wire import dump_task, parse_reply
+from allmend.federation.engines.wire import dump_task, error_of, parse_reply, task_digest
 from allmend.federation.member import change
 from allmend.federation.privacy.secure_sum import ProtocolError
 from allmend.models.tensors import parse
 from allmend.run import write_atomic
-from allmend.strategy import Layout, Reply, State, Strategy, Sums, Task, Turn, shapes
+from allmend.strategy import Layout, Reply, State, Strategy, Sums, Task, Turn, of_group, shapes
 
 SUSPENDED = 3
 """Rounds in a row that a member may miss before it is no longer asked."""
@@ -63,8 +64,8 @@ class FlowerEngine:
     layout: Layout | None = None
     largest_update: float | None = None
     opening: Path | None = None
-    counted: dict[str, tuple[int, int]] = field(default_factory=dict)
-    _worked: tuple[Turn, list[str]] | None = field(init=False, default=None)
+    counted: dict[str, tuple[int, int]] = field(init=False, default_factory=dict)
+    _worked: tuple[Turn, str, list[str]] | None = field(init=False, default=None)
     _missed: dict[str, int] = field(init=False, default_factory=dict)
 
     @property
@@ -76,47 +77,49 @@ class FlowerEngine:
         questions = {
             name: dump_task(task, about=about | {"counted": self.counted.get(name)}) for name, task in tasks.items()
         }
-        round = next(iter(tasks.values())).turn.round
+        turn = next(iter(tasks.values())).turn
+        digests = {task_digest(task) for task in tasks.values()} if self.hiding else {""}
+        if len(digests) > 1:
+            raise UserError("a sum out of sight is of work on one task, and members have several", where=self.arm)
         answered: list[str] = []
         for name, data in self.exchange.ask(questions, seconds=self.seconds, largest=self.largest):
             answer = None if data is None else self._read(strategy, tasks[name], name, data)
             if answer is None:
-                self._miss(name, round, came=data is not None)
+                self._miss(name, turn.round, came=data is not None)
                 continue
-            self._missed[name] = 0
             answered.append(name)
             yield answer
-        turn = next(iter(tasks.values())).turn
-        self._worked = turn, answered
+        self._worked = turn, digests.pop(), answered
         if self.hiding is None:
             self._count(turn, answered)
         if len(answered) < self.fewest:
             raise UserError(
-                f"{len(answered)} of {len(tasks)} members answered in round {round}, and {self.fewest} are the fewest",
+                f"{len(answered)} of {len(tasks)} members answered in round {turn.round}, and {self.fewest} are the "
+                "fewest",
                 where=f"arm {self.arm!r}",
                 hint="Run the same command again when more of them are there; the last round is kept.",
             )
 
     def _count(self, turn: Turn, names: Sequence[str]) -> None:
         self.counted |= dict.fromkeys(names, (turn.round, turn.leg))
+        self._missed |= dict.fromkeys(names, 0)
 
     def summed(self) -> tuple[Sums, list[str]] | None:
         if self.hiding is None:
             return None
         assert self._worked is not None, "work comes first"
-        turn, worked = self._worked
-        names = worked
-        if (before := self._begun(turn)) is not None:
-            names = before
-            if missing := sorted(set(before) - set(worked)):
-                raise RoundLostError(f"its sum was about to be opened over {', '.join(missing)} too, who are not there")
-        for left in reversed(range(TRIES)):
+        turn, task, worked = self._worked
+        names = worked if (begun := self._begun(turn)) is None else begun
+        for tries_left in reversed(range(TRIES)):
+            if missing := sorted(set(names) - set(worked)):
+                raise self._half_opened(turn, f"{', '.join(missing)} did not answer")
             lost: list[str] = []
             try:
                 sums, survivors = ask_sum(
                     self.exchange,
                     self.hiding,
                     turn,
+                    task,
                     names,
                     seconds=self.seconds,
                     warn=lambda words: self.emit(Warned(message=words)),
@@ -125,23 +128,35 @@ class FlowerEngine:
                 )
             except ProtocolError as error:
                 begun = self._begun(turn)
-                still = [name for name in begun or names if name not in lost]
-                if left and len(still) >= self.hiding.layer.fewest and still == (begun or still):
+                names = begun or [name for name in names if name not in lost]
+                if tries_left and len(names) >= self.hiding.layer.fewest and not (begun and set(begun) & set(lost)):
                     self.emit(Warned(message=f"the sum of round {turn.round} is tried again: {error.what}"))
-                    names = still
                     continue
                 if begun is not None:
-                    raise RoundLostError(f"its sum was begun to be opened, and not to the end: {error.what}") from error
+                    raise self._half_opened(turn, error.what) from error
                 raise
-            if absent := sorted(set(worked) - set(survivors)):
-                self.emit(Warned(message=f"round {turn.round} goes on without what {', '.join(absent)} worked out"))
+            for name in sorted(set(worked) - set(survivors)):
+                self.emit(Warned(message=f"round {turn.round} goes on without what {name} worked out"))
+                self._miss(name, turn.round, came=True)
             self._count(turn, survivors)
             return sums, survivors
         raise AssertionError("the last try returns or raises")
 
+    def _half_opened(self, turn: Turn, why: str) -> UserError:
+        """A sum that some members may have opened can be formed over the same members alone."""
+        return UserError(
+            f"the sum of round {turn.round} was begun to be opened, and is not whole: {why}",
+            where=f"arm {self.arm!r}",
+            hint=f"Run the same command again when all of {', '.join(self._begun(turn) or ())} are there. A sum over "
+            "others would bare somebody's part; where one of them is gone for good, begin a new run.",
+        )
+
     def _begin(self, turn: Turn, survivors: list[str]) -> None:
-        if self.opening is not None:
-            write_atomic(self.opening, json.dumps({"turn": [turn.round, turn.leg], "survivors": survivors}).encode())
+        if self.opening is None:
+            return
+        if (before := self._begun(turn)) not in (None, survivors):
+            raise ProtocolError(f"a sum over {', '.join(before or ())} was begun to be opened before")
+        write_atomic(self.opening, json.dumps({"turn": [turn.round, turn.leg], "survivors": survivors}).encode())
 
     def _begun(self, turn: Turn) -> list[str] | None:
         """Over whom the sum of this turn was about to be opened before; None where none was."""
@@ -151,10 +166,11 @@ class FlowerEngine:
         return list(found["survivors"]) if found["turn"] == [turn.round, turn.leg] else None
 
     def states(self) -> dict[str, State]:
-        return {}
+        """Not the members' own, which stay with them: which of them is meant, as `counted` tells."""
+        return {name: State(facts={"round": round, "leg": leg}) for name, (round, leg) in self.counted.items()}
 
     def restore(self, states: Mapping[str, State]) -> None:
-        pass
+        self.counted = {name: (int(s.facts["round"]), int(s.facts["leg"])) for name, s in states.items()}
 
     def close(self) -> None:
         pass
@@ -163,31 +179,40 @@ class FlowerEngine:
         where = f"client {name!r}, round {task.turn.round}"
         try:
             _, about = parse(data, where=where)
-            if isinstance(error := about.get("error"), dict):
-                self.emit(Warned(message=f"{where}: {error.get('what')}"))
-                return None
+            if (error := error_of(about)) is not None:
+                raise UserError(error, where=where)
             hidden = self.hiding.code.length * self.hiding.code.bits // 8 if self.hiding else 0
             reply = parse_reply(data, where=where)[0]
             self._check(strategy, task, reply, where)
             return Answer(name, reply, hidden)
         except UserError as error:
             self.emit(Warned(message=str(error)))
-            return None
+        except Exception as error:  # whatever a member sends must not stop the others
+            self.emit(Warned(message=f"{where}: the reply cannot be used ({type(error).__name__})"))
+        return None
 
     def _check(self, strategy: Strategy, task: Task, reply: Reply, where: str) -> None:
         """Refuse a reply that would spoil the round for all: it is left out like a lost one."""
         if undeclared := strategy.declare().undeclared(reply):
             raise UserError(f"the reply holds what was not declared: {', '.join(undeclared)}", where=where)
         found = shapes(reply.summed)
-        if self.layout is not None and any(self.layout.get(name) != shape for name, shape in found.items()):
+        seen = {name.partition("/")[0]: of_group(name.partition("/")[0], reply.seen) for name in reply.seen}
+        # what is looked at one by one has the names and shapes of what was sent, where tensors were
+        odd = task.tensors and any(shapes(tensors) != shapes(task.tensors) for tensors in seen.values())
+        if odd or (self.layout is not None and any(self.layout.get(name) != shape for name, shape in found.items())):
             raise UserError("the reply holds tensors of other names or shapes than the arm's", where=where)
         for name, tensor in (reply.summed | reply.seen).items():
             if not torch.isfinite(tensor).all():
                 raise UserError(f"tensor {name!r} holds NaN or infinite values", where=where)
+        if not all(math.isfinite(value) for value in reply.summed_facts.values()):
+            raise UserError("a number is NaN or infinite", where=where)
+        if not reply.summed_facts.get("weight", 1.0) > 0:
+            raise UserError(f"a weight is above 0, got {reply.summed_facts['weight']}", where=where)
         if self.largest_update is None or self.hiding is not None:
             return
         model = strategy.revealed(task, reply)
-        if model is not None and (norm := change(model, task.tensors)) > self.largest_update * (1 + ROUNDING):
+        # written so that NaN is too large
+        if model is not None and not (norm := change(model, task.tensors)) <= self.largest_update * (1 + ROUNDING):
             raise UserError(
                 f"its change has the norm {norm:.4g}, and train.largest_update is {self.largest_update:g}", where=where
             )

@@ -5,6 +5,7 @@ values become integers. A member checks the terms of every sum against these, an
 the difference of two sums would be somebody's part.
 """
 
+import hashlib
 import json
 import math
 import secrets
@@ -18,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from allmend.errors import UserError
 from allmend.federation.engines.flower.exchange import FACTS, Exchange
+from allmend.federation.engines.wire import dump_reply, error_of
 from allmend.federation.privacy.secure_sum import ProtocolError, SecureMember, SecureSum, Terms
 from allmend.federation.privacy.vectors import VectorCode
 from allmend.learn.noise import NoiseSource
@@ -72,15 +74,19 @@ class Hiding:
             fewest=plain.fewest,
         )
 
-    def session(self, turn: Turn, once: str) -> str:
-        """The name of one try at a sum."""
-        return f"{self.run}/{self.arm}/{turn.round}/{turn.leg}/{once}"
+    def session(self, turn: Turn, task: str, once: str) -> str:
+        """The name of one try at a sum of what members have made of the task with this digest.
+
+        A member that was given another task is in another sum: the coordinator cannot tell its part by what it asked.
+        """
+        return f"{self.run}/{self.arm}/{turn.round}/{turn.leg}/{task}/{once}"
 
 
 def ask_sum(
     exchange: Exchange,
     hiding: Hiding,
     turn: Turn,
+    task: str,
     names: list[str],
     *,
     seconds: float,
@@ -94,6 +100,7 @@ def ask_sum(
         exchange: carries the questions.
         hiding: what is agreed on.
         turn: the round and leg.
+        task: digest of the task that they had, the same for all.
         names: members that have worked.
         seconds: that each step may take.
         warn: told of members that are lost on the way.
@@ -105,7 +112,7 @@ def ask_sum(
     """
     once = secrets.token_hex(8)
     try:
-        terms = hiding.terms(hiding.session(turn, once), names)
+        terms = hiding.terms(hiding.session(turn, task, once), names)
     except ValueError as error:
         raise UserError(f"no sum can be formed: {error}", where=f"arm {hiding.arm!r}, round {turn.round}") from None
     total, told = SecureSum(terms), dict.fromkeys(names, b"")
@@ -130,8 +137,8 @@ def ask_sum(
                     silent(name)
                     raise ProtocolError(f"no answer to {step!r}", where=f"member {name!r}")
                 tensors, found = parse(data, where=f"member {name!r}")
-                if isinstance(refused := found.get("error"), dict):
-                    raise ProtocolError(str(refused.get("what")), where=f"member {name!r}")
+                if (refused := error_of(found)) is not None:
+                    raise ProtocolError(refused, where=f"member {name!r}")
                 total.receive(name, _unpacked(tensors))
             except UserError as error:
                 warn(f"lost on the way to a sum: {error}")
@@ -161,8 +168,8 @@ class HiddenPart:
         name: the member's.
         identity: its private key.
         hiding: what is agreed on.
-        folder: where it keeps which vectors have been opened.
-        reply: what it worked out in a leg, from its own disk.
+        folder: of the run at the member, where it keeps over whom its vectors have been opened.
+        work: what it worked out in a leg, and the digest of the task, from its own disk.
         source: random numbers for the rounding and the noise of a leg, the same whenever it is asked for.
     """
 
@@ -170,9 +177,9 @@ class HiddenPart:
     identity: Ed25519PrivateKey
     hiding: Hiding
     folder: Path
-    reply: Callable[[int, int], Reply]
+    work: Callable[[int, int], tuple[Reply, str]]
     source: Callable[[Turn], NoiseSource]
-    _at: tuple[str, SecureMember] | None = field(init=False, default=None)
+    _at: tuple[str, SecureMember, str] | None = field(init=False, default=None)
 
     def answer(self, about: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> bytes:
         """One step.
@@ -189,22 +196,27 @@ class HiddenPart:
                 raise ValueError("unknown step")
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"not a step of a secure sum: {error}", where=where) from None
-        session, message = self.hiding.session(turn, once), _unpacked(tensors)
+        reply, task = self.work(turn.round, turn.leg)
+        # numbers alone may well come again, in another turn
+        of_turn: dict[str, JSON] = {} if reply.summed else {"turn": [turn.round, turn.leg]}
+        content = hashlib.sha256(dump_reply(reply, about=of_turn)).hexdigest()
+        session, message = self.hiding.session(turn, task, once), _unpacked(tensors)
+        self._refuse_other_work(turn, content)
         try:
             if step == "keys":
                 terms = self.hiding.terms(session, names)
-                self._at = session, SecureMember(terms, self.name, self.identity)
+                self._at = session, SecureMember(terms, self.name, self.identity), content
                 answer = self._at[1].keys()
-            elif self._at is None or self._at[0] != session:
+            elif self._at is None or (self._at[0], self._at[2]) != (session, content):
                 raise UserError("this member is not in that sum: it may have begun anew", where=where)
             elif step == "shares":
                 answer = self._at[1].shares(message)
             elif step == "masked":
-                vector, _ = self.hiding.code.encode(self.reply(turn.round, turn.leg), self.source(turn))
+                vector, _ = self.hiding.code.encode(reply, self.source(turn))
                 answer = self._at[1].masked(message, vector)
             else:
                 answer = self._at[1].opened(message)
-                self._note(turn, self._at[1].survivors)  # before it is sent
+                self._note(turn, content, self._at[1].survivors)  # before it is sent
         except ValueError as error:
             raise UserError(str(error), where=where) from None
         return dump(_packed(answer), {})
@@ -213,22 +225,42 @@ class HiddenPart:
     def _opened(self) -> Path:
         return self.folder / "opened.json"
 
-    def _note(self, turn: Turn, survivors: list[str]) -> None:
-        """Keep in mind over whom this turn's sum was opened; over others it must never be.
+    def _refuse_other_work(self, turn: Turn, content: str) -> None:
+        """Refuse to mask, for a turn whose sum was opened, anything else than what is in that sum.
 
-        The difference of the two would be somebody's part. The same sum once more tells nothing new.
+        The difference of both sums would be what changed in this member's part alone.
         """
-        before, key = self._read(), f"{turn.round}-{turn.leg}"
-        if before.setdefault(key, survivors) != survivors:
-            raise UserError(
-                f"what this member worked out in round {turn.round} is in a sum that was opened already, and a second "
-                "sum over others would bare somebody's part",
-                where=f"member {self.name!r}",
-            )
-        write_atomic(self._opened, json.dumps(before).encode())
+        if any(self._is(other, turn) and other["content"] != content for other in self._read()):
+            raise self._opened_before(turn)
 
-    def _read(self) -> dict[str, list[str]]:
+    def _note(self, turn: Turn, content: str, survivors: list[str]) -> None:
+        """Keep in mind what is opened over whom: neither this turn nor what it holds is opened otherwise again.
+
+        The difference of two sums would be somebody's part. The same sum once more tells nothing new. Arms that begin
+        alike have the same content in one turn each, which is opened over the same members too.
+        """
+        opened = {"arm": self.hiding.arm, "turn": [turn.round, turn.leg], "content": content, "survivors": survivors}
+        before = self._read()
+        if opened in before:
+            return
+        for other in before:
+            again = other["content"] == content and (other["survivors"] != survivors or other["arm"] == self.hiding.arm)
+            if again or self._is(other, turn):
+                raise self._opened_before(turn)
+        write_atomic(self._opened, json.dumps([*before, opened]).encode())
+
+    def _is(self, opened: Mapping[str, Any], turn: Turn) -> bool:
+        return (opened["arm"], opened["turn"]) == (self.hiding.arm, [turn.round, turn.leg])
+
+    def _opened_before(self, turn: Turn) -> UserError:
+        return UserError(
+            f"what this member worked out in round {turn.round} is in a sum that was opened already, and a second sum "
+            "over others, or of other work, would bare somebody's part",
+            where=f"member {self.name!r}",
+        )
+
+    def _read(self) -> list[dict[str, Any]]:
         try:
-            return dict(json.loads(self._opened.read_bytes())) if self._opened.exists() else {}
+            return list(json.loads(self._opened.read_bytes())) if self._opened.exists() else []
         except (OSError, ValueError) as error:
             raise UserError(f"cannot be read: {error}", where=self._opened) from error

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from allmend.errors import UserError
-from allmend.federation.engines.wire import dump_reply, parse_reply, parse_task
+from allmend.federation.engines.wire import dump_reply, parse_reply, parse_task, task_digest
 from allmend.federation.member import Member, MemberClient, OnStep
 from allmend.federation.privacy.ledger import NO_LEDGER, Ledger
 from allmend.federation.privacy.vectors import without_sums
@@ -21,7 +21,7 @@ from allmend.models.adapters import Trainable
 from allmend.models.tensors import Tensors, dump, parse, read_tensors, write_tensors
 from allmend.recipe import Train
 from allmend.run import write_atomic
-from allmend.strategy import Reply, State, Strategy
+from allmend.strategy import Reply, State, Strategy, Turn
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class ArmAtMember:
         settings: of local training.
         hides: whether what is summed stays here until it is asked for behind masks.
         ledger: of the guarantee for the member's records.
+        rounds: that the arm has, as agreed on; None leaves it unchecked.
     """
 
     strategy: Strategy
@@ -43,6 +44,21 @@ class ArmAtMember:
     settings: Train
     hides: bool = False
     ledger: Ledger = NO_LEDGER
+    rounds: int | None = None
+
+    def check(self, turn: Turn) -> None:
+        """Refuse a turn that the arm does not have.
+
+        Raises:
+            UserError: so it is.
+        """
+        rounds = self.rounds or turn.rounds
+        if not (turn.leg < self.strategy.legs and turn.round <= rounds == turn.rounds):
+            raise UserError(
+                f"the arm has {rounds} rounds of {self.strategy.legs} legs, and no round {turn.round} of {turn.rounds} "
+                f"with a leg {turn.leg}",
+                where="the coordinator's question",
+            )
 
 
 @dataclass
@@ -71,26 +87,27 @@ class Site:
             name, at, initial = self._enter(arm)
             if (answer := place.answered(digest)) is not None:
                 return self._sent(at, answer)
-            place.charge(at.member.name, at.ledger, digest)
+            at.check(task.turn)
             before = place.state_before(*_counted(about))
+            place.charge(at.member.name, at.ledger, digest)
             client = MemberClient(at.member, at.trainable, at.settings, initial, before, self.on_step)
             reply = at.strategy.work(task, client)
             if undeclared := at.strategy.declare().undeclared(reply):
                 raise TypeError(f"strategy {at.strategy.name!r} returns what it did not declare: {undeclared}")
             answer = dump_reply(reply, about={"arm": name})
-            place.keep(client.state, answer, digest, *_counted(about))
+            place.keep(client.state, answer, digest, task_digest(task), *_counted(about))
         except UserError as error:
             return error_answer(error)
         return self._sent(at, answer)
 
-    def reply(self, arm: str, round: int, leg: int) -> Reply:
-        """What was worked out in a leg of a round.
+    def work(self, arm: str, round: int, leg: int) -> tuple[Reply, str]:
+        """What was worked out in a leg of a round, and the digest of the task.
 
         Raises:
             UserError: nothing was, or it is not kept any more.
         """
         place = _Place(self.folder / "arms" / _plain(arm), round, leg)
-        return parse_reply(place.kept())[0]
+        return parse_reply(place.kept())[0], place.task()
 
     def _sent(self, at: ArmAtMember, answer: bytes) -> bytes:
         return dump_reply(without_sums(parse_reply(answer)[0])) if at.hides else answer
@@ -168,6 +185,10 @@ class _Place:
         except OSError as error:
             raise UserError(f"round {self.round} was not worked on here: {error.strerror}", where=path) from error
 
+    def task(self) -> str:
+        """The digest of the task that the answer is to."""
+        return str(read_tensors(self._state(self.key))[1].get("task"))
+
     def state_before(self, *counted: tuple[int, int] | None) -> State:
         """The state after what came before.
 
@@ -223,12 +244,12 @@ class _Place:
             )
         write_atomic(path, json.dumps([*before, digest]).encode())
 
-    def keep(self, state: State, answer: bytes, digest: str, *counted: tuple[int, int] | None) -> None:
-        """Keep the state and the answer, the answer first; drop what is older than what this one came from."""
+    def keep(self, state: State, answer: bytes, digest: str, task: str, *counted: tuple[int, int] | None) -> None:
+        """Keep the state and the answer, the answer first; drop what is older than what the round began with."""
         last = counted[0] if counted and counted[0] else self.key
-        older = [key for key in self._keys() if key < self.key and (not counted or key <= last)]
+        older = [key for key in self._keys() if key[0] < self.round and (not counted or key <= last)]
         write_atomic(self._answer(self.key), answer)
-        write_tensors(self._state(self.key), state.tensors, {"facts": state.facts, "question": digest})
+        write_tensors(self._state(self.key), state.tensors, {"facts": state.facts, "question": digest, "task": task})
         for key in sorted(older)[:-1]:
             self._answer(key).unlink(missing_ok=True)
             self._state(key).unlink(missing_ok=True)
