@@ -113,7 +113,7 @@ class Machine:
     def all_done(self, seconds: float = 240.0) -> int:
         """Wait for all to end, and start whoever is killed again, with the same command. Returns how often."""
         end, deaths = time.monotonic() + seconds, 0
-        while any(process.poll() is None for process in self.running.values()):
+        while any(process.poll() in (None, -signal.SIGKILL) for process in self.running.values()):
             assert time.monotonic() < end, "\n".join(f"== {name}\n{self.log(name)}" for name in self.running)
             for name, process in list(self.running.items()):
                 if process.poll() == -signal.SIGKILL:

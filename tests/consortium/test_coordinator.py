@@ -416,3 +416,23 @@ def test_behind_masks_members_add_the_noise_of_their_guarantee(randomness: str, 
     if randomness == "secure":
         (site,) = (place.sides["north"].folder / "runs").iterdir()
         assert (site / "noise.key").stat().st_mode & 0o077 == 0
+
+
+def test_a_coordinator_that_dies_before_the_report_needs_nobody_to_write_it(
+    make_place: MakePlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Members have left by then."""
+    place = make_place(compare={}, canaries=None)
+
+    def died(run: Path) -> None:
+        raise Died
+
+    with monkeypatch.context() as patch:
+        patch.setattr("allmend.session.write_report", died)
+        with pytest.raises(Died):
+            place.coordinate()
+    place.post.absent = set(place.sides)
+    before = place.post.now
+    run = place.coordinate()
+    assert (run.path / "report.html").exists()
+    assert place.post.now - before < 60

@@ -55,6 +55,9 @@ from allmend.strategy import Reply, Strategy, grouped
 REPLY = 4
 """Times the size of what learns: room for a strategy that sends more than one tensor for each."""
 
+GOODBYE = 15.0
+"""Seconds in which members hear that the run has ended; whoever was away then hears nothing."""
+
 Listener = Callable[[Event], None]
 
 TELL_AGAIN = 60.0
@@ -158,6 +161,11 @@ class Coordination:
                 hint="Free some space, or choose another folder with --out.",
             )
 
+    @property
+    def needs_members(self) -> bool:
+        """Whether anything is still to be asked; members leave when nothing is."""
+        return not all(self._sums(model).exists() for model in (BASE, *self.recipe.arms()))
+
     def gather(self) -> None:
         """Offer the run to all members, and wait for their consent.
 
@@ -212,7 +220,8 @@ class Coordination:
         if self.prepared.canaries:
             audit_arms(self.run, self.prepared, self.log, self.recipe.audit)
         write_cards(self.run, self.recipe)
-        self._all(self._questions("end", {}, {}, {}))
+        for _ in self._ask(dict.fromkeys(self._everybody, self._question("end", {}, {})), seconds=GOODBYE):
+            pass
 
     @property
     def _everybody(self) -> list[str]:
@@ -340,11 +349,13 @@ class Coordination:
         self, ask: str, about: Mapping[str, Any], tensors: Tensors, own: Mapping[str, tuple[int, int]]
     ) -> dict[str, bytes]:
         """A question to all that have joined: one for all, or with the state of each that is meant."""
-        about = {"ask": ask, "run": self.offer.digest, **about}
         if own:
-            found = {name: about | {"counted": own.get(name)} for name in self.names}
-            return {name: dump(grouped("model", tensors), facts) for name, facts in found.items()}
-        return dict.fromkeys(self.names, dump(grouped("model", tensors), about))
+            found = {name: {**about, "counted": own.get(name)} for name in self.names}
+            return {name: self._question(ask, facts, tensors) for name, facts in found.items()}
+        return dict.fromkeys(self.names, self._question(ask, about, tensors))
+
+    def _question(self, ask: str, about: Mapping[str, Any], tensors: Tensors) -> bytes:
+        return dump(grouped("model", tensors), {"ask": ask, "run": self.offer.digest, **about})
 
     def _all(self, questions: Mapping[str, bytes]) -> None:
         """Tell all that have joined; it does no harm where one does not answer."""
@@ -459,7 +470,8 @@ def _live(it: Coordination, *, resumed: bool) -> None:
         it.log.emit(_started(it, resumed=resumed))
         if it.prepared.canaries and not it.run.canaries.exists():
             write_canaries(it.run.canaries, list(it.prepared.canaries))
-        it.gather()
+        if it.needs_members:
+            it.gather()
         it.arms()
         it.log.emit(RunFinished(seconds=time.perf_counter() - began))
 

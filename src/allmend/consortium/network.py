@@ -79,8 +79,8 @@ def _ends(question: bytes) -> bool:
 
 
 def quiet() -> None:
-    """Let Flower log to the program's log alone, and only what matters."""
+    """Keep what Flower logs off the screen: what a user can act on is told by this program."""
     logger = logging.getLogger("flwr")
     logger.handlers.clear()
     logger.propagate = True
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)

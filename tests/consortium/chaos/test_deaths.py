@@ -19,7 +19,7 @@ MEMBER = {
     "when it has trained, before its answer is on its disk": {"at": SITE},
     "when its answer is on its disk, before it has left": {"at": SITE, "when": "after", "call": 2},
     "while it sends its answer": {"at": "allmend.federation.engines.flower.letters:write", "when": "after", "call": 3},
-    "while it scores a model": {"at": "allmend.consortium.member:MemberSide._scored", "call": 2},
+    "while it scores a model": {"at": "allmend.consortium.member:MemberSide._scored"},
     "while it saves the shared model": {"at": "allmend.consortium.member:MemberSide._keep", "when": "after"},
 }
 HIDDEN = "allmend.federation.engines.flower.hidden:HiddenPart.answer"

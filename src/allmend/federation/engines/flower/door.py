@@ -124,12 +124,21 @@ def _one_letter_of(node: int, asked: Any) -> bool:
     return bool(asked.messages_list[0].metadata.src_node_id == node)
 
 
+def _activate(request: Any, state: LinkState) -> Any:
+    """A member that begins anew is there at once: its signature says that it is the same, and Flower would wait for the
+    old one's heartbeats to fail."""
+    node = state.get_node_id_by_public_key(request.public_key)
+    if node is not None:
+        state.deactivate_node(node)
+    return fleet_handlers.activate_node(request, state)
+
+
 def _with_store(handler: Callable[..., Any]) -> Callable[[Any, LinkState], Any]:
     return lambda request, state: handler(request, state, state.object_store)
 
 
 _HANDLERS: Mapping[str, Callable[[Any, LinkState], Any]] = {
-    "/activate-node": fleet_handlers.activate_node,
+    "/activate-node": _activate,
     "/deactivate-node": fleet_handlers.deactivate_node,
     "/send-node-heartbeat": fleet_handlers.send_node_heartbeat,
     "/pull-messages": _with_store(fleet_handlers.pull_messages),
