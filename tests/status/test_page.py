@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.status.conftest import arm, done, started
+from tests.status.conftest import OFFERED, arm, done, started
 
 from allmend.errors import UserError
 from allmend.events import RunFinished
@@ -98,3 +98,18 @@ def test_a_port_that_is_taken_is_told(begun: Any, served: StatusPage, tmp_path: 
         StatusPage(begun.folder.path, port)
     with pytest.raises(UserError, match="cannot listen on port 70000"):
         StatusPage(begun.folder.path, 70000)
+
+
+def test_a_run_that_goes_on_is_not_told_how_to_go_on(begun: Any, served: StatusPage) -> None:
+    assert "allmend tune --resume" in get(served)[1]
+    begun.work()
+    body = get(served)[1]
+    assert "This run goes on" in body
+    assert "--resume" not in body
+
+
+def test_a_run_among_organisations_goes_on_with_its_own_command(begun: Any, served: StatusPage) -> None:
+    begun.add(started(), OFFERED)
+    body = get(served)[1]
+    assert "start it again with the same command" in body
+    assert "--resume" not in body

@@ -11,6 +11,7 @@ from allmend.errors import UserError
 from allmend.events import (
     ArmStarted,
     Event,
+    Offered,
     PhaseDone,
     RoundDone,
     RunFinished,
@@ -50,6 +51,8 @@ class Evidence:
         phases: seconds by phase that is not training.
         progress: share done by phase, for a run without end.
         warnings: each once.
+        offered: members that the run was offered to, where they are on other machines.
+        running: whether a process of this machine works on the run.
         utility, audit, privacy, recipe: None when the file is not there.
         probes: of the audit, none when their file is not there.
     """
@@ -66,6 +69,8 @@ class Evidence:
     phases: dict[str, float] = field(default_factory=dict)
     progress: dict[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    offered: tuple[str, ...] = ()
+    running: bool = False
     utility: UtilityTable | None = None
     audit: AuditTable | None = None
     privacy: PrivacyTable | None = None
@@ -168,6 +173,7 @@ def read_evidence(run: Path) -> Evidence:
             privacy=folder.read_table("privacy", PrivacyTable),
             probes=read_probes(probes) if (probes := run / "results" / "audit.parquet").is_file() else (),
             recipe=recipe.read_text(errors="replace") if recipe.is_file() else None,
+            running=folder.worked_on,
         ),
     )
 
@@ -215,6 +221,8 @@ def _sorted(events: list[Event], files: Evidence) -> Evidence:
         phases=phases,
         progress=progress,
         warnings=tuple(dict.fromkeys(event.message for event in events if isinstance(event, Warned))),
+        offered=tuple(dict.fromkeys(name for e in events if isinstance(e, Offered) for name in e.members)),
+        running=files.running and end is None,
         utility=files.utility,
         audit=files.audit,
         privacy=files.privacy,

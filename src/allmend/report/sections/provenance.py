@@ -4,7 +4,7 @@ from allmend import __version__
 from allmend.events import RunFinished, Stopped
 from allmend.report import numbers
 from allmend.report.evidence import Evidence
-from allmend.report.markup import Cell, Html, Rows, code, details, join, paragraph, section, table, tag
+from allmend.report.markup import Cell, Html, Rows, code, details, join, paragraph, section, table, tag, text
 
 
 def state(evidence: Evidence) -> tuple[str, str]:
@@ -16,7 +16,7 @@ def state(evidence: Evidence) -> tuple[str, str]:
             return "finished", "finished"
         case Stopped(cause=cause):
             return "stopped", f"stopped: {cause}"
-    return "unfinished", "unfinished: still running, or ended without notice"
+    return ("unfinished", "running") if evidence.running else ("unfinished", "ended without notice")
 
 
 def name(evidence: Evidence) -> str:
@@ -32,7 +32,7 @@ def head(evidence: Evidence) -> Html:
     if start:
         facts.append(("Model", start.model))
         trained = {name for rounds in evidence.rounds.values() for one in rounds for name in one.clients}
-        facts.append(("Members", f"{len(start.clients or trained)}"))
+        facts.append(("Members", f"{len(start.clients or trained or evidence.offered)}"))
     if evidence.arms:
         facts.append(("Arms", ", ".join(evidence.arms)))
     if evidence.begun is not None and evidence.latest is not None:
@@ -69,11 +69,16 @@ def missing(evidence: Evidence) -> Html | None:
         lacks.append("The recipe (recipe.toml) is missing.")
     if kind == "finished" and not lacks:
         return None
-    if kind == "finished":
-        command = f"allmend audit {evidence.run}" if evidence.audit is None else None
+    if evidence.running:
+        onward = None
+    elif kind == "finished":
+        onward = code(f"allmend audit {evidence.run}") if evidence.audit is None else None
+    elif evidence.offered:
+        onward = text("start it again with the same command")
     else:
-        command = f"allmend tune --resume {evidence.run}"
+        onward = code(f"allmend tune --resume {evidence.run}")
     title = "This run is complete, but not everything is here" if kind == "finished" else "This run is not complete"
+    title = "This run goes on" if evidence.running else title
     shares = {phase: share for phase, share in evidence.progress.items() if kind != "finished"}
     progress = table(
         "Progress by phase",
@@ -84,7 +89,7 @@ def missing(evidence: Evidence) -> Html | None:
         "aside",
         tag("h2", title, id="missing-title"),
         tag("ul", *(tag("li", lack) for lack in lacks)) if lacks else None,
-        paragraph("To go on: ", code(command)) if command else None,
+        paragraph("To go on: ", onward) if onward else None,
         details("How far it got", progress) if progress else None,
         class_="missing",
         aria_labelledby="missing-title",
