@@ -12,10 +12,10 @@ pytestmark = [pytest.mark.chaos, pytest.mark.timeout(400)]
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 3 MB."""
+    """A disk of 64 MB."""
     path = tmp_path / "disk"
     path.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "x", str(path)], check=False, capture_output=True)
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "x", str(path)], check=False, capture_output=True)
     if made.returncode:
         pytest.skip("a small disk can be made by root alone")
     yield path

@@ -1,5 +1,6 @@
 """Bytes as Flower's messages: one array of bytes, in chunks that Flower stores and transfers one by one."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +9,10 @@ from flwr.app import Metadata
 from flwr.app.message import Array, ArrayRecord, Message, RecordDict, make_message, remove_content_from_message
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
+    get_object_body,
+    get_object_children_ids_from_object_content,
     get_object_tree,
+    get_object_type_from_object_content,
     iterate_object_tree,
     no_object_id_recompute,
 )
@@ -69,16 +73,36 @@ def objects_of(size: int) -> int:
     return FRAME + -(-size // CHUNK)
 
 
-def read(id: str, objects: Mapping[str, bytes]) -> bytes:
+def _whole(objects: Mapping[str, bytes]) -> int:
+    """Bytes of the arrays when they are put together: one object may stand in them many times."""
+    total = 0
+    for content in objects.values():
+        if get_object_type_from_object_content(content) == Array.__name__:
+            parts = get_object_children_ids_from_object_content(content)
+            for place in json.loads(get_object_body(content, Array))["arraychunk_ids"]:
+                total += len(objects[parts[place]])
+    return total
+
+
+def read(id: str, objects: Mapping[str, bytes], *, largest: int | None = None) -> bytes:
     """The content of a letter whose objects have come.
 
+    Args:
+        id: of the letter.
+        objects: by their ids.
+        largest: bytes that it may have; None for any number.
+
     Raises:
-        ValueError: they are not such a letter's.
+        ValueError: they are not such a letter's, or it is larger.
     """
     try:
+        if largest is not None and (size := _whole(objects)) > largest:
+            raise ValueError(f"a letter of {size:,} bytes, and {largest:,} are the most")
         message = inflate_object_from_contents(id, dict(objects))
         assert isinstance(message, Message)
         data = message.content["allmend"]["message"].data
+    except ValueError:
+        raise
     except Exception as error:  # bytes of a stranger: whatever goes wrong is their fault
         raise ValueError(f"not a letter: {type(error).__name__}") from error
     if not isinstance(data, bytes):

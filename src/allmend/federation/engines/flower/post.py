@@ -123,7 +123,8 @@ class Post:
                 continue
             del self._arriving[letter]
             try:
-                data = letters.read(id, {part: value for part, value in objects.items() if value is not None})
+                whole = {part: value for part, value in objects.items() if value is not None}
+                data = letters.read(id, whole, largest=self._largest + letters.CHUNK)
             except ValueError as error:
                 _log.warning("the answer of %s cannot be read: %s", member, error)
                 data = None
