@@ -42,7 +42,7 @@ demo: install model ## run the main job and end with the path of its report
 	@$(BIN)/allmend demo
 
 test: install model ## run the fast tests
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n auto --maxprocesses 4
 
 test-slow: install model ## run the tests that need the real model or minutes
 	@$(BIN)/python -m pytest -m slow
