@@ -19,7 +19,6 @@ from allmend.events import (
     Event,
     RunFinished,
     RunStarted,
-    Stopped,
     Warned,
 )
 from allmend.federation.arm import Outcomes, save_outcomes, strategy_of, tokens_per_round, train_arm, trainable_of
@@ -36,7 +35,7 @@ from allmend.prepare import Prepared, differs, prepare, read_frozen, threads
 from allmend.recipe import Arm, Recipe
 from allmend.results import BASE
 from allmend.run import EventLog, RunFolder
-from allmend.session import machine, reported, versions
+from allmend.session import machine, reported, sessions, versions
 from allmend.strategy import Declaration
 
 Listener = Callable[[Event], None]
@@ -172,7 +171,7 @@ def _facts(prepared: Prepared) -> dict[str, object]:
 
 def _live(run: RunFolder, prepared: Prepared, listeners: Sequence[Listener], *, resumed: bool) -> None:
     began = time.perf_counter()
-    earlier = _sessions(run)
+    earlier = sessions(run)
     with run.log(listeners) as log, reported(run, log, resumable=_may_end_otherwise):
         started = _started(run, prepared, resumed=resumed)
         log.emit(started)
@@ -212,28 +211,6 @@ def _finished(run: RunFolder, recipe: Recipe) -> bool:
     tables = [run.path / "results" / f"{name}.json" for name in ("utility", "audit")[: 2 if recipe.canaries else 1]]
     there = all(path.exists() for path in (*scores, *tables, run.path / "report.html"))
     return there and any(isinstance(event, RunFinished) for event in run.history())
-
-
-@dataclass(frozen=True)
-class _Session:
-    """One process's work on a run: torch's threads, and seconds from its start to its last event."""
-
-    threads: int
-    seconds: float
-
-
-def _sessions(run: RunFolder) -> list[_Session]:
-    sessions: list[_Session] = []
-    began, ended = 0.0, False
-    for event in run.history():
-        if isinstance(event, RunStarted):
-            began = event.time
-            sessions.append(_Session(event.threads, 0.0))
-            ended = False
-        elif sessions and not ended:  # an audit of a finished run is no part of its session
-            ended = isinstance(event, Stopped | RunFinished)
-            sessions[-1] = _Session(sessions[-1].threads, max(0.0, event.time - began))
-    return sessions
 
 
 def _started(run: RunFolder, prepared: Prepared, *, resumed: bool) -> RunStarted:

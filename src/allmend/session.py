@@ -4,12 +4,13 @@ import contextlib
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 
 import torch
 
 from allmend.errors import UserError
-from allmend.events import Stopped
+from allmend.events import RunFinished, RunStarted, Stopped
 from allmend.report.page import write_report
 from allmend.run import EventLog, RunFolder
 
@@ -49,3 +50,26 @@ def reported(
 
 def _cause(error: BaseException) -> str:
     return "interrupted" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
+
+
+@dataclass(frozen=True)
+class Session:
+    """One process's work on a run: torch's threads, and seconds from its start to its last event."""
+
+    threads: int
+    seconds: float
+
+
+def sessions(run: RunFolder) -> list[Session]:
+    """What each process has worked on a run so far, in order."""
+    sessions: list[Session] = []
+    began, ended = 0.0, False
+    for event in run.history():
+        if isinstance(event, RunStarted):
+            began = event.time
+            sessions.append(Session(event.threads, 0.0))
+            ended = False
+        elif sessions and not ended:  # an audit of a finished run is no part of its session
+            ended = isinstance(event, Stopped | RunFinished)
+            sessions[-1] = Session(sessions[-1].threads, max(0.0, event.time - began))
+    return sessions

@@ -15,7 +15,7 @@ from allmend.consortium.coordinator import TELL_AGAIN, WaitLog
 from allmend.consortium.member import MemberSide
 from allmend.consortium.offer import Offer
 from allmend.errors import UserError
-from allmend.events import Joined, Waiting, Warned
+from allmend.events import Joined, RunFinished, Waiting, Warned
 from allmend.federation.engines.wire import dump_reply, dump_task
 from allmend.federation.privacy.accounting import Release, epsilon
 from allmend.life import tune
@@ -24,6 +24,7 @@ from allmend.models.tensors import dump, parse
 from allmend.recipe import make_recipe
 from allmend.results import BASE, POOLED, AuditTable, PrivacyTable, UtilityTable
 from allmend.run import EventLog
+from allmend.session import Session
 from allmend.strategy import Reply, Task, Turn
 
 MakePlace = Callable[..., Any]
@@ -259,7 +260,7 @@ def test_the_log_tells_who_is_away_when_that_changes_and_now_and_then_besides(tm
     told: list[Waiting] = []
     log.listeners.append(told.append)
     tell = WaitLog(log, clock=lambda: now[0])
-    for now[0], away, count in (
+    for at, away, count in (
         (101.0, [], 0),  # nothing is amiss
         (102.0, ["b"], 1),
         (103.0, ["b"], 1),
@@ -268,6 +269,7 @@ def test_the_log_tells_who_is_away_when_that_changes_and_now_and_then_besides(tm
         (104.0 + TELL_AGAIN, [], 3),
         (105.0 + TELL_AGAIN, [], 3),
     ):
+        now[0] = at
         tell(["a", "b"], away)
         assert len(told) == count
         assert not told or told[-1].members == ["a", "b"]
@@ -436,3 +438,38 @@ def test_a_coordinator_that_dies_before_the_report_needs_nobody_to_write_it(
     run = place.coordinate()
     assert (run.path / "report.html").exists()
     assert place.post.now - before < 60
+
+
+def test_layers_and_noise_on_the_weights_are_those_of_the_recipe(make_place: MakePlace) -> None:
+    """The table names the layers without the members' counts; the model has its noise before anybody is sent it."""
+    privacy = {"goldfish": {"k": 3}, "deduplicate": {}, "weight_noise": 0.01, "secure_aggregation": {}}
+    place = make_place(**HIDDEN | {"privacy": privacy})
+    there = place.coordinate(fewest=3)
+    here = tune(place.recipe, place.folder / "simulated", base=place.folder)
+    assert adapter(there.arm("fedavg")) == adapter(here.arm("fedavg"))
+    for side in place.sides.values():
+        (site,) = (side.folder / "runs").iterdir()
+        assert adapter(site / "arms/fedavg") == adapter(here.arm("fedavg"))
+    table = there.read_table("privacy", PrivacyTable)
+    assert table is not None
+    words = " ".join(table.layers["fedavg"])
+    for layer in ("deduplication", "Goldfish loss (k = 3", "secure aggregation", "weight noise"):
+        assert layer in words
+    assert words.count("members keep the counts to themselves") == 2
+    page = (there.path / "report.html").read_text()
+    assert "secure aggregation" in page
+    assert "Members keep the numbers of their records to themselves" in page
+    assert "Memorisation was not audited" not in page  # there is nothing to audit
+
+
+def test_noise_on_the_weights_is_for_a_shared_model(make_place: MakePlace) -> None:
+    place = make_place(privacy={"weight_noise": 0.01})
+    with pytest.raises(UserError, match="for the model that all share, and local makes each member its own"):
+        place.coordinate()
+
+
+def test_a_run_took_as_long_as_all_its_sessions(make_place: MakePlace, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = make_place(compare={}, canaries=None)
+    monkeypatch.setattr("allmend.consortium.coordinator.sessions", lambda run: [Session(1, 1000.0)])
+    finished = [event for event in place.coordinate().history() if isinstance(event, RunFinished)]
+    assert finished[-1].seconds > 1000

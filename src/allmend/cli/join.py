@@ -97,8 +97,11 @@ def join(
 
 def _show(console: Console, offer: "Offer", recipe: "Recipe", client: "EncodedClient") -> None:
     """The offer in words: what leaves, who sees it, what protects it."""
+    from allmend.cli.disclosure import guarantee
     from allmend.federation.arm import strategy_of
     from allmend.federation.keys import fingerprint
+    from allmend.federation.privacy.layers import in_words
+    from allmend.federation.privacy.ledger import open_ledger
 
     facts = Table.grid(padding=(0, 2))
     facts.add_row("Run", recipe.name)
@@ -124,4 +127,8 @@ def _show(console: Console, offer: "Offer", recipe: "Recipe", client: "EncodedCl
         if declared.kept:
             table.add_row("(stays)", declared.kept, "this member alone")
         console.print(table)
+        for whose, account in open_ledger(arm, [client.member]).accounts.items():
+            console.print(guarantee(whose, account), highlight=False)
+        for words in in_words(arm.privacy):
+            console.print(words[0].upper() + words[1:] + ".", highlight=False)
     console.print("Scores on your held-out records leave as sums. Your records do not leave.", highlight=False)

@@ -42,6 +42,7 @@ from allmend.federation.engines.flower.engine import FlowerEngine
 from allmend.federation.engines.flower.exchange import FACTS, Exchange
 from allmend.federation.engines.wire import error_of, parse_reply
 from allmend.federation.keys import public_line
+from allmend.federation.privacy.layers import in_words, noisy
 from allmend.federation.privacy.ledger import open_ledger
 from allmend.federation.rounds import run_rounds
 from allmend.models.tensors import Tensors, dump, nbytes, parse
@@ -49,7 +50,7 @@ from allmend.prepare import Prepared, prepare_model, threads
 from allmend.recipe import Arm, Recipe
 from allmend.results import BASE, UtilityTable
 from allmend.run import EventLog, RunFolder, write_atomic
-from allmend.session import machine, reported, versions
+from allmend.session import machine, reported, sessions, versions
 from allmend.strategy import Reply, Strategy, grouped
 
 REPLY = 4
@@ -274,32 +275,39 @@ class Coordination:
                 ledger=ledger,
             )
             shared = strategy.shared(last.server)
+            if arm.privacy.weight_noise:
+                shared = noisy(shared, arm.privacy, recipe.seed, None)
             outcomes: Outcomes = {} if shared is None else {None: shared}
             save_outcomes(self.run.arm(arm.name), outcomes, trainable, base=str(self.prepared.model.folder))
         self.log.emit(PhaseDone(phase=f"train {arm.name}", seconds=time.perf_counter() - began, tokens=0))
-        if self.prepared.canaries and shared is not None:
-            write_learnt(self.run, arm.name, self.prepared.canaries, self._learnt(arm.name, engine.counted))
+        learnt = self._learnt(arm, engine.counted) if self.prepared.canaries and shared is not None else {}
+        # one record stands for all copies of a canary here
+        counts = {f"canary:{canary}#1": pair for canary, pair in learnt.items()}
+        training = Training({}, counts, in_words(arm.privacy))
+        write_learnt(self.run, arm.name, self.prepared.canaries, training)
         own = {} if shared else engine.counted
         self._all(self._questions("keep", {"arm": arm.name}, shared or {}, own))
         self._score(arm.name, shared or {}, own)
 
-    def _learnt(self, arm: str, counted: Mapping[str, tuple[int, int]]) -> Training:
+    def _learnt(self, arm: Arm, counted: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+        """Steps and tokens that each canary had, as its member tells."""
         counts: dict[str, tuple[int, int]] = {}
-        for name, reply in self._ask(self._questions("learnt", {"arm": arm}, {}, counted)):
+        for name, reply in self._ask(self._questions("learnt", {"arm": arm.name}, {}, counted)):
             if not isinstance(reply, Reply):
                 words = f"client {name!r} does not say what it learnt from: {reply or 'no answer'}"
                 self.log.emit(Warned(message=words))
                 continue
             own = {canary.id for canary in self.prepared.canaries if canary.inserted and canary.client == name}
             for key, value in reply.seen_facts.items():
-                canary, _, what = key.rpartition("/")
+                canary, _, unit = key.rpartition("/")
                 if canary not in own or not isinstance(value, int) or value < 0:
-                    raise UserError(f"client {name!r} tells of canaries that it does not have", where=f"arm {arm!r}")
+                    raise UserError(
+                        f"client {name!r} tells of canaries that it does not have", where=f"arm {arm.name!r}"
+                    )
                 before = counts.get(canary, (0, 0))
                 add = int(value)
-                counts[canary] = (before[0] + add, before[1]) if what == "steps" else (before[0], before[1] + add)
-        # one record stands for all copies of a canary here
-        return Training({}, {f"canary:{canary}#1": pair for canary, pair in counts.items()}, ())
+                counts[canary] = (before[0] + add, before[1]) if unit == "steps" else (before[0], before[1] + add)
+        return counts
 
     def _score(self, model: str, tensors: Tensors, own: Mapping[str, tuple[int, int]] = {}) -> None:
         """Have the members score a model on their held-out records, and keep the sums."""
@@ -414,6 +422,13 @@ def coordinate(
             where="compare",
             hint="Leave it out of the recipe.",
         )
+    for name, arm in recipe.arms().items():
+        if arm.privacy.weight_noise and not strategy_of(arm, seed=recipe.seed).shares:
+            raise UserError(
+                f"privacy.weight_noise is for the model that all share, and {name} makes each member its own",
+                where="privacy.weight_noise",
+                hint="Leave it out of that arm.",
+            )
     model, encoder = prepare_model(recipe, base)
     canaries = tuple(planned(recipe))
     prepared = Prepared(
@@ -464,7 +479,7 @@ def coordinate(
 
 
 def _live(it: Coordination, *, resumed: bool) -> None:
-    began = time.perf_counter()
+    began, before = time.perf_counter(), sum(session.seconds for session in sessions(it.run))
     with reported(it.run, it.log):
         it.check()
         it.log.emit(_started(it, resumed=resumed))
@@ -473,7 +488,7 @@ def _live(it: Coordination, *, resumed: bool) -> None:
         if it.needs_members:
             it.gather()
         it.arms()
-        it.log.emit(RunFinished(seconds=time.perf_counter() - began))
+        it.log.emit(RunFinished(seconds=before + time.perf_counter() - began))
 
 
 def _started(it: Coordination, *, resumed: bool) -> RunStarted:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from allmend.federation.engines.flower.node import Node
 from allmend.federation.engines.flower.post import Post
 from allmend.federation.engines.flower.signing import Gate
 from allmend.models.tensors import parse
+
+LINGER = 1.0
+"""Seconds that a member stays after its last answer: the coordinator reads answers of those that are there."""
 
 DATABASE = "post.db"
 """Flower's state, in the coordinator's run folder."""
@@ -65,6 +69,7 @@ def serve(side: MemberSide, node: Node, *, poll: float = 0.5) -> None:
             if side.refused is not None:
                 raise side.refused
             if side.declined or _ends(letter.data):
+                time.sleep(LINGER)
                 return
     finally:
         side.close()

@@ -88,7 +88,7 @@ def swell(*, round: int, size: int) -> None:
 
         about = parse(letter.data)[1]
         asked = about.get("ask") == "work" and about["turn"]["round"] == round
-        return original(node, letter, bytes(size) if asked else data)
+        return original(node, letter, os.urandom(size) if asked else data)
 
     _wrap("allmend.federation.engines.flower.node:Node.answer", around)
 

@@ -8,7 +8,7 @@ from allmend.federation.member import Member
 from allmend.learn.goldfish import goldfish
 from allmend.learn.noise import noise_source
 from allmend.models.tensors import Tensors
-from allmend.recipe import Privacy
+from allmend.recipe import Goldfish, Privacy
 
 
 def protected(members: Sequence[Member], privacy: Privacy) -> tuple[list[Member], tuple[str, ...]]:
@@ -20,10 +20,8 @@ def protected(members: Sequence[Member], privacy: Privacy) -> tuple[list[Member]
         before = sum(len(member.records) for member in members)
         exact, near = sum(counts.exact for _, counts in found), sum(counts.near for _, counts in found)
         members = [replace(member, records=kept) for member, (kept, _) in zip(members, found, strict=True)]
-        bound = "equal ones only" if similarity == 1 else f"similarity {similarity:g} and above"
         words.append(
-            f"deduplication within each client ({bound}): {exact:,} equal and {near:,} similar of {before:,} records "
-            "left out"
+            f"{_deduplication(similarity)}: {exact:,} equal and {near:,} similar of {before:,} records left out"
         )
     if privacy.goldfish is not None:
         settings = privacy.goldfish
@@ -33,19 +31,42 @@ def protected(members: Sequence[Member], privacy: Privacy) -> tuple[list[Member]
         short, emptied = sum(counts.short for _, counts in masked), sum(counts.emptied for _, counts in masked)
         share = dropped / targets if targets else 0.0
         words.append(
-            f"Goldfish loss (k = {settings.k}, h = {settings.context}, {settings.variant}): "
-            f"{share:.1%} of {targets:,} tokens left out of the loss"
+            f"{_goldfish(settings)}: {share:.1%} of {targets:,} tokens left out of the loss"
             + (f"; nothing in {short:,} records that are not longer than h" if short else "")
             + (f"; everything in {emptied:,} records, which teach nothing" if emptied else "")
         )
+    return members, (*words, *_on_what_leaves(privacy))
+
+
+def in_words(privacy: Privacy) -> tuple[str, ...]:
+    """Each layer in words, for whoever does not see what it does to the members' records."""
+    words = []
+    if privacy.deduplicate is not None:
+        words.append(f"{_deduplication(privacy.deduplicate.similarity)}; members keep the counts to themselves")
+    if privacy.goldfish is not None:
+        words.append(f"{_goldfish(privacy.goldfish)}; members keep the counts to themselves")
+    return (*words, *_on_what_leaves(privacy))
+
+
+def _deduplication(similarity: float) -> str:
+    bound = "equal ones only" if similarity == 1 else f"similarity {similarity:g} and above"
+    return f"deduplication within each client ({bound})"
+
+
+def _goldfish(settings: Goldfish) -> str:
+    return f"Goldfish loss (k = {settings.k}, h = {settings.context}, {settings.variant})"
+
+
+def _on_what_leaves(privacy: Privacy) -> list[str]:
+    words = []
     if (layer := privacy.secure_aggregation) is not None:
+        clip = privacy.member.clip if privacy.member is not None else layer.clip
         words.append(
-            f"secure aggregation: changes cut to ±{layer.clip:g}, summed as integers over {layer.fewest} members "
-            "or more"
+            f"secure aggregation: changes cut to ±{clip:g}, summed as integers over {layer.fewest} members or more"
         )
     if privacy.weight_noise:
         words.append(f"weight noise: Gaussian, standard deviation {privacy.weight_noise:g}; no formal guarantee")
-    return members, tuple(words)
+    return words
 
 
 def noisy(tensors: Tensors | None, privacy: Privacy, seed: int, member: str | None) -> Tensors | None:

@@ -63,7 +63,7 @@ def missing(evidence: Evidence) -> Html | None:
         lacks.append("The event log (events.jsonl) is missing or empty: no curves, no exchange, no data notes.")
     if evidence.utility is None:
         lacks.append("Utility was not measured (results/utility.json).")
-    if evidence.audit is None:
+    if evidence.audit is None and "[canaries]" in (evidence.recipe or "[canaries]"):
         lacks.append("Memorisation was not audited (results/audit.json).")
     if evidence.recipe is None:
         lacks.append("The recipe (recipe.toml) is missing.")

@@ -26,6 +26,11 @@ def records(evidence: Evidence) -> Html:
     if len(names) > 1:
         sums = {kind: sum(notes.get(kind, 0) for notes in start.notes.values()) for kind in kinds}
         body.append(line("all", sum(start.clients.values()), sum(start.held_out.values()), sums))
+    if not names:
+        words = (
+            "Members keep the numbers of their records to themselves." if evidence.offered else "No client is known."
+        )
+        return section("data", "The data", paragraph(words), *told)
     head = ["Client", "Training records", "Held-out records", *(kind.replace("_", " ").capitalize() for kind in kinds)]
     words = "Training records include planted canaries. "
     words += "The other columns count what happened to records while they were read." if kinds else ""
