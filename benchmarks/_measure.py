@@ -32,8 +32,12 @@ class Rates:
         return statistics.median(self.values)
 
     def __str__(self) -> str:
-        low, high = min(self.values), max(self.values)
-        return f"{self.name}: median {self.median:,.0f} per second ({low:,.0f} to {high:,.0f}, {len(self.values)} runs)"
+        median, low, high = (_rounded(value) for value in (self.median, min(self.values), max(self.values)))
+        return f"{self.name}: median {median} per second ({low} to {high}, {len(self.values)} runs)"
+
+
+def _rounded(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def interleaved(

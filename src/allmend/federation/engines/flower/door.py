@@ -258,7 +258,7 @@ def address(text: str) -> tuple[str, int]:
         UserError: it is not of that form.
     """
     host, _, port = text.rpartition(":")
-    if not host or not port.isdigit() or not 0 <= int(port) < 2**16:
+    if not host or not port.isdecimal() or not 0 <= int(port) < 2**16:
         raise UserError(f"{text!r} is not HOST:PORT", where="--listen", hint="For example 0.0.0.0:8443.")
     return host.strip("[]"), int(port)
 
