@@ -20,7 +20,7 @@ from typing import Protocol, TypeAlias
 
 import torch
 
-from allmend.models.tensors import Tensors
+from allmend.models.tensors import Tensors, is_finite
 
 Facts: TypeAlias = dict[str, float | int | str | bool]
 """Named scalars that travel or are kept beside tensors."""
@@ -114,7 +114,7 @@ class Sums:
                 message); nothing is added then.
         """
         for name, tensor in reply.summed.items():
-            if not torch.isfinite(tensor).all():
+            if not is_finite(tensor):
                 raise ValueError(f"tensor {name!r} holds NaN or infinite values")
             if name in self._tensors and self._tensors[name].shape != tensor.shape:
                 shapes = tuple(tensor.shape), tuple(self._tensors[name].shape)

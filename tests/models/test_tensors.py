@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from allmend.errors import UserError
-from allmend.models.tensors import dump, layout, nbytes, parse, read_tensors, write_tensors
+from allmend.models.tensors import dump, is_finite, layout, nbytes, parse, read_tensors, write_tensors
 
 
 def example() -> dict[str, torch.Tensor]:
@@ -44,6 +44,25 @@ def test_round_trip_is_exact() -> None:
     assert read == metadata
     assert set(tensors) == set(example())
     assert all(same(tensors[name], tensor) for name, tensor in example().items())
+
+
+@pytest.mark.parametrize("spoilt", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64])
+def test_a_value_that_is_not_finite_is_found_wherever_it_stands(spoilt: float, dtype: torch.dtype) -> None:
+    for size in (1, 7, 1000):
+        values = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(dtype)
+        assert is_finite(values)
+        values[size // 2] = spoilt
+        assert not is_finite(values)
+    opposite = torch.tensor([float("inf"), float("-inf")]).to(dtype)
+    assert not is_finite(opposite)
+
+
+def test_values_that_add_up_to_infinity_are_finite() -> None:
+    assert is_finite(torch.full((3,), torch.finfo(torch.float32).max))
+    assert is_finite(torch.full((70_000,), 1.0, dtype=torch.float16))
+    assert is_finite(torch.tensor([[2**62, 2**62]]))
+    assert is_finite(torch.zeros(0, 5))
 
 
 @given(

@@ -6,14 +6,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
 
-import torch
-
 from allmend.errors import UserError
 from allmend.events import Event, RoundDone, Warned
 from allmend.federation.checkpoint import Checkpoint, Checkpoints
 from allmend.federation.engines import Answer, Engine
 from allmend.federation.privacy.ledger import NO_LEDGER, Ledger
-from allmend.models.tensors import Tensors, nbytes
+from allmend.models.tensors import Tensors, is_finite, nbytes
 from allmend.strategy import Reply, Seen, Strategy, Sums, Turn
 
 Observer: TypeAlias = Callable[[int, str | None, Tensors], None]
@@ -143,7 +141,7 @@ def _announce(done: RoundDone, began: float, emit: Callable[[Event], None]) -> N
 def _add(sums: Sums, reply: Reply, member: str, round: int) -> None:
     try:
         for key, tensor in reply.seen.items():
-            if not torch.isfinite(tensor).all():
+            if not is_finite(tensor):
                 raise ValueError(f"tensor {key!r} holds NaN or infinite values")
         sums.add(reply)
     except ValueError as error:

@@ -18,7 +18,7 @@ from allmend.learn.objective import log_likelihood
 from allmend.learn.per_example import record_loss, separable_rows
 from allmend.learn.private import RecordNoise, poisson_batches, private_gradient
 from allmend.models.adapters import Trainable
-from allmend.models.tensors import Tensors
+from allmend.models.tensors import Tensors, is_finite
 from allmend.recipe import Train
 
 _DIVERGED = (
@@ -197,7 +197,7 @@ def train(
     finally:
         trainable.model.eval()
     state = trainable.state()
-    if not all(tensor.isfinite().all() for tensor in state.values()):  # the last step's loss came before its update
+    if not all(map(is_finite, state.values())):  # the last step's loss came before its update
         raise DivergedError(f"parameters are no longer finite after step {first_step + steps}", hint=_DIVERGED)
     return Outcome(state, _snapshot(adam, parameters), tuple(done), learnt)
 

@@ -5,6 +5,7 @@ reading bytes of a stranger runs no code of theirs. Equal content gives equal by
 not what the tensors mean.
 """
 
+import cmath
 import errno
 import io
 import json
@@ -47,6 +48,12 @@ _BITS = {
 def nbytes(tensors: Mapping[str, torch.Tensor]) -> int:
     """Bytes of the tensors' values, without names and metadata."""
     return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
+    # one that is not shows in the sum, which costs a fraction of looking at each; finite ones can add up to infinity
+    return cmath.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
 
 
 def dump(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, JSON]) -> bytes:

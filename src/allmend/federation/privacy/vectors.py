@@ -17,7 +17,7 @@ from allmend.federation.privacy.secure_sum.fixed_point import FixedPoint, Floats
 from allmend.federation.privacy.secure_sum.masks import Integers, dtype
 from allmend.federation.strategies.private_fedavg import PrivateFedAvg
 from allmend.learn.noise import NoiseSource, Randomness, noise_source
-from allmend.models.tensors import Tensors
+from allmend.models.tensors import Tensors, is_finite
 from allmend.recipe import SecureAggregation
 from allmend.strategy import Layout, Reply, Strategy, Sums, Turn
 
@@ -107,7 +107,7 @@ class VectorCode:
                 continue
             if tensor.shape != shape:
                 raise ValueError(f"tensor {name!r} has shape {tuple(tensor.shape)}, and the sum has {tuple(shape)}")
-            if not torch.isfinite(tensor).all():
+            if not is_finite(tensor):
                 raise ValueError(f"tensor {name!r} holds NaN or infinite values")
             parts.append(tensor.detach().to("cpu", torch.float64).flatten().numpy())
         numbers = np.array([reply.summed_facts.get(name, 0.0) for name in sorted(self.numbers)] + [0.0])

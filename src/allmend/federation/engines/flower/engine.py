@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from allmend.errors import UserError
 from allmend.events import Event, Warned
 from allmend.federation.engines import Answer
@@ -17,7 +15,7 @@ from allmend.federation.engines.flower.hidden import Hiding, ask_sum
 from allmend.federation.engines.wire import dump_task, error_of, parse_reply, task_digest
 from allmend.federation.member import change
 from allmend.federation.privacy.secure_sum import ProtocolError
-from allmend.models.tensors import parse
+from allmend.models.tensors import is_finite, parse
 from allmend.run import write_atomic
 from allmend.strategy import Layout, Reply, State, Strategy, Sums, Task, Turn, of_group, shapes
 
@@ -202,7 +200,7 @@ class FlowerEngine:
         if odd or (self.layout is not None and any(self.layout.get(name) != shape for name, shape in found.items())):
             raise UserError("the reply holds tensors of other names or shapes than the arm's", where=where)
         for name, tensor in (reply.summed | reply.seen).items():
-            if not torch.isfinite(tensor).all():
+            if not is_finite(tensor):
                 raise UserError(f"tensor {name!r} holds NaN or infinite values", where=where)
         if not all(math.isfinite(value) for value in reply.summed_facts.values()):
             raise UserError("a number is NaN or infinite", where=where)
