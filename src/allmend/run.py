@@ -51,7 +51,7 @@ def fault(error: OSError, path: Path) -> UserError:
             return UserError(
                 "no space left for this file; nothing that was complete is lost",
                 where=path,
-                hint="Free some space, then run the command again; `allmend tune --resume RUN` goes on with a run.",
+                hint="Free some space, then run the command again (`allmend tune` with `--resume RUN`).",
             )
         case errno.EACCES | errno.EPERM | errno.EROFS:
             return UserError(

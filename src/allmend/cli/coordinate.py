@@ -32,7 +32,7 @@ def coordinate(
 
     check_installed()
     from allmend.consortium import coordinator
-    from allmend.consortium.network import open_door
+    from allmend.consortium.coordinator_end import open_door
     from allmend.federation.engines.flower.door import Listen, address
     from allmend.federation.keys import fingerprint, read_members
     from allmend.federation.pki import Files

@@ -37,7 +37,7 @@ def join(
 
     check_installed()
     from allmend.consortium.member import MemberSide
-    from allmend.consortium.network import serve
+    from allmend.consortium.member_end import serve
     from allmend.federation.engines.flower.node import Node
     from allmend.federation.keys import read_key
     from allmend.run import RunFolder

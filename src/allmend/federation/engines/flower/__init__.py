@@ -7,6 +7,7 @@ code that the coordinator sends.
 """
 
 import importlib.util
+import logging
 import os
 
 from allmend.errors import UserError
@@ -24,3 +25,11 @@ def check_installed() -> None:
     """
     if importlib.util.find_spec("flwr") is None:
         raise UserError("runs between machines need Flower", hint="pip install 'allmend[flower]'")
+
+
+def quiet() -> None:
+    """Keep what Flower logs off the screen: what a user can act on is told by this program."""
+    logger = logging.getLogger("flwr")
+    logger.handlers.clear()
+    logger.propagate = True
+    logger.setLevel(logging.CRITICAL)
