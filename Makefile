@@ -29,7 +29,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install model demo test test-slow chaos coverage lint types bench clean distclean
+.PHONY: help install model demo test test-slow chaos coverage lint types docs bench clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -61,6 +61,10 @@ lint: install ## check style, formatting and the direction of imports
 types: install ## check the types
 	@$(BIN)/mypy
 
+docs: install ## build the pages as a site in site/; a broken link is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "site/index.html"
+
 bench: install model ## run every benchmark in its short form
 	@set -e; for script in benchmarks/[a-z]*.py; do \
 	  [ -e "$$script" ] || { echo "No benchmarks yet."; continue; }; \
@@ -68,7 +72,7 @@ bench: install model ## run every benchmark in its short form
 	done
 
 clean: ## remove caches and build output; .venv, runs and models stay
-	@rm -rf build dist htmlcov .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	@rm -rf build dist site htmlcov .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	@find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## the same, and remove .venv
