@@ -62,7 +62,7 @@ types: install ## check the types
 	@$(BIN)/mypy
 
 docs: install ## build the pages as a site in site/; a broken link is an error
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@said=$$(NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build 2>&1) || { echo "$$said" >&2; exit 1; } # with --quiet, all is well
 	@echo "site/index.html"
 
 bench: install model ## run every benchmark in its short form

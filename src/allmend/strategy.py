@@ -98,7 +98,8 @@ class Sums:
         """Sums that were formed elsewhere.
 
         Args:
-            tensors, facts: the sums.
+            tensors: sums by name.
+            facts: sums of numbers by name.
             members: how many are in them.
             cut: values that were too large and were cut.
         """
