@@ -62,6 +62,7 @@ types: install ## check the types
 	@$(BIN)/mypy
 
 docs: install ## build the pages as a site in site/; a broken link is an error
+	@$(BIN)/python docs/_recipe.py
 	@said=$$(NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build 2>&1) || { echo "$$said" >&2; exit 1; } # with --quiet, all is well
 	@echo "site/index.html"
 

@@ -1,30 +1,27 @@
 """The documentation says what is there: recipe keys, commands, links, and every block of Python runs."""
 
 import contextlib
+import importlib.util
 import inspect
 import io
 import json
 import re
 import shutil
 import tomllib
-import types
-import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, get_args
 from unittest import mock
 
 import pytest
-import tomli_w
 import torch
 import typer.main
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 
 import allmend
 from allmend.cli import app
 from allmend.cli.recipe import packaged
+from allmend.cli.recipe_keys import in_toml, recipe_keys
 from allmend.data.canaries import Canary, SecretSpan
 from allmend.data.canary_kinds import KINDS
 from allmend.data.files import read_records
@@ -33,7 +30,7 @@ from allmend.events import Event
 from allmend.federation.strategies import STRATEGIES, build_strategy, options_of
 from allmend.life import rehearse
 from allmend.models.tensors import Tensors
-from allmend.recipe import Data, Model, Recipe, RecipeError, load_recipe, make_recipe
+from allmend.recipe import Data, Model, RecipeError, load_recipe, make_recipe
 from allmend.strategy import Client, Seen, State, Strategy, Sums, Trained, Turn
 
 ROOT = Path(__file__).parent.parent
@@ -60,75 +57,6 @@ def prose(text: str) -> str:
 # --- the recipe's keys
 
 
-def parts_of(annotation: Any) -> list[Any]:
-    """The members of a union but None, without `Annotated`."""
-    origin = get_origin(annotation)
-    if origin is typing.Annotated:
-        return parts_of(get_args(annotation)[0])
-    if origin in (typing.Union, types.UnionType):
-        return [part for one in get_args(annotation) if one is not type(None) for part in parts_of(one)]
-    return [annotation]
-
-
-def nested(key: str, field: FieldInfo) -> tuple[str, type[BaseModel]] | None:
-    """The heading and the model of a key that holds a table or tables."""
-    for part in parts_of(field.annotation):
-        inner = [one for argument in get_args(part) for one in parts_of(argument)]
-        for form, candidates in (("[{}]", [part]), ("[[{}]]" if get_origin(part) is list else "[{}.NAME]", inner)):
-            for model in candidates:
-                if isinstance(model, type) and issubclass(model, BaseModel):
-                    return form.format(key), model
-    return None
-
-
-def sections(model: type[BaseModel] = Recipe, heading: str = "", prefix: str = "") -> Iterator[tuple[str, str]]:
-    """The beginning of every row that the page owes, as (heading, `| key | values | default |`)."""
-    schema = Recipe.model_json_schema()
-    properties = (schema if model is Recipe else schema["$defs"][model.__name__])["properties"]
-    for name, field in model.model_fields.items():
-        if found := nested(prefix + name, field):
-            yield from sections(found[1], found[0], f"{prefix}{name}.")
-        else:
-            yield heading or "Top level", f"| `{name}` | {values(properties[name])} | {default(field)} |"
-
-
-def values(schema: dict[str, Any]) -> str:
-    """What a key may hold, in words, from its JSON Schema."""
-    match schema:
-        case {"anyOf": options}:
-            return " or ".join(values(option) for option in options if option.get("type") != "null")
-        case {"enum": names}:
-            return ", ".join(f'`"{name}"`' for name in names)
-        case {"const": name}:
-            return f'`"{name}"`'
-        case {"type": "array", "items": items}:
-            return f"list of {values(items)}"
-        case {"type": "string"}:
-            return "name" if "pattern" in schema else "text"
-        case {"type": "boolean"}:
-            return "`true`, `false`"
-        case {"type": "object"}:
-            return "table"
-        case {"type": "integer" | "number" as kind}:
-            signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-            words = "whole number" if kind == "integer" else "number"
-            bounds = [f"{sign} {schema[key]:g}" for key, sign in signs.items() if schema.get(key, 2**31) != 2**31]
-            return f"{words} {' and '.join(bounds)}".rstrip()
-    raise ValueError(f"no words for {schema}")
-
-
-def default(field: FieldInfo) -> str:
-    if field.is_required():
-        return "required"
-    if field.default is None:
-        return "absent"
-    return f"`{toml(field.default)}`" if field.default != {} else "absent"
-
-
-def toml(value: Any) -> str:
-    return " ".join(tomli_w.dumps({"x": value}).removeprefix("x = ").split()).replace("[ ", "[").replace(", ]", "]")
-
-
 def rows(text: str) -> dict[str, list[str]]:
     """The rows of the tables under each heading that names a table of the recipe, headings without code marks."""
     found: dict[str, list[str]] = {}
@@ -141,23 +69,30 @@ def rows(text: str) -> dict[str, list[str]]:
     return found
 
 
-def test_every_key_of_the_recipe_and_its_default_is_documented() -> None:
-    owed: dict[str, list[str]] = {}
-    for heading, row in sections():
-        owed.setdefault(heading, []).append(row)
+def test_the_tables_of_the_recipe_are_those_of_its_types() -> None:
+    spec = importlib.util.spec_from_file_location("_recipe", ROOT / "docs/_recipe.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    page = read(ROOT / "docs/recipe.md")
+    assert page == module.written(page), "`make docs` writes the tables anew"
+
+
+def test_every_table_of_the_page_is_one_of_the_recipe_or_of_a_strategy() -> None:
+    owed = {key.section or "Top level" for key in recipe_keys()}
     names: dict[tuple[str, ...], list[str]] = {}  # strategies with the same options share a table
     for name in STRATEGIES:
         known = options_of("fedavg") if name != "fedavg" else {}  # the others' pages of these are its
-        own = tuple(f"| `{key}` | `{toml(value)}` |" for key, value in options_of(name).items() if key not in known)
+        own = tuple(f"| `{key}` | `{in_toml(value)}` |" for key, value in options_of(name).items() if key not in known)
         names.setdefault(own, []).append(name)
-    owed |= {f"Options of {' and '.join(sharing)}": list(own) for own, sharing in names.items() if own}
+    options = {f"Options of {' and '.join(sharing)}": own for own, sharing in names.items() if own}
     written = rows(read(ROOT / "docs/recipe.md"))
-    for heading, beginnings in owed.items():
-        lines = written.get(heading, [])
-        missing = [row for row in beginnings if not any(re.match(re.escape(row) + r" \S", line) for line in lines)]
-        assert not missing, f"docs/recipe.md owes under {heading}:\n" + "\n".join(missing)
-        assert len(lines) == len(beginnings), f"docs/recipe.md has a key under {heading} that is not in the recipe"
-    assert owed.keys() == written.keys(), "a table of docs/recipe.md is not one of the recipe"
+    assert written.keys() == owed | options.keys()
+    for heading, beginnings in options.items():
+        assert len(written[heading]) == len(beginnings), f"docs/recipe.md has a key under {heading} that is not there"
+        for row in beginnings:
+            assert any(re.match(re.escape(row) + r" \S", line) for line in written[heading]), f"{heading}: {row}"
 
 
 def test_the_page_of_the_recipe_shows_the_message_that_its_example_gives(tmp_path: Path) -> None:
@@ -267,8 +202,7 @@ def test_a_commented_setting_of_the_template_shows_the_default() -> None:
 
 def test_the_template_names_every_key() -> None:
     text = packaged("template.toml")
-    for _, row in sections():
-        key = row.split("`")[1]
+    for key in (one.name for one in recipe_keys()):
         assert re.search(rf"^#?({key}|\w+\.{key}) = |^#?(\[compare\.\w+\]|{key}\.\w+ =)", text, re.MULTILINE), key
 
 

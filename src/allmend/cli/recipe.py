@@ -45,6 +45,31 @@ def check(path: Annotated[Path, typer.Argument(help="A recipe.")]) -> None:
 
 
 @app.command()
+def keys(
+    section: Annotated[str, typer.Argument(help="Of one section, such as `train` or `privacy`; all when absent.")] = "",
+) -> None:
+    """Show every key of a recipe: what it may hold, its default, and what it is for."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    from allmend.cli.recipe_keys import recipe_keys
+
+    found: dict[str, Table] = {}
+    known = dict.fromkeys(key.part for key in recipe_keys())
+    if section and section not in known:
+        raise UserError(f"a recipe has no section {section!r}", hint=f"It has {', '.join(filter(None, known))}.")
+    for key in recipe_keys():
+        if section in ("", key.part):
+            title = escape(key.section) or "Top level"
+            empty = Table("key", "default", "values", "meaning", title=title, title_justify="left", box=box.SIMPLE_HEAD)
+            cells = (key.name, key.default, key.values, key.meaning)
+            found.setdefault(key.section, empty).add_row(*(escape(cell.replace("`", "")) for cell in cells))
+    for table in found.values():
+        Console().print(table)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of recipes, for editors."""
     from allmend.recipe import Recipe
