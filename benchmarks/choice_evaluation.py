@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from _measure import interleaved, machine, ratios
+from _measure import figure, interleaved, machine, times
 from allmend.data.chat import Encoded, Encoder
 from allmend.data.records import Message, Record
 from allmend.learn.evaluate import score
@@ -66,7 +66,10 @@ def main() -> None:
 
     a, b = interleaved(("prompt shared", ours), ("naive", plain), runs=2 if quick else 5)
     same = sum(x == y for x, y in zip(answers["ours"], answers["naive"], strict=True))
-    print(f"questions, {a}\nquestions, {b}\n{ratios(a, b)}\nthe same choice on {same} of {len(records)} questions")
+    figure(
+        "multiple choice with shared prompts against a copy of the prompt for each choice",
+        f"{times(a, b)}; the same choice on {same} of {len(records)} questions",
+    )
 
 
 if __name__ == "__main__":

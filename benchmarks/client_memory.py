@@ -14,7 +14,7 @@ import resource
 import tempfile
 from pathlib import Path
 
-from _measure import machine
+from _measure import figure, machine
 from allmend.data.chat import Encoder
 from allmend.data.records import question
 from allmend.federation.checkpoint import Checkpoint, Checkpoints
@@ -63,13 +63,12 @@ def main() -> None:
         for count in counts:
             with mp.get_context("spawn").Pool(1) as pool:
                 peaks[count], state = pool.apply(peak, (strategy, count))
-            print(f"{strategy}, {count} clients: peak {peaks[count] / 1e6:,.0f} MB")
-        for few, many in itertools.pairwise(counts):
-            growth = (peaks[many] - peaks[few]) / (many - few)
-            print(
-                f"{strategy}, {few} to {many} clients: {growth / 1e6:.2f} MB a client, "
-                f"{growth / state:.2f} of adapter and optimiser state ({state / 1e6:.2f} MB)"
-            )
+        growth = [(peaks[many] - peaks[few]) / (many - few) for few, many in itertools.pairwise(counts)]
+        figure(
+            f"peak memory of `{strategy}` with {', '.join(map(str, counts))} clients in one process",
+            f"{', '.join(f'{peaks[count] / 1e9:.2f}' for count in counts)} GB; {min(growth) / 1e6:.2f} to "
+            f"{max(growth) / 1e6:.2f} MB a client, whose adapter and optimiser state have {state / 1e6:.2f} MB",
+        )
 
 
 if __name__ == "__main__":

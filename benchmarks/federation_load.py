@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from _measure import machine
+from _measure import figure, machine, spread
 from allmend.events import RoundDone
 from allmend.life import tune
 from allmend.recipe import load_recipe
@@ -156,11 +156,13 @@ def main() -> None:
     training = statistics.median(event.training_seconds for event in here)
     copy = copy_seconds(octets)
     rest = statistics.median(each) - training
-    print(f"{count} members, {rounds} rounds over TLS: {seconds:.0f} s in all, of which rounds {sum(each):.1f} s")
-    print(f"a round: median {statistics.median(each):.2f} s ({min(each):.2f} to {max(each):.2f})")
-    print(f"  training of all members in the simulation: {training:.2f} s; the rest: {rest:.2f} s")
-    print(f"  {octets / 1e6:.1f} MB both ways, copied in {1e3 * copy:.1f} ms: goal {1.5 * copy + 2:.2f} s")
-    print(f"the coordinator's largest memory: {largest / 1e9:.2f} GB")
+    print(f"{octets / 1e6:.1f} MB both ways in a round, copied in {1e3 * copy:.1f} ms: goal {1.5 * copy + 2:.2f} s")
+    figure(
+        f"a round of {count} members and a coordinator in {count + 1} processes over TLS, {octets / 2e6 / count:.1f} "
+        "MB each way for each member",
+        f"{spread(each)} s, of which training is {training:.2f} s, and {rest:.2f} s are not; {rounds} rounds and all "
+        f"before and after them: {seconds:.0f} s; the coordinator's largest memory: {largest / 1e9:.2f} GB",
+    )
 
 
 if __name__ == "__main__":

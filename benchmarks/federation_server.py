@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from _measure import machine
+from _measure import figure, machine
 from allmend.federation.checkpoint import Checkpoint
 from allmend.federation.engines import Answer
 from allmend.federation.rounds import run_rounds
@@ -98,10 +98,11 @@ def main() -> None:
             process.start()
             seconds, largest = memory.get()
             process.join()
-            print(
-                f"{name}, {members:,} members, {rounds} rounds, {parameters:,} parameters: {seconds:.1f} s, "
-                f"{1e3 * seconds / members / rounds:.2f} ms a reply, largest memory {largest / 1e9:.2f} GB",
-                flush=True,
+            figure(
+                f"the coordinator's side of {rounds} rounds of `{name}` with {members:,} members and {parameters:,} "
+                "parameters",
+                f"{1e3 * seconds / members / rounds:.2f} ms a reply, {seconds:,.0f} s in all; largest memory "
+                f"{largest / 1e9:.2f} GB",
             )
 
 

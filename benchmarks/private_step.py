@@ -21,7 +21,7 @@ import torch
 from opacus import GradSampleModule
 from opacus.optimizers import DPOptimizer
 
-from _measure import interleaved, machine, ratios
+from _measure import figure, interleaved, machine, times
 from allmend.data.chat import Encoded
 from allmend.learn.loop import train
 from allmend.learn.private import RecordNoise
@@ -108,15 +108,20 @@ def main() -> None:
     plain, private = interleaved(("plain", step["plain"]), ("private", step["private"]), runs=runs)
     again, opacus = interleaved(("private", step["private"]), ("Opacus", step["Opacus"]), runs=runs)
     print(f"tokens of {plain}\ntokens of {private}\ntokens of {opacus}")
-    print(f"time, {ratios(plain, private).replace('plain / private', 'private over plain')}")
-    print(f"time, {ratios(again, opacus).replace('private / Opacus', 'Opacus over private')}")
     peaks = {}
     for name in step:
         with mp.get_context("spawn").Pool(1) as pool:
             loaded, peaks[name] = pool.apply(peak, (name, torch.get_num_threads()))
         print(f"memory, {name}: at most {peaks[name] / 1e6:,.0f} MB, and {loaded / 1e6:,.0f} MB before the first step")
-    print(f"memory, private over plain: {peaks['private'] / peaks['plain']:.2f}")
-    print(f"memory, Opacus over private: {peaks['Opacus'] / peaks['private']:.2f}")
+    memory = {name: peak / peaks["private"] for name, peak in peaks.items()}
+    figure(
+        "tokens of plain steps against private ones (`[privacy.record]`)",
+        f"{times(plain, private)}; {1 / memory['plain']:.2f} times the memory with privacy",
+    )
+    figure(
+        "tokens of private steps against those of Opacus' hooks",
+        f"{times(again, opacus)}; {memory['Opacus']:.2f} times the memory with Opacus",
+    )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
-from _measure import Rates, interleaved, machine, ratios
+from _measure import Rates, figure, interleaved, machine, times
 from allmend.federation.engines.workers import WorkerEngine
 from allmend.federation.member import Member
 from allmend.federation.strategies.fedavg import FedAvg
@@ -146,10 +146,8 @@ def main() -> None:
     prepared = prepared_data(options.data, max_tokens=options.max_tokens, quick=options.quick)
     lengths = [len(record) for member in prepared.members for record in member.records]
     targets = sum(int(record.target.sum()) for member in prepared.members for record in member.records)
-    print(
-        f"{options.data}: {len(prepared.members)} clients, {len(lengths)} records of {min(lengths)} to "
-        f"{max(lengths)} tokens, {targets / sum(lengths):.0%} of them under the loss"
-    )
+    on = f"{Path(options.data).name}, {len(lengths)} records of {min(lengths)} to {max(lengths)} tokens"
+    print(f"{on}, {len(prepared.members)} clients, {targets / sum(lengths):.0%} of the tokens under the loss")
     loading: list[float] = []
     a, b = interleaved(
         ("allmend", lambda: ours(prepared)),
@@ -175,8 +173,10 @@ def main() -> None:
         )
     finally:
         engine.close()
-    print(f"tokens of {a}\ntokens of {b}\ntokens of {trained}\n{ratios(a, b)}\n{ratios(a, trained)}")
-    print(f"tokens of {c}\n{ratios(c, d)}")
+    padded = "`Trainer` with PEFT, padded batches and one model for each client"
+    figure(f"tokens of a client's round ({on}) against {padded}", times(a, b))
+    figure("the same, without the time that loading the models takes", times(a, trained))
+    figure(f"the same round in {workers} worker processes of one thread against this process", times(c, d))
 
 
 if __name__ == "__main__":
