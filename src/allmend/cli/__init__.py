@@ -17,7 +17,6 @@ from allmend.errors import UserError
 app = typer.Typer(
     help="Adapt an open language model together without pooling data, and learn what it memorised.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.command("demo")(demo.demo)

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
+from allmend.cli.as_json import AsJson, print_json, silent
 from allmend.cli.comparison import show_comparison
 from allmend.cli.outcome import show_audit
 from allmend.cli.own import show_own
@@ -46,8 +47,16 @@ def audit(
     reference: Annotated[str | None, typer.Option(help="The model before tuning.")] = None,
     prefix: Prefix = None,
     out: Annotated[Path, typer.Option(help="Where the audit of a model goes.")] = Path("audit"),
+    as_json: AsJson = False,
 ) -> None:
-    """Ask models for canaries, controls beside them, and write the audit and the report."""
+    """Ask models for canaries, controls beside them, and write the audit and the report.
+
+    Of a run, with its own settings:  allmend audit runs/first
+
+    With other prompts:               allmend audit runs/first --prefix 20 --prefix 50
+
+    Of a model made elsewhere:        allmend audit MODEL --adapter DIR --canaries canaries.jsonl
+    """
     from allmend.auditing.folders import audit_folder
     from allmend.auditing.runs import audit_run
     from allmend.recipe import Audit
@@ -59,7 +68,7 @@ def audit(
         for name, value in (("--adapter", adapter), ("--reference", reference)):
             if value is not None:
                 raise UserError(f"{name} is for a model, and this is a run", where=run, hint="Leave it out.")
-        with shown(console, run) as listen:
+        with silent() if as_json else shown(console, run) as listen:
             table = audit_run(run, canaries=canaries, changes=changes, listeners=[listen])
         report = run / "report.html"
     else:
@@ -69,7 +78,7 @@ def audit(
                 where=what,
                 hint="Name a run folder, or the canaries that were planted: --canaries canaries.jsonl.",
             )
-        with counting(console) as on_tokens:
+        with silent() if as_json else counting(console) as on_tokens:
             table = audit_folder(
                 what,
                 canaries,
@@ -80,6 +89,9 @@ def audit(
                 on_tokens=on_tokens,
             )
         report = out / "report.html"
+    if as_json:
+        print_json(table)
+        return
     show_audit(console, table)
     console.print(f"Report  {escape(str(report.resolve()))}", highlight=False, soft_wrap=True)
 
@@ -88,12 +100,13 @@ def audit(
 def compare(
     runs: Annotated[list[str], typer.Argument(help="Run folders, or FOLDER:ARM.", metavar="RUN...")],
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON, too.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Put audited models side by side: utility, memorisation, privacy; each against the first."""
     from allmend.auditing.side_by_side import compare_runs
 
     comparison = compare_runs(runs)
-    show_comparison(Console(), comparison)
+    print_json(comparison) if as_json else show_comparison(Console(), comparison)
     if out is not None:
         write_atomic(out, comparison.model_dump_json(indent=1).encode())
 
@@ -105,13 +118,14 @@ def mine(
     controls: Annotated[Path | None, typer.Option(help="Records of the same kind that nobody trained on.")] = None,
     suffix: Annotated[int, typer.Option(help="Most tokens that a model is asked for.", min=1)] = 50,
     out: Annotated[Path | None, typer.Option(help="Write the figures, record by record, as JSON.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Ask a run's models for your own records, on your own machine. Nothing leaves it."""
     from allmend.auditing import own
 
     console = Console()
-    with counting(console) as on_tokens:
+    with silent() if as_json else counting(console) as on_tokens:
         table = own.mine(run, data, controls=controls, suffix_tokens=suffix, on_tokens=on_tokens)
-    show_own(console, table)
+    print_json(table) if as_json else show_own(console, table)
     if out is not None:
         write_atomic(out, table.model_dump_json(indent=1).encode())

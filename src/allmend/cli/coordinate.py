@@ -7,8 +7,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from allmend.cli.as_json import EventLines, told
 from allmend.cli.outcome import show_outcome
-from allmend.cli.progress import shown
+
+ONWARD = "the same command goes on with it."
 
 
 def coordinate(
@@ -23,10 +25,15 @@ def coordinate(
     fewest: Annotated[int, typer.Option(help="Members that must join, and answer in each round.")] = 2,
     join_within: Annotated[float, typer.Option(help="Seconds to wait for members to join.")] = 3600.0,
     answer_within: Annotated[float, typer.Option(help="Seconds that a member has for its part of a round.")] = 3600.0,
+    as_json: EventLines = False,
 ) -> None:
     """Adapt a model together with members on other machines.
 
     Started again with the same arguments, it goes on where it stopped.
+
+    Over TLS, with the certificates of `allmend pki init`:  allmend coordinate recipe.toml --members members.toml
+
+    To try it on one machine:  allmend coordinate recipe.toml --members members.toml --listen 127.0.0.1:8443
     """
     from allmend.federation.engines.flower import check_installed
 
@@ -38,7 +45,7 @@ def coordinate(
     from allmend.federation.pki import Files
     from allmend.recipe import load_recipe, located
 
-    console = Console()
+    console = Console(quiet=as_json)
     loaded = load_recipe(recipe)
     registered = read_members(members)
     folder = out or Path("runs") / loaded.name
@@ -47,7 +54,10 @@ def coordinate(
     where = Listen(host, port) if insecure else Listen(host, port, files.server, files.server_key)
     for name, key in registered.items():
         console.print(f"Member  {name}  {fingerprint(key)}", highlight=False, soft_wrap=True)
-    with located(recipe), shown(console, folder, onward="the same command goes on with it.") as listen_to:
+    with (
+        located(recipe),
+        told(console, folder, as_json=as_json, onward="the same command goes on with it.") as listen_to,
+    ):
         run = coordinator.coordinate(
             loaded,
             registered,
@@ -62,4 +72,5 @@ def coordinate(
             patience=coordinator.Patience(join=join_within, leg=answer_within, fewest=fewest),
             listeners=[listen_to],
         )
-    show_outcome(console, run)
+    if not as_json:
+        show_outcome(console, run)

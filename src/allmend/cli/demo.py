@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from allmend.cli.as_json import EventLines, told
 from allmend.cli.outcome import show_outcome
-from allmend.cli.progress import shown
 from allmend.cli.recipe import packaged
 
 
@@ -21,8 +21,14 @@ def demo(
         bool, typer.Option("--centralised", help="Train on all records in one place too, as a further baseline.")
     ] = False,
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Of questions, canaries and order.")] = 0,
+    as_json: EventLines = False,
 ) -> None:
-    """Four clinics adapt a model to clinical coding without pooling data; a report says what came of it."""
+    """Four clinics adapt a model to clinical coding without pooling data; a report says what came of it.
+
+    Seven to eight minutes on two cores, without a network once it is installed:  allmend demo
+
+    With full fine-tuning beside LoRA, in about 20:  allmend demo --thorough
+    """
     from allmend import life
     from allmend.recipe import Change, parse_recipe
 
@@ -33,9 +39,10 @@ def demo(
         pooled = Change(strategy={"name": "centralised"})
         recipe = recipe.model_copy(update={"compare": {**recipe.compare, "centralised": pooled}})
     folder = out or _free(Path("runs") / recipe.name)
-    with shown(console, folder) as listen:
+    with told(console, folder, as_json=as_json) as listen:
         run = life.tune(recipe, folder, listeners=[listen])
-    show_outcome(console, run)
+    if not as_json:
+        show_outcome(console, run)
 
 
 def _free(folder: Path) -> Path:

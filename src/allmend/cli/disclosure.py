@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -68,6 +68,45 @@ def show_disclosures(console: Console, prepared: "Prepared", disclosures: "Seque
     console.print("Everything fits; nothing was trained or written. All clients are simulated in this process.")
     for warning in prepared.warnings:
         console.print(f"[yellow]Warning[/yellow] {escape(warning)}", highlight=False)
+
+
+def disclosed(prepared: "Prepared", disclosures: "Sequence[Disclosure]") -> dict[str, Any]:
+    """The same for programs: sizes in bytes, ε after all rounds."""
+    arms = prepared.recipe.arms()
+    return {
+        "members": [
+            {
+                "name": member.name,
+                "training": len(member.records),
+                "planted": sum(c.copies for c in prepared.canaries if c.inserted and c.client == member.name),
+                "held_out": len(prepared.held_out[member.name]),
+                "notes": dict(prepared.notes[member.name]),
+            }
+            for member in prepared.members
+        ],
+        "arms": [
+            {
+                "name": arm.arm,
+                "trainable": arm.trainable,
+                "sent": {"what": arm.declaration.sent, "bytes": arm.message if arm.declaration.sent else 0},
+                "summed": [
+                    {"name": name, "what": what, "bytes": arm.sizes.get(name)}
+                    for name, what in arm.declaration.summed.items()
+                ],
+                "behind_masks": arms[arm.arm].privacy.secure_aggregation is not None,
+                "seen": [{"name": name, "why": why} for name, why in arm.declaration.seen.items()],
+                "seen_by": arm.declaration.seen_by if arm.declaration.seen else None,
+                "kept": arm.declaration.kept,
+                "guarantees": {
+                    name: {"unit": account.unit, "epsilon": account.whole, "delta": account.settings.delta}
+                    for name, account in arm.ledger.accounts.items()
+                },
+                "simulated_only": arm.simulated_only,
+            }
+            for arm in disclosures
+        ],
+        "warnings": list(prepared.warnings),
+    }
 
 
 def _show_identifiers(console: Console, prepared: "Prepared") -> None:

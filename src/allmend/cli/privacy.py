@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from allmend.cli.as_json import AsJson, print_json
 from allmend.cli.figures import plain, points
 from allmend.errors import UserError
 
@@ -37,6 +38,7 @@ def plan(
         Path | None, typer.Option(help="A finished run: ask its held-out records with as much noise on its model.")
     ] = None,
     clip: Annotated[float | None, typer.Option(help="The clip to assume (with --run).")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Find the noise that keeps a run within its budget, and show what other numbers would need.
 
@@ -87,7 +89,7 @@ def plan(
             where="--clip",
             hint="Name a finished run with --run." if run is None else "Choose a number above 0.",
         )
-    console = Console()
+    console, cost = Console(quiet=as_json), None
     _show(console, found)
     if run is not None:
         from allmend.pricing import noise_cost
@@ -95,6 +97,8 @@ def plan(
         with console.status("asking the run's held-out records"):
             cost = noise_cost(run, noise_on_average=found.need.noise_on_average, rounds=rounds, clip=clip)
         _show_cost(console, cost)
+    if as_json:
+        print_json({"plan": found, "on_the_run": cost})
 
 
 def _show_cost(console: Console, cost: "NoiseCost") -> None:

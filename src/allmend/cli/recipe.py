@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from allmend.cli.as_json import AsJson, print_json
 from allmend.errors import UserError
 
 app = typer.Typer(help="Recipes: the TOML files that say everything about a run.", no_args_is_help=True)
@@ -33,20 +34,29 @@ def init(
 
 
 @app.command()
-def check(path: Annotated[Path, typer.Argument(help="A recipe.")]) -> None:
+def check(path: Annotated[Path, typer.Argument(help="A recipe.")], as_json: AsJson = False) -> None:
     """Say everything that is wrong with a recipe, its files, layers and strategy included."""
     from allmend.prepare import check as check_whole
-    from allmend.recipe import load_recipe, located
+    from allmend.recipe import RecipeError, load_recipe, located
 
-    recipe = load_recipe(path)
-    with located(path):
-        check_whole(recipe, path.parent)
-    Console().print(f"{path}: nothing is wrong with this recipe.", highlight=False, soft_wrap=True)
+    try:
+        recipe = load_recipe(path)
+        with located(path):
+            check_whole(recipe, path.parent)
+    except RecipeError as error:
+        if as_json:
+            print_json({"problems": error.problems})
+        raise
+    if as_json:
+        print_json({"problems": []})
+    else:
+        Console().print(f"{path}: nothing is wrong with this recipe.", highlight=False, soft_wrap=True)
 
 
 @app.command()
 def keys(
     section: Annotated[str, typer.Argument(help="Of one section, such as `train` or `privacy`; all when absent.")] = "",
+    as_json: AsJson = False,
 ) -> None:
     """Show every key of a recipe: what it may hold, its default, and what it is for."""
     from rich import box
@@ -59,12 +69,15 @@ def keys(
     known = dict.fromkeys(key.part for key in recipe_keys())
     if section and section not in known:
         raise UserError(f"a recipe has no section {section!r}", hint=f"It has {', '.join(filter(None, known))}.")
-    for key in recipe_keys():
-        if section in ("", key.part):
-            title = escape(key.section) or "Top level"
-            empty = Table("key", "default", "values", "meaning", title=title, title_justify="left", box=box.SIMPLE_HEAD)
-            cells = (key.name, key.default, key.values, key.meaning)
-            found.setdefault(key.section, empty).add_row(*(escape(cell.replace("`", "")) for cell in cells))
+    wanted = [key for key in recipe_keys() if section in ("", key.part)]
+    if as_json:
+        print_json(wanted)
+        return
+    for key in wanted:
+        title = escape(key.section) or "Top level"
+        empty = Table("key", "default", "values", "meaning", title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        cells = (key.name, key.default, key.values, key.meaning)
+        found.setdefault(key.section, empty).add_row(*(escape(cell.replace("`", "")) for cell in cells))
     for table in found.values():
         Console().print(table)
 

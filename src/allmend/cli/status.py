@@ -12,7 +12,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from allmend.cli.as_json import AsJson, print_json
 from allmend.cli.progress import counted, duration, size
+from allmend.errors import UserError
 
 if TYPE_CHECKING:
     from allmend.status.standing import MemberStanding, Standing
@@ -26,16 +28,28 @@ def status(
     page: Annotated[
         int | None, typer.Option(help="Show the report and /metrics on this port of this machine; 0 for a free one.")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Show how a run stands: rounds, members, bytes, warnings.
 
     On a terminal it follows the run until its end. It only reads, and may be started and stopped at any time.
+
+    Follow a run:                                    allmend status runs/joint
+
+    With its report and metrics in a browser:        allmend status runs/joint --page 9200
+
+    Once, for a program:                             allmend status runs/joint --json
     """
     from allmend.run import RunFolder
     from allmend.status.page import StatusPage
     from allmend.status.standing import standing
 
     console, folder = Console(), RunFolder.open(run)
+    if as_json:
+        if page is not None:
+            raise UserError("--json goes without --page", where="allmend status")
+        print_json(standing(folder))
+        return
     with ExitStack() as stack:
         if page is not None:
             served = stack.enter_context(StatusPage(folder.path, page))

@@ -6,9 +6,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from allmend.cli.disclosure import show_disclosures
+from allmend.cli.as_json import EventLines, print_json, told
+from allmend.cli.disclosure import disclosed, show_disclosures
 from allmend.cli.outcome import show_outcome
-from allmend.cli.progress import shown
 from allmend.cli.tensorboard import board
 from allmend.errors import UserError
 
@@ -21,8 +21,16 @@ def tune(
         bool, typer.Option("--dry-run", help="Check everything and show what would leave whom; train nothing.")
     ] = False,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write RUN/tensorboard too.")] = False,
+    as_json: EventLines = False,
 ) -> None:
-    """Adapt a model together: train, evaluate, audit and report as the recipe says."""
+    """Adapt a model together: train, evaluate, audit and report as the recipe says.
+
+    See first what would leave whom:  allmend tune recipe.toml --dry-run
+
+    Carry it out, in runs/NAME:       allmend tune recipe.toml
+
+    Go on after any interruption:     allmend tune --resume runs/NAME
+    """
     from allmend import life
     from allmend.recipe import load_recipe, located
 
@@ -32,17 +40,20 @@ def tune(
     if resume is not None:
         if out is not None or dry_run:
             raise UserError("--resume goes with neither --out nor --dry-run", where="allmend tune")
-        with shown(console, resume) as listen, board(resume, wanted=tensorboard) as more:
+        with told(console, resume, as_json=as_json) as listen, board(resume, wanted=tensorboard) as more:
             run = life.resume(resume, listeners=[listen, *more])
-        show_outcome(console, run)
+        if not as_json:
+            show_outcome(console, run)
         return
     assert recipe is not None
     loaded = load_recipe(recipe)
     folder = out or Path("runs") / loaded.name
     with located(recipe):
         if dry_run:
-            show_disclosures(console, *life.rehearse(loaded, recipe.parent))
+            found = life.rehearse(loaded, recipe.parent)
+            print_json(disclosed(*found)) if as_json else show_disclosures(console, *found)
             return
-        with shown(console, folder) as listen, board(folder, wanted=tensorboard) as more:
+        with told(console, folder, as_json=as_json) as listen, board(folder, wanted=tensorboard) as more:
             run = life.tune(loaded, folder, base=recipe.parent, listeners=[listen, *more])
-    show_outcome(console, run)
+    if not as_json:
+        show_outcome(console, run)
