@@ -86,12 +86,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="1,000 members at most, two rounds")
     parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--strategies", nargs="+", default=["fedavg", "fedadam"])
     options = parser.parse_args()
     counts, rounds = ((10, 1_000), 2) if options.quick else ((10, 1_000, 10_000), options.rounds)
     print(machine())
     parameters = sum(torch.Size(shape).numel() for shape in SHAPES.values())
     context = mp.get_context("spawn")
-    for name in ("fedavg", "fedadam"):
+    for name in options.strategies:
         for members in counts:
             memory: mp.Queue[tuple[float, int]] = context.Queue()
             process = context.Process(target=serve, args=(name, members, rounds, memory))

@@ -72,7 +72,7 @@ class FedAvg:
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + turn.round) % 2**63)
         chosen = torch.randperm(len(members), generator=generator)[:count].tolist()
         ordered = sorted(members)
-        return {ordered[index]: Task(turn, of_group("model", state.tensors)) for index in sorted(chosen)}
+        return dict.fromkeys((ordered[index] for index in sorted(chosen)), Task(turn, of_group("model", state.tensors)))
 
     def work(self, task: Task, client: Client) -> Reply:
         trained = self.train(task, client)

@@ -92,7 +92,7 @@ class PrivateFedAvg:
         if self.participation < 1:
             drawn = self._source(turn, "members").uniform(len(ordered)) < self.participation
             ordered = [name for name, chosen in zip(ordered, drawn.tolist(), strict=True) if chosen]
-        return {name: Task(turn, of_group("model", state.tensors), dict(state.facts)) for name in ordered}
+        return dict.fromkeys(ordered, Task(turn, of_group("model", state.tensors), dict(state.facts)))
 
     def work(self, task: Task, client: Client) -> Reply:
         trained = client.train(task.tensors, task.turn)
