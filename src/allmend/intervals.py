@@ -14,6 +14,9 @@ from allmend.results import Estimate
 
 CONFIDENCE = 0.95
 
+ROUNDING = 1e-12
+"""Share of a sum of squares that may come from rounding."""
+
 
 def share(successes: int, n: int) -> Estimate:
     """A share of `n` trials with its Wilson interval.
@@ -113,7 +116,7 @@ def exp_mean(sums: Sequence[float], counts: Sequence[int]) -> Estimate:
 def ratio(sums: Sequence[float], counts: Sequence[int]) -> Estimate:
     """Σ sums / Σ counts with an interval over clusters (delta method): a mean over the tokens of records.
 
-    There is no interval for a single record. n counts tokens.
+    There is no interval for a single record, nor for records whose means do not differ (see `mean`). n counts tokens.
 
     Args:
         sums: of each record, such as its negative log-likelihood (nats).
@@ -126,9 +129,9 @@ def ratio(sums: Sequence[float], counts: Sequence[int]) -> Estimate:
     if total == 0:
         raise ValueError("no tokens have no mean")
     value, n = math.fsum(sums) / total, len(sums)
-    if n == 1:
-        return Estimate(value=value, n=total)
     residual = math.fsum((s - value * c) ** 2 for s, c in zip(sums, counts, strict=True))
+    if n == 1 or residual <= ROUNDING * math.fsum(s * s for s in sums):
+        return Estimate(value=value, n=total)
     error = math.sqrt(residual * n / (n - 1)) / total
     half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1)) * error
     return Estimate(value=value, low=value - half, high=value + half, n=total)

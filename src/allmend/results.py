@@ -56,20 +56,26 @@ class Utility(Table):
 
 
 class Difference(Table):
-    """Accuracy of `model` minus that of `other`, paired by question, on one held-out set (as a share, not points).
+    """`model` minus `other` on one held-out set, paired.
 
-    `other` may stand for the mean over members' personal models (`other_is_member_mean`).
+    Attributes:
+        model, other, held_out: what is compared, on which records.
+        accuracy: by question, as a share; None where no question is asked.
+        log_perplexity: by record, in nats per token, less than 0 where `model` is better; None without a token to
+            score, and in runs of earlier versions.
+        other_is_member_mean: `other` stands for the mean over members' personal models.
     """
 
     model: str
     other: str
     held_out: str
-    accuracy: Estimate
+    accuracy: Estimate | None = None
+    log_perplexity: Estimate | None = None
     other_is_member_mean: bool = False
 
 
 class UtilityTable(Table):
-    """`results/utility.json`: every model on every held-out set, and paired differences of accuracy."""
+    """`results/utility.json`: every model on every held-out set, and paired differences."""
 
     rows: tuple[Utility, ...]
     differences: tuple[Difference, ...] = ()

@@ -51,11 +51,14 @@ def test_sums_make_the_rows_that_scores_make(found: list[list[tuple[Score, Score
     made_difference = Paired.from_facts(facts, "arm-base").difference("arm", "base")
     assert (made_difference is None) == (difference is None)
     if difference and made_difference:
-        assert made_difference.accuracy.n == difference.accuracy.n
-        assert made_difference.accuracy.value == pytest.approx(difference.accuracy.value)
-        for side in ("low", "high"):
-            expected, value = getattr(difference.accuracy, side), getattr(made_difference.accuracy, side)
-            assert value == pytest.approx(expected, abs=1e-9) if expected is not None else value is None
+        for what in ("accuracy", "log_perplexity"):
+            expected, made_one = getattr(difference, what), getattr(made_difference, what)
+            assert (expected is None) == (made_one is None)
+            if expected is not None:
+                assert made_one.n == expected.n
+                for side in ("value", "low", "high"):
+                    end, value = getattr(expected, side), getattr(made_one, side)
+                    assert value == pytest.approx(end, abs=1e-5) if end is not None else value is None
 
 
 def test_nobody_is_no_row() -> None:

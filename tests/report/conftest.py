@@ -170,6 +170,7 @@ def utility(clients: Sequence[str], dice: random.Random) -> UtilityTable:
                 other=BASE,
                 held_out=held_out,
                 accuracy=about(gain, half, n),
+                log_perplexity=about(-1.3, 0.2, n * 9),
             )
         )
         differences.append(
@@ -179,6 +180,7 @@ def utility(clients: Sequence[str], dice: random.Random) -> UtilityTable:
                 held_out=held_out,
                 other_is_member_mean=held_out == POOLED,
                 accuracy=about(0.08 if held_out == POOLED else dice.uniform(-0.12, 0.05), half, n),
+                log_perplexity=about(-0.7 if held_out == POOLED else dice.uniform(-0.1, 0.1), 0.15, n * 9),
             )
         )
     return UtilityTable(rows=tuple(rows), differences=tuple(differences), seed=7)

@@ -14,7 +14,7 @@ from allmend.errors import UserError
 from allmend.events import RoundDone, RunFinished, RunStarted, StepDone, Stopped, read_events
 from allmend.report import numbers
 from allmend.report.page import write_report
-from allmend.results import POOLED, AuditTable, Estimate, UtilityTable
+from allmend.results import BASE, POOLED, AuditTable, Estimate, UtilityTable
 
 MakeRun = Callable[..., Path]
 
@@ -45,7 +45,8 @@ def estimates(run: Path) -> list[tuple[Estimate, numbers.Format, numbers.Format]
     return (
         [(e, numbers.percent, numbers.hundredths) for e in shares]
         + [(e, numbers.number, numbers.number) for e in plain]
-        + [(d.accuracy, numbers.points, numbers.points) for d in utility.differences]
+        + [(d.accuracy, numbers.points, numbers.points) for d in utility.differences if d.accuracy]
+        + [(d.log_perplexity, numbers.signed, numbers.signed) for d in utility.differences if d.log_perplexity]
     )
 
 
@@ -89,6 +90,30 @@ def test_summary_sets_single_copies_alone_beside_the_accounted_epsilon(
         summary = page[page.index("the accountant bounds") : page.index("Largest message")].replace("\u202f", " ")
         assert ("Measured from canaries with 1 copy: at least 1.50." in summary) is told
         assert "6.25" not in summary
+
+
+@pytest.mark.parametrize(("high", "said"), [(-1.1, "fell"), (0.1, "shows no difference:")])
+def test_without_questions_the_summary_is_about_perplexity(run: Path, high: float, said: str) -> None:
+    path = run / "results/utility.json"
+    table = UtilityTable.model_validate_json(path.read_bytes())
+    rows = [row.model_copy(update={"accuracy": None, "by_kind": {}}) for row in table.rows]
+    differences = [
+        d.model_copy(update={"accuracy": None, "log_perplexity": d.log_perplexity.model_copy(update={"high": high})})
+        if d.other == BASE and d.log_perplexity
+        else d.model_copy(update={"accuracy": None})
+        for d in table.differences
+    ]
+    path.write_text(table.model_copy(update={"rows": rows, "differences": differences}).model_dump_json())
+    seen = words(read(run)).replace("\u202f", " ").replace("\xa0", " ")
+    before, after = (
+        next(numbers.number(row.perplexity.value) for row in rows if (row.model, row.held_out) == (model, POOLED))
+        for model in (BASE, "fedavg")
+    )
+    assert f"{before} → {after}" in seen
+    assert f"Pooled held-out perplexity {said} from {before} to {after} with fedavg (−1.30 nats per token" in seen
+    assert "fedavg is better than members who train alone, on average (−0.70 nats per token" in seen
+    assert "Differences of log-perplexity" in seen
+    assert "Accuracy on held-out questions" not in seen
 
 
 def test_interval_over_zero_is_no_difference(run: Path) -> None:

@@ -31,7 +31,10 @@ def _show_utility(console: Console, utility: UtilityTable) -> None:
     for difference in utility.differences:
         if difference.held_out == POOLED:
             other = f"the mean of members' {difference.other}" if difference.other_is_member_mean else difference.other
-            console.print(f"{difference.model} against {other}: {points(difference.accuracy)}", highlight=False)
+            found = [points(difference.accuracy)] if difference.accuracy else []
+            if difference.log_perplexity:
+                found.append(f"log-perplexity {plain(difference.log_perplexity, '+.3f')} nats per token")
+            console.print(f"{difference.model} against {other}: {', '.join(found)}", highlight=False)
 
 
 def show_audit(console: Console, audit: AuditTable) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from allmend.intervals import paired_difference
+from allmend.intervals import paired_difference, ratio
 from allmend.learn.evaluate import Score, utility
 from allmend.results import BASE, POOLED, Difference, UtilityTable
 
@@ -71,18 +71,28 @@ def _against_members(first: ModelScores, members: Mapping[str, ModelScores]) -> 
 
 
 def _difference(first: ModelScores, others: Sequence[ModelScores], held_out: str) -> Difference | None:
-    """Paired by question; `None` where no question is asked."""
-    asked = [score.answer is not None for score in first.on(held_out)]
-    if not any(asked):
+    """Paired by record; `None` where there is none. The loss of several others is the mean of theirs."""
+    mine = first.on(held_out)
+    theirs = list(zip(*(other.on(held_out) for other in others), strict=True))
+    asked = [place for place, score in enumerate(mine) if score.answer is not None]
+    learnt = [place for place, score in enumerate(mine) if score.tokens]
+    if not asked and not learnt:
         return None
-    mine = [float(score.right) for score in first.on(held_out)]
-    columns = zip(*(other.on(held_out) for other in others), strict=True)
-    theirs = [sum(score.right for score in column) / len(others) for column in columns]
-    pairs = [(a, b) for a, b, question in zip(mine, theirs, asked, strict=True) if question]
     return Difference(
         model=first.model,
         other=others[0].model,
         held_out=held_out,
-        accuracy=paired_difference([a for a, _ in pairs], [b for _, b in pairs]),
+        accuracy=paired_difference(
+            [float(mine[place].right) for place in asked],
+            [sum(score.right for score in theirs[place]) / len(others) for place in asked],
+        )
+        if asked
+        else None,
+        log_perplexity=ratio(
+            [mine[place].nll - sum(score.nll for score in theirs[place]) / len(others) for place in learnt],
+            [mine[place].tokens for place in learnt],
+        )
+        if learnt
+        else None,
         other_is_member_mean=len(others) > 1,
     )

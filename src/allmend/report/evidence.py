@@ -139,7 +139,7 @@ class Evidence:
         return [row for member, row in self._rows.get((model, held_out), {}).items() if member is not None]
 
     def difference(self, model: str, other: str, held_out: str = POOLED) -> Difference | None:
-        """The paired difference of accuracy between two models on one held-out set."""
+        """The paired difference between two models on one held-out set."""
         known = self.utility.differences if self.utility else ()
         same = (d for d in known if (d.model, d.other, d.held_out) == (model, other, held_out))
         return next(same, None)

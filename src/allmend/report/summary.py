@@ -43,20 +43,44 @@ def _shown(difference: Estimate, better: str, worse: str) -> str:
 def _against_base(evidence: Evidence, model: str) -> Finding | None:
     after, before = evidence.row(model, POOLED), evidence.row(BASE, POOLED)
     if after is None or after.accuracy is None:
-        return None
+        return _perplexity_against_base(evidence, model)
     reached = numbers.percent(after.accuracy.value, 0)
     if before is None or before.accuracy is None:
         sentence = f"Pooled held-out accuracy is {reached} with {model}; the base model was not measured."
         return Finding(reached, "pooled held-out accuracy", sentence)
     shares = f"from {numbers.percent(before.accuracy.value, 0)} to {reached} with {model}"
     known = evidence.difference(model, BASE)
-    if known is None:
+    if known is None or known.accuracy is None:
         sentence = f"Pooled held-out accuracy went {shares} ({numbers.sample(after.accuracy)}); no interval."
         gained = after.accuracy.value - before.accuracy.value
         return Finding(f"{numbers.points(gained, 0)} points", "accuracy over the base model", sentence)
     verb = _shown(known.accuracy, "rose", "fell")
     sentence = f"Pooled held-out accuracy {verb} {shares} ({_points(known.accuracy)})."
     return Finding(f"{numbers.points(known.accuracy.value, 0)} points", "accuracy over the base model", sentence)
+
+
+def _nats(difference: Estimate) -> str:
+    return f"{numbers.signed(difference.value)} nats per token, {numbers.evidence(difference, numbers.signed)} tokens"
+
+
+def _perplexity_against_base(evidence: Evidence, model: str) -> Finding | None:
+    """What there is to say where no question is asked."""
+    after, before = evidence.row(model, POOLED), evidence.row(BASE, POOLED)
+    if after is None or after.perplexity is None:
+        return None
+    reached = numbers.number(after.perplexity.value)
+    if before is None or before.perplexity is None:
+        sentence = f"Pooled held-out perplexity is {reached} with {model}; the base model was not measured."
+        return Finding(reached, "pooled held-out perplexity", sentence)
+    was = numbers.number(before.perplexity.value)
+    known = evidence.difference(model, BASE)
+    if known is None or known.log_perplexity is None:
+        sentence = f"Pooled held-out perplexity went from {was} to {reached} with {model}; no interval."
+    else:
+        verb = _shown(known.log_perplexity, "rose", "fell")
+        sentence = f"Pooled held-out perplexity {verb} from {was} to {reached} with {model} "
+        sentence += f"({_nats(known.log_perplexity)}); lower is better."
+    return Finding(f"{was} → {reached}", "perplexity of held-out responses, before and after", sentence)
 
 
 def own_specialty(evidence: Evidence, shared: str, alone: str) -> list[tuple[str, Estimate, Estimate]]:
@@ -69,10 +93,28 @@ def own_specialty(evidence: Evidence, shared: str, alone: str) -> list[tuple[str
     return pairs
 
 
+def _perplexity_against_alone(evidence: Evidence, model: str, alone: str) -> Finding | None:
+    known = evidence.difference(model, alone)
+    if known is None or known.log_perplexity is None:
+        return None
+    verb = _shown(known.log_perplexity, "is worse than", "is better than")
+    verb = verb if verb.startswith("is") else "shows no difference from"
+    sentence = f"On the pooled held-out records {model} {verb} members who train alone, on average "
+    sentence += f"({_nats(known.log_perplexity)})."
+    rows = [(evidence.row(model, client), evidence.row(alone, client, client)) for client in evidence.clients]
+    pairs = [(a.perplexity, b.perplexity) for a, b in rows if a and b and a.perplexity and b.perplexity]
+    if pairs:
+        ahead = sum(ours.value < own.value for ours, own in pairs)
+        sentence += f" On each member’s own records its perplexity is below that of the member’s own model for {ahead} "
+        sentence += f"of {len(pairs)} (point estimates)."
+    figure = f"{numbers.signed(known.log_perplexity.value)} nats"
+    return Finding(figure, "log-perplexity against members alone; less is better", sentence)
+
+
 def _against_alone(evidence: Evidence, model: str, alone: str) -> Finding | None:
     known = evidence.difference(model, alone)
     ours, own = evidence.row(model, POOLED), [r.accuracy for r in evidence.members_rows(alone, POOLED) if r.accuracy]
-    if known is not None:
+    if known is not None and known.accuracy is not None:
         gap, behind = known.accuracy.value, f" ({_points(known.accuracy)})"
         verb = _shown(known.accuracy, "is better than", "is worse than")
         verb = verb if verb.startswith("is") else "shows no difference from"
@@ -81,7 +123,7 @@ def _against_alone(evidence: Evidence, model: str, alone: str) -> Finding | None
         verb = "is ahead of" if gap > 0 else "is not ahead of"
         behind = f" ({numbers.points(gap, 0)} points{behind})"
     else:
-        return None
+        return _perplexity_against_alone(evidence, model, alone)
     sentence = f"On the pooled questions {model} {verb} members who train alone, on average{behind}."
     pairs = own_specialty(evidence, model, alone)
     if pairs:

@@ -1,6 +1,7 @@
 """What the models can do: accuracy and perplexity on held-out records, and differences with their intervals."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 
 from allmend.report import numbers
@@ -133,33 +134,70 @@ def _pooled_first(evidence: Evidence) -> list[Difference]:
     return sorted(known, key=lambda d: (kinds.index((d.model, d.other)), d.held_out != POOLED))
 
 
-def _difference_plot(evidence: Evidence) -> Html:
+@dataclass(frozen=True)
+class _Measure:
+    """What models differ in.
+
+    Attributes:
+        name: in words.
+        unit: of the figures, as they are shown.
+        paired: by what.
+        pick: the difference.
+        form, brief: of a figure in full, and beside a row of a chart.
+        better: which way is better, in words.
+    """
+
+    name: str
+    unit: str
+    paired: str
+    pick: Callable[[Difference], Estimate | None]
+    form: Format
+    brief: Format
+    better: str = ""
+
+
+_MEASURES = (
+    _Measure(
+        "accuracy", "points", "question", lambda known: known.accuracy, numbers.points, lambda v: numbers.points(v, 0)
+    ),
+    _Measure(
+        "log-perplexity",
+        "nats per token",
+        "record",
+        lambda known: known.log_perplexity,
+        numbers.signed,
+        numbers.signed,
+        " Less than zero is better.",
+    ),
+)
+
+
+def _known(evidence: Evidence, measure: _Measure) -> list[tuple[Difference, Estimate]]:
+    return [(known, found) for known in _pooled_first(evidence) if (found := measure.pick(known)) is not None]
+
+
+def _difference_plot(evidence: Evidence, measure: _Measure) -> Html:
     groups: dict[str, list[Row]] = {}
-    for known in _pooled_first(evidence):
+    for known, found in _known(evidence, measure):
         if known.held_out != POOLED and known.held_out not in evidence.clients[:MOST]:
             continue
-        ends = numbers.interval(known.accuracy, lambda v: numbers.points(v, 0))
-        shown = numbers.points(known.accuracy.value, 0) + (f" ({ends})" if ends else "")
-        words = numbers.evidence(known.accuracy, numbers.points)
-        tip = f"{_named(evidence, known)}, on {known.held_out}\n{numbers.points(known.accuracy.value)} points, {words}"
-        row = Row(
-            known.model,
-            known.held_out,
-            look(evidence, known.model),
-            known.accuracy.value,
-            shown,
-            tip,
-            known.accuracy.low,
-            known.accuracy.high,
-        )
+        ends = numbers.interval(found, measure.brief)
+        shown = measure.brief(found.value) + (f" ({ends})" if ends else "")
+        words = numbers.evidence(found, measure.form)
+        tip = f"{_named(evidence, known)}, on {known.held_out}\n{measure.form(found.value)} {measure.unit}, {words}"
+        color = look(evidence, known.model)
+        row = Row(known.model, known.held_out, color, found.value, shown, tip, found.low, found.high)
         groups.setdefault(_named(evidence, known), []).append(row)
     if not groups:
         return Html("")
-    axis = Axis("difference, points", form=lambda share: numbers.points(share, 0), reference=0.0)
+    axis = Axis(f"difference, {measure.unit}", form=measure.brief, reference=0.0)
+    note = (
+        f"Paired by {measure.paired}, with 95 % intervals. An interval that covers the strong line shows no difference."
+    )
     return figure(
-        "Differences of accuracy",
-        interval_plot("Differences of accuracy in points", list(groups.items()), axis),
-        note="Paired by question, with 95 % intervals. An interval that covers the strong line shows no difference.",
+        f"Differences of {measure.name}",
+        interval_plot(f"Differences of {measure.name} in {measure.unit}", list(groups.items()), axis),
+        note=note + measure.better,
     )
 
 
@@ -210,22 +248,22 @@ def _everything(evidence: Evidence) -> Html:
     return details(f"All measurements ({numbers.counted(len(body), 'row')})", whole)
 
 
-def _differences(evidence: Evidence) -> Html:
+def _differences(evidence: Evidence, measure: _Measure) -> Html:
     body: Rows = [
         [
             _named(evidence, known),
             known.held_out,
-            Cell(numbers.points(known.accuracy.value), value=known.accuracy.value),
-            Cell(numbers.interval(known.accuracy, numbers.points) or numbers.NONE, value=known.accuracy.low),
-            Cell(numbers.count(known.accuracy.n), value=known.accuracy.n),
+            Cell(measure.form(found.value), value=found.value),
+            Cell(numbers.interval(found, measure.form) or numbers.NONE, value=found.low),
+            Cell(numbers.count(found.n), value=found.n),
         ]
-        for known in _pooled_first(evidence)
+        for known, found in _known(evidence, measure)
     ]
     if not body:
         return Html("")
-    head = ["Difference", "Held-out set", "Points", "95 % interval", "n"]
-    whole = table("Differences of accuracy, paired by question", head, body)
-    return details(f"Differences in figures ({numbers.counted(len(body), 'row')})", whole)
+    head = ["Difference", "Held-out set", measure.unit.capitalize(), "95 % interval", "n"]
+    whole = table(f"Differences of {measure.name}, paired by {measure.paired}", head, body)
+    return details(f"Differences of {measure.name} in figures ({numbers.counted(len(body), 'row')})", whole)
 
 
 def utility(evidence: Evidence) -> Html:
@@ -239,11 +277,12 @@ def utility(evidence: Evidence) -> Html:
         )
         intro += "held-out set, and the mean of all members’ models on each set."
     shares = (numbers.percent, numbers.hundredths)
+    plots = (_difference_plot(evidence, measure) for measure in _MEASURES)
     return section(
         "utility",
         "What the models can do",
         paragraph(intro),
-        tag("div", _accuracy_plot(evidence), _difference_plot(evidence), class_="charts"),
+        tag("div", _accuracy_plot(evidence), *plots, class_="charts"),
         _side_by_side(evidence, "Accuracy on held-out questions (95 % interval; n questions)", _accuracy, *shares),
         _side_by_side(
             evidence,
@@ -253,6 +292,6 @@ def utility(evidence: Evidence) -> Html:
             numbers.number,
         ),
         _by_kind(evidence),
-        _differences(evidence),
+        *(_differences(evidence, measure) for measure in _MEASURES),
         _everything(evidence),
     )
