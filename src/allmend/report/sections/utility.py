@@ -143,7 +143,7 @@ class _Measure:
         unit: of the figures, as they are shown.
         paired: by what.
         pick: the difference.
-        form, brief: of a figure in full, and beside a row of a chart.
+        form, brief, tick: of a figure in full, beside a row of a chart, and on its axis.
         better: which way is better, in words.
     """
 
@@ -153,12 +153,23 @@ class _Measure:
     pick: Callable[[Difference], Estimate | None]
     form: Format
     brief: Format
+    tick: Format
     better: str = ""
+
+
+def _whole_points(share: float) -> str:
+    return numbers.points(share, 0)
 
 
 _MEASURES = (
     _Measure(
-        "accuracy", "points", "question", lambda known: known.accuracy, numbers.points, lambda v: numbers.points(v, 0)
+        "accuracy",
+        "points",
+        "question",
+        lambda known: known.accuracy,
+        numbers.points,
+        _whole_points,
+        _whole_points,
     ),
     _Measure(
         "log-perplexity",
@@ -167,6 +178,7 @@ _MEASURES = (
         lambda known: known.log_perplexity,
         numbers.signed,
         numbers.signed,
+        numbers.tick,
         " Less than zero is better.",
     ),
 )
@@ -190,7 +202,7 @@ def _difference_plot(evidence: Evidence, measure: _Measure) -> Html:
         groups.setdefault(_named(evidence, known), []).append(row)
     if not groups:
         return Html("")
-    axis = Axis(f"difference, {measure.unit}", form=measure.brief, reference=0.0)
+    axis = Axis(f"difference, {measure.unit}", form=measure.tick, reference=0.0)
     note = (
         f"Paired by {measure.paired}, with 95 % intervals. An interval that covers the strong line shows no difference."
     )
