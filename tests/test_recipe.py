@@ -436,3 +436,13 @@ def test_the_json_schema_is_whole_and_describes_every_key() -> None:
         assert section["type"] == "object", name
         assert section["additionalProperties"] is (name == "StrategyChoice")
     assert "left" in schema["$defs"]["Data"]["properties"]["too_long"]["description"]
+
+
+def test_a_recipe_without_clients_takes_those_that_are_known_otherwise(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text('name = "joint"\n')
+    assert [client.name for client in load_recipe(path, members=["b", "a"]).clients] == ["b", "a"]
+    with pytest.raises(RecipeError, match="there are none"):
+        load_recipe(path)
+    path.write_text('[[clients]]\nname = "own"\ndata = "own.jsonl"\n')
+    assert [client.name for client in load_recipe(path, members=["b", "a"]).clients] == ["own"]

@@ -530,8 +530,12 @@ class RecipeError(UserError):
         return partial(type(self), self.problems, where=Path(self.where) if self.where else None), ()
 
 
-def load_recipe(path: Path | str) -> Recipe:
+def load_recipe(path: Path | str, *, members: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe file.
+
+    Args:
+        path: of the file.
+        members: the clients of a recipe that names none, where they are known otherwise.
 
     Raises:
         UserError: the file is absent or not TOML.
@@ -549,21 +553,24 @@ def load_recipe(path: Path | str) -> Recipe:
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", where=path, hint="Name a TOML file.") from error
     try:
-        return parse_recipe(text)
+        return parse_recipe(text, members=members)
     except RecipeError as error:
         raise locate(error, text, path) from None
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"is not valid TOML: {error}", where=path) from error
 
 
-def parse_recipe(text: str) -> Recipe:
-    """A recipe from TOML text.
+def parse_recipe(text: str, *, members: Sequence[str] = ()) -> Recipe:
+    """A recipe from TOML text; `members` as in `load_recipe`.
 
     Raises:
         RecipeError: everything that is wrong with it.
         tomllib.TOMLDecodeError: not TOML.
     """
-    return make_recipe(tomllib.loads(text))
+    values = tomllib.loads(text)
+    if members and "clients" not in values:
+        values["clients"] = [{"name": name, "data": "at the member"} for name in members]
+    return make_recipe(values)
 
 
 def make_recipe(values: Mapping[str, Any]) -> Recipe:

@@ -35,6 +35,14 @@ def test_without_a_place_the_private_key_goes_to_standard_output(allmend: Callab
     assert dump_key(read_key(Path("me.key"))).decode() == made.out
 
 
+def test_a_private_key_is_not_shown_on_a_screen(allmend: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    shown = allmend("member", "key")
+    assert shown.code == 2
+    assert shown.out == ""
+    assert "--out me.key" in shown.err
+
+
 def test_a_key_is_never_overwritten(allmend: Callable[..., Any]) -> None:
     allmend("member", "key", "--out", "me.key")
     before = Path("me.key").read_bytes()

@@ -95,7 +95,7 @@ def make_place(tmp_path: Path, tiny_folder: Path) -> Callable[..., Place]:
         for place, name in enumerate(names):
             rows = [
                 {"id": f"{name}-{i}", "prompt": f"{name}: {i} + {i}?", "choices": [f"{2 * i}", "none"], "answer": 0}
-                for i in range(8 + 2 * place)
+                for i in range(28 + 2 * place)
             ]
             (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         recipe = make_recipe(

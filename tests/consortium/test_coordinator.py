@@ -1,5 +1,6 @@
 """A run among organisations against the simulation of the same recipe, and members that do not come or agree."""
 
+import json
 import math
 import shutil
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from allmend.consortium.coordinator import TELL_AGAIN, WaitLog
-from allmend.consortium.member import MemberSide
+from allmend.consortium.member import FEWEST_SCORED, MemberSide
 from allmend.consortium.offer import Offer
 from allmend.errors import UserError
 from allmend.events import Joined, RunFinished, Waiting, Warned
@@ -122,6 +123,46 @@ def test_too_few_members_are_told_one_by_one(make_place: MakePlace) -> None:
     assert "south: did not come" in str(raised.value)
 
 
+def test_who_has_declined_may_think_again_while_there_are_too_few(make_place: MakePlace) -> None:
+    place = make_place()
+    answers = {"north": [False, False, True]}
+
+    def decide(name: str) -> Callable[..., bool]:
+        return lambda *what: answers[name].pop(0) if answers.get(name) else True
+
+    for name, side in place.sides.items():
+        side.agree = decide(name)
+    run = place.coordinate(fewest=3)
+    assert [event.members for event in run.history() if isinstance(event, Joined)] == [["east", "north", "south"]]
+    told = [event.message for event in run.history() if isinstance(event, Warned) and "declined" in event.message]
+    assert told == ["north: declined; it may join as long as others are waited for"]
+
+
+def test_nobody_is_waited_for_who_has_declined_where_enough_have_joined(make_place: MakePlace) -> None:
+    place = make_place(canaries={"copies": [2], "count": 3, "clients": ["east", "south"]})
+    place.sides["north"].agree = lambda *what: False
+    run = place.coordinate(fewest=2, join=1000.0)
+    assert [event.members for event in run.history() if isinstance(event, Joined)] == [["east", "south"]]
+    assert place.post.now < 100
+
+
+def test_a_member_with_few_held_out_records_sends_no_sums_over_them(make_place: MakePlace) -> None:
+    """The sum over a single record is that record's."""
+    place = make_place()
+    path = place.folder / "east.jsonl"
+    rows = [json.loads(line) | {"split": "train"} for line in path.read_text().splitlines()]
+    for row in rows[: FEWEST_SCORED - 1]:
+        row["split"] = "test"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    whole = place.coordinate().read_table("utility", UtilityTable)
+    assert whole is not None
+    others = sum(
+        sum(1 for line in (place.folder / f"{name}.jsonl").read_text().splitlines()) for name in ("north", "south")
+    )
+    asked = next(row.accuracy.n for row in whole.rows if row.model == "base" and row.accuracy)
+    assert 0 < asked < others
+
+
 def test_a_member_that_does_not_come_is_left_out(make_place: MakePlace) -> None:
     place = make_place(compare={}, canaries=None)
     place.post.absent = {"south"}
@@ -171,7 +212,7 @@ def test_another_recipe_or_other_members_are_another_run(make_place: MakePlace) 
     place = make_place(compare={}, canaries=None)
     place.coordinate()
     place.recipe = place.recipe.model_copy(update={"seed": 4})
-    with pytest.raises(UserError, match="recipe differ from what the run was started with"):
+    with pytest.raises(UserError, match="recipe is not what the run was started with"):
         place.coordinate()
 
 

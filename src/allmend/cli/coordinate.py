@@ -40,16 +40,17 @@ def coordinate(
     check_installed()
     from allmend.consortium import coordinator
     from allmend.consortium.coordinator_end import open_door
-    from allmend.federation.engines.flower.door import Listen, address
+    from allmend.federation.engines.flower.door import Listen, address, check_free
     from allmend.federation.keys import fingerprint, read_members
     from allmend.federation.pki import Files
     from allmend.recipe import load_recipe, located
 
     console = Console(quiet=as_json)
-    loaded = load_recipe(recipe)
     registered = read_members(members)
+    loaded = load_recipe(recipe, members=list(registered))
     folder = out or Path("runs") / loaded.name
     host, port = address(listen)
+    check_free(host, port)  # before there is a folder of a run that could not begin
     files = Files(pki)
     where = Listen(host, port) if insecure else Listen(host, port, files.server, files.server_key)
     for name, key in registered.items():

@@ -24,7 +24,9 @@ def join(
     name: Annotated[str, typer.Option(help="This member's name, as the coordinator has registered it.")],
     ca: Annotated[Path | None, typer.Option(help="The coordinator's ca.pem.")] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Plain HTTP, to a coordinator on this machine.")] = False,
-    folder: Annotated[Path | None, typer.Option(help="Where this member keeps what is its own.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Where this member keeps what is its own; allmend-NAME when absent.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Take the base model from here.")] = None,
     accept: Annotated[str | None, typer.Option(help="Agree to the offer with this hash without being asked.")] = None,
     patience: Annotated[float, typer.Option(help="Seconds of silence after which to give up; 0 for never.")] = 0.0,
@@ -55,15 +57,18 @@ def join(
     place = folder or Path(f"allmend-{name}")
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
 
+    fault: list[UserError] = []
+
     def agree(offer: "Offer", recipe: "Recipe", client: "EncodedClient") -> bool:
         _show(console, offer, recipe, client)
+        again = f"To agree to this one: --accept {offer.digest}"
         if accept is not None:
             if accept == offer.digest:
                 return True
-            console.print("The offer is another than --accept names.", style="yellow")
+            fault.append(UserError("the offer is another than --accept names", where="--accept", hint=again))
             return False
         if not console.is_terminal:
-            console.print(f"Nobody is here to agree. To agree: --accept {offer.digest}", style="yellow")
+            fault.append(UserError("nobody is here to agree", where="allmend join", hint=again))
             return False
         return typer.confirm("Take part?")
 
@@ -89,15 +94,20 @@ def join(
             console.print("Going on with the run that was agreed to.")
         console.print(f"Joining {address} as {name}", highlight=False)
         serve(side, node)
+    if fault:
+        raise fault[0]
     if side.declined:
         console.print("Declined; nothing has left.")
         raise typer.Exit(1)
     console.print(f"The run has ended. This member's folder: {place}", highlight=False, soft_wrap=True)
+    for outcome in sorted(place.glob("runs/*/arms/*/adapter")) + sorted(place.glob("runs/*/arms/*/model")):
+        console.print(f"Model   {outcome}", highlight=False, soft_wrap=True)
 
 
 def _show(console: Console, offer: "Offer", recipe: "Recipe", client: "EncodedClient") -> None:
     """The offer in words: what leaves, who sees it, what protects it."""
     from allmend.cli.disclosure import guarantee
+    from allmend.consortium.member import FEWEST_SCORED
     from allmend.federation.arm import strategy_of
     from allmend.federation.keys import fingerprint
     from allmend.federation.privacy.layers import in_words
@@ -131,4 +141,15 @@ def _show(console: Console, offer: "Offer", recipe: "Recipe", client: "EncodedCl
             console.print(guarantee(whose, account), highlight=False)
         for words in in_words(arm.privacy):
             console.print(words[0].upper() + words[1:] + ".", highlight=False)
-    console.print("Scores on your held-out records leave as sums. Your records do not leave.", highlight=False)
+    console.print(
+        "The coordinator also sees, of this member by itself and behind no masks: sums over your held-out records of "
+        "their log-likelihoods and right answers under the shared models"
+        + (", and how often each canary was learnt from." if planted else ".")
+        + " Your records do not leave.",
+        highlight=False,
+    )
+    if len(client.held_out) < FEWEST_SCORED:
+        console.print(
+            f"You hold out fewer than {FEWEST_SCORED} records, and sums would tell of each: no such sums leave.",
+            highlight=False,
+        )

@@ -1,5 +1,6 @@
 """`allmend member`: the key that a member is known by."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +25,10 @@ def key(
 ) -> None:
     """Make a private key, or show the public key of one.
 
+    A new one:                allmend member key --out me.key
+
+    Its public line:          allmend member key --public me.key
+
     The private key stays with the member. The coordinator registers the public one.
     """
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -40,6 +45,10 @@ def key(
         return
     made = Ed25519PrivateKey.generate()
     if out is None:
+        if sys.stdout.isatty():
+            raise UserError(
+                "a private key does not belong on a screen", hint="Name a file: allmend member key --out me.key"
+            )
         print(dump_key(made).decode(), end="")
         return
     if out.exists():

@@ -61,6 +61,9 @@ GOODBYE = 15.0
 
 Listener = Callable[[Event], None]
 
+ASK_AGAIN = 15.0
+"""Seconds after which members are asked anew while somebody has declined: those who have come back hear of it."""
+
 TELL_AGAIN = 60.0
 """Seconds after which the log tells again who is waited for, while nothing has changed."""
 
@@ -78,6 +81,12 @@ class Patience:
     join: float = 3600.0
     leg: float = 3600.0
     fewest: int = 2
+
+
+def fewest_of(recipe: Recipe, patience: Patience) -> int:
+    """Members that a run needs: as many as are asked for, and as a sum needs that nobody looks behind."""
+    layers = (arm.privacy.secure_aggregation for arm in recipe.arms().values())
+    return max([patience.fewest, *(layer.fewest for layer in layers if layer is not None)])
 
 
 @dataclass
@@ -131,21 +140,14 @@ class Coordination:
     @property
     def fewest(self) -> int:
         """Members that must be there: as many as are asked for, and as a sum needs that nobody looks behind."""
-        layers = (arm.privacy.secure_aggregation for arm in self.recipe.arms().values())
-        return max([self.patience.fewest, *(layer.fewest for layer in layers if layer is not None)])
+        return fewest_of(self.recipe, self.patience)
 
     def check(self) -> None:
-        """Refuse what could only fail later: too few members, or too small a disk.
+        """Refuse what could only fail later: too small a disk.
 
         Raises:
             UserError: so it is; nothing has begun.
         """
-        if len(self.keys) < self.fewest:
-            raise UserError(
-                f"{self.fewest} members are the fewest, and {len(self.keys)} are registered",
-                where="members",
-                hint="Register more, or lower --fewest and privacy.secure_aggregation.fewest.",
-            )
         needed = 0
         for arm in self.recipe.arms().values():
             strategy = strategy_of(arm, seed=self.recipe.seed)
@@ -177,10 +179,12 @@ class Coordination:
         self.log.emit(Offered(digest=offer.digest, members=self._everybody))
         question = dump({}, {"ask": "offer", **offer.about})
         told = dict.fromkeys(self._everybody, "did not come")
-        joined, waiting, pause = list[str](), set(self._everybody), 1.0
+        joined, declined, waiting, pause = list[str](), set[str](), set(self._everybody), 1.0
         end = self.exchange.clock() + self.patience.join
-        while waiting and (left := end - self.exchange.clock()) > 0:
-            for name, reply in self._ask(dict.fromkeys(waiting, question), seconds=left):
+        # who has declined may think again, as long as others are waited for or too few have joined
+        while (waiting or (declined and len(joined) < self.fewest)) and (left := end - self.exchange.clock()) > 0:
+            left = min(left, ASK_AGAIN) if declined else left
+            for name, reply in self._ask(dict.fromkeys(waiting | declined, question), seconds=left):
                 if reply is None:
                     continue
                 if not isinstance(reply, Reply):  # it may come again, with what was amiss put right
@@ -190,16 +194,19 @@ class Coordination:
                     continue
                 waiting.discard(name)
                 if reply.seen_facts.get("accepted") == offer.digest:
+                    declined.discard(name)
                     joined.append(name)
                     del told[name]
-                else:
+                elif name not in declined:
+                    declined.add(name)
                     told[name] = "declined"
+                    self.log.emit(Warned(message=f"{name}: declined; it may join as long as others are waited for"))
             self.exchange.sleep(pause)
             pause = min(60.0, 2 * pause)
         joined.sort()
         reasons = [f"{name}: {words}" for name, words in told.items()]
         for name in told:
-            if told[name] in ("did not come", "declined"):  # other reasons were told when they came
+            if told[name] == "did not come":  # other reasons were told when they came
                 self.log.emit(Warned(message=f"{name}: {told[name]}"))
         if len(joined) < self.fewest:
             raise UserError(
@@ -458,12 +465,20 @@ def coordinate(
         changed = [key for key in ("recipe", "model", "members") if run.facts.get(key) != facts[key]]
         if changed:
             raise UserError(
-                f"{' and '.join(changed)} differ from what the run was started with",
+                f"{' and '.join(changed)} {'differ' if changed[1:] else 'is not'} "
+                f"{'from what' if changed[1:] else 'what'} the run was started with",
                 where=run.path,
                 hint="Restore them, or choose another folder with --out.",
             )
     else:
         run.check_free()
+    fewest = fewest_of(recipe, patience)
+    if len(members) < fewest:
+        raise UserError(
+            f"{fewest} members are the fewest, and {len(members)} are registered",
+            where="members",
+            hint="Register more, or lower --fewest and privacy.secure_aggregation.fewest.",
+        )
     with run.lock(), threads(recipe):
         resumed = run.marker.exists()
         finished = resumed and any(isinstance(event, RunFinished) for event in run.history())

@@ -57,6 +57,10 @@ class Joined:
     site: Site
 
 
+FEWEST_SCORED = 5
+"""Held-out records below which a member sends no sums over them: they would tell of each."""
+
+
 @dataclass
 class MemberSide:
     """Answers a coordinator's questions.
@@ -248,6 +252,8 @@ class MemberSide:
                 found = score(module, held_out, encoded, tokens_per_pass=recipe.evaluation.tokens_per_pass)
             write_scores(path, [ModelScores(name, None, {self.name: found})])
         mine = read_scores(path)[0].by_client[self.name]
+        if len(mine) < FEWEST_SCORED:
+            return Reply()
         facts = Moments.of(mine).facts("held_out")
         for other in others:
             before = joined.site.folder / "scores" / f"{other}.json"

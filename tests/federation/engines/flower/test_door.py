@@ -17,7 +17,7 @@ from flwr.proto import fleet_pb2
 from allmend.errors import UserError
 from allmend.federation import pki
 from allmend.federation.engines.flower import letters
-from allmend.federation.engines.flower.door import LARGEST_REQUEST, Door, Listen, address
+from allmend.federation.engines.flower.door import LARGEST_REQUEST, Door, Listen, address, check_free
 from allmend.federation.engines.flower.node import Letter, Node
 from allmend.federation.engines.flower.post import Answered, Post
 from allmend.federation.engines.flower.signing import Gate, sign_request
@@ -173,6 +173,45 @@ def test_a_coordinator_that_begins_anew_finds_its_members_and_no_old_letter(fold
             assert here.ask("a", b"after") == b"retfa"
 
 
+def test_another_run_behind_the_same_door_finds_the_members_that_are_there(tmp_path: Path) -> None:
+    """Its database has other numbers for them."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    with coordinator(tmp_path / "one") as here:
+        port = here.door.port
+        there = Node(here.address, KEYS["b"], None, patience=20.0)
+        thread = threading.Thread(target=answering, args=(there,), daemon=True)
+        there.connect()
+        thread.start()
+        assert here.ask("b", b"before") == b"erofeb"
+    with coordinator(tmp_path / "two", port=port) as here:
+        while "b" not in here.post.online():
+            time.sleep(0.05)
+        assert here.ask("b", b"after") == b"retfa"
+        there.close()
+    thread.join(5)
+
+
+def answering(there: Node) -> None:
+    with contextlib.suppress(UserError, RuntimeError):  # closed while it asks
+        for letter in there.receive(poll=0.05):
+            there.answer(letter, letter.data[::-1])
+
+
+@pytest.mark.parametrize(("tls", "words"), [(True, "no TLS"), (False, "not speak plain HTTP")])
+def test_who_speaks_otherwise_than_the_door_is_told(tls: bool, words: str, folder: Path) -> None:
+    pki.make_pki(folder / "pki", [HOST], days=1)
+    with coordinator(folder, tls=None if tls else folder / "pki") as here:
+        there = Node(here.address, KEYS["a"], pki.Files(folder / "pki").ca if tls else None, patience=20.0)
+        with pytest.raises(UserError, match=words):
+            there.connect()
+
+
+def test_a_machine_that_nobody_knows_is_told_at_once() -> None:
+    with pytest.raises(UserError, match="no machine of this name"):
+        Node("nowhere.invalid:1", KEYS["a"], None, patience=20.0).connect()
+
+
 def test_an_answer_of_more_objects_than_were_asked_for_does_not_come_in(folder: Path) -> None:
     chunks = letters.objects_of(LARGEST) + 1
     content = b"".join(bytes([number]) * letters.CHUNK for number in range(chunks))
@@ -247,6 +286,8 @@ def test_without_tls_the_door_is_for_this_machine_alone(folder: Path) -> None:
 
 def test_a_port_that_is_taken_is_named(folder: Path) -> None:
     with coordinator(folder) as here:
+        with pytest.raises(UserError, match=rf"cannot listen on {HOST}:{here.door.port}"):
+            check_free(HOST, here.door.port)
         with pytest.raises(UserError, match=rf"cannot listen on {HOST}:{here.door.port}"):
             Door(here.post.links, Gate({}), Listen(HOST, here.door.port), here.post.most_objects)
         with member(here.address):

@@ -33,3 +33,4 @@ def quiet() -> None:
     logger.handlers.clear()
     logger.propagate = True
     logger.setLevel(logging.CRITICAL)
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)

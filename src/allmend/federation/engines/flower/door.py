@@ -9,6 +9,7 @@ import ipaddress
 import itertools
 import json
 import logging
+import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
@@ -229,18 +230,18 @@ class Door:
         try:
             config.load()
         except OSError as error:  # ssl.SSLError is one
-            raise UserError(f"the certificate cannot be used: {error}", where=listen.certificate) from error
+            raise UserError(
+                f"the certificate cannot be used: {error.strerror or error}",
+                where=listen.certificate,
+                hint="`allmend pki init` makes one; --pki names its folder.",
+            ) from error
         self._server = uvicorn.Server(config)
         try:
-            socket = config.bind_socket()
+            bound = config.bind_socket()
         except SystemExit:
-            raise UserError(
-                f"cannot listen on {listen.host}:{listen.port}: it is taken, or not this machine's",
-                where="--listen",
-                hint="Stop what has it, or choose another port.",
-            ) from None
-        self.port: int = socket.getsockname()[1]
-        self._thread = threading.Thread(target=self._server.run, args=([socket],), name="door", daemon=True)
+            raise _taken(listen.host, listen.port) from None
+        self.port: int = bound.getsockname()[1]
+        self._thread = threading.Thread(target=self._server.run, args=([bound],), name="door", daemon=True)
         self._thread.start()
         while not self._server.started and self._thread.is_alive():
             time.sleep(0.01)
@@ -249,6 +250,28 @@ class Door:
         """Stop listening."""
         self._server.should_exit = True
         self._thread.join(10)
+
+
+def check_free(host: str, port: int) -> None:
+    """Raise unless this machine can listen there.
+
+    Raises:
+        UserError: it cannot.
+    """
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind((host, port))
+        except OSError:
+            raise _taken(host, port) from None
+
+
+def _taken(host: str, port: int) -> UserError:
+    return UserError(
+        f"cannot listen on {host}:{port}: it is taken, or not this machine's",
+        where="--listen",
+        hint="Stop what has it, or choose another port.",
+    )
 
 
 def address(text: str) -> tuple[str, int]:

@@ -24,6 +24,8 @@ from allmend.federation.engines.flower.signing import sign_request
 HEARTBEAT = 10.0
 """Seconds, the least that Flower takes: after two without one a member counts as absent."""
 
+UNKNOWN_HOST = ("Name or service not known", "nodename nor servname", "No address associated")
+
 T = TypeVar("T")
 
 
@@ -108,7 +110,12 @@ class Node:
             poll: seconds between questions while there is none.
         """
         while not self._closed.is_set():
-            found = self._try(lambda: self._client.PullMessages(fleet_pb2.PullMessagesRequest(node=self._node)))
+            ask = fleet_pb2.PullMessagesRequest(node=self._node)
+            found = self._try(lambda: self._client.PullMessages(ask), gone=None)  # noqa: B023
+            if found is None:  # another run behind the same door: it knows this member by another number
+                self._closed.wait(poll)
+                self._activate()
+                continue
             if not found.messages_list:
                 self._closed.wait(poll)
                 continue
@@ -118,7 +125,7 @@ class Node:
             if any(part is None for part in objects.values()):
                 continue  # the coordinator has begun anew, and will send again
             request = message_pb2.ConfirmMessageReceivedRequest(node=self._node, run_id=run, message_object_id=id)
-            self._try(lambda: self._client.ConfirmMessageReceived(request))  # noqa: B023
+            self._try(lambda: self._client.ConfirmMessageReceived(request), gone=None)  # noqa: B023
             data = letters.read(id, {part: value for part, value in objects.items() if value is not None})
             yield Letter(id, run, data, message.metadata.created_at + message.metadata.ttl)
 
@@ -173,8 +180,8 @@ class Node:
         self._node = node_pb2.Node(node_id=found.node_id)
 
     def _heartbeats(self) -> None:
-        request = heartbeat_pb2.SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT)
         while not self._closed.wait(HEARTBEAT * 0.8):
+            request = heartbeat_pb2.SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT)
             with contextlib.suppress(httpx.HTTPError, ValueError):
                 self._client.SendNodeHeartbeat(request)
 
@@ -217,14 +224,10 @@ class Node:
                     raise
                 why = f"the coordinator answers {status}"
             except httpx.ConnectError as error:
-                if "CERTIFICATE_VERIFY_FAILED" in str(error) or "certificate verify failed" in str(error):
-                    raise UserError(
-                        f"the coordinator's certificate is not to be trusted: {error}",
-                        where=self.address,
-                        hint="Ask the coordinator for its ca.pem, and use a name that its certificate has.",
-                    ) from None
+                self._explain(str(error))
                 why = f"the coordinator cannot be reached: {error}"
             except (httpx.TransportError, ValueError) as error:
+                self._explain(str(error))
                 why = f"the connection was cut: {error}"
             if time.monotonic() - began > self.patience:
                 raise UserError(why, where=self.address, hint="Try again later.") from None
@@ -233,6 +236,26 @@ class Node:
             if self._closed.is_set():
                 raise UserError("the connection was closed", where=self.address)
             wait = min(5.0, 2 * wait)
+
+    def _explain(self, error: str) -> None:
+        """Raise where waiting would mend nothing."""
+        what, hint = "", ""
+        if "certificate verify failed" in error.replace("_", " ").lower():
+            what = f"the coordinator's certificate is not to be trusted: {error}"
+            hint = "Ask the coordinator for its ca.pem."
+            if "mismatch" in error or "not valid for" in error:
+                hint = "Use a name that its certificate has; `allmend pki renew NAME` at the coordinator adds one."
+        elif self._node is None and "WRONG_VERSION_NUMBER" in error:
+            what, hint = (
+                "this door speaks plain HTTP, and no TLS",
+                "Look at the port; with --insecure there, join so too.",
+            )
+        elif self._node is None and self.ca is None and "disconnected without sending" in error:
+            what, hint = "this door does not speak plain HTTP", "Leave out --insecure, and name its ca.pem with --ca."
+        elif self._node is None and any(words in error for words in UNKNOWN_HOST):
+            what, hint = f"no machine of this name is known here: {error}", "Look at the address, and at the network."
+        if what:
+            raise UserError(what, where=self.address, hint=hint) from None
 
 
 def _detail(response: httpx.Response) -> str:
