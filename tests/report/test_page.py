@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 
 from allmend.errors import UserError
-from allmend.events import RoundDone, RunFinished, RunStarted, StepDone, Stopped, read_events
+from allmend.events import Offered, RoundDone, RunFinished, RunStarted, StepDone, Stopped, read_events
 from allmend.report import numbers
 from allmend.report.page import write_report
 from allmend.results import BASE, POOLED, AuditTable, Estimate, UtilityTable
@@ -305,3 +305,12 @@ def test_a_run_without_canaries_owes_no_audit(make_run: Callable[..., Path]) -> 
     run = make_run(recipe='name = "plain"\n')
     (run / "results/audit.json").unlink()
     assert "was not audited" not in words(read(run))
+
+
+def test_among_organisations_the_time_of_a_round_is_not_called_training(run: Path) -> None:
+    assert "Exchange, aggregation and checkpoints took" in words(read(run))
+    with (run / "events.jsonl").open("a") as log:
+        log.write(Offered(digest="ab" * 32, members=["a", "b"]).model_dump_json() + "\n")
+    seen = words(read(run))
+    assert "Exchange, aggregation and checkpoints took" not in seen
+    assert "Waiting for members" in seen

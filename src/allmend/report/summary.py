@@ -213,7 +213,7 @@ def _exchanged(evidence: Evidence) -> Finding | None:
     sentence = (
         f"Largest message: {numbers.size(max(messages))} per member and round; {numbers.size(sum(messages))} in all."
     )
-    if whole > 0:
+    if whole > 0 and not evidence.offered:
         share = numbers.percent((whole - busy) / whole)
         sentence += f" Exchange, aggregation and checkpoints took {share} of the rounds’ time."
     return Finding(numbers.size(max(messages)), "largest message", sentence)

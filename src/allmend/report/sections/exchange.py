@@ -65,8 +65,11 @@ def _by_round(evidence: Evidence) -> Html:
                     loss,
                 ]
             )
-    head = ["Arm", "Round", "Members", "To members", "From members", "Training", "Rest", "Rest, share", "Loss"]
-    caption = "Rounds: bytes and seconds; the rest is exchange, aggregation and checkpoint"
+    # members on other machines do not tell how long they train: what is known is how long they were waited for
+    work = "Waiting for members" if evidence.offered else "Training"
+    left = "aggregation and checkpoint" if evidence.offered else "exchange, aggregation and checkpoint"
+    head = ["Arm", "Round", "Members", "To members", "From members", work, "Rest", "Rest, share", "Loss"]
+    caption = f"Rounds: bytes and seconds; the rest is {left}"
     return table(caption, head, body)
 
 
