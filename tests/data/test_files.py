@@ -81,7 +81,7 @@ def as_parquet(rows: list[dict[str, Any]]) -> bytes:
         ("d.json", jsonl(*QA).encode()),
         ("d.jsonl.gz", gzip.compress(jsonl(*QA).encode())),
         ("d.csv", as_csv(QA)),
-        ("D.CSV.GZ", gzip.compress(as_csv(QA))),
+        ("D.CSV.GZ", gzip.compress(as_csv(QA), mtime=0)),
         ("d.parquet", as_parquet(QA)),
         ("bom.jsonl", b"\xef\xbb\xbf" + jsonl(*QA).encode()),
         ("bom.csv", b"\xef\xbb\xbf" + as_csv(QA)),
@@ -371,9 +371,9 @@ def test_foreign_files(data: Folder) -> None:
     assert "zip archive" in data.error(archive.getvalue())
     assert "pickle" in data.error(pickle.dumps(QA))
     assert "Parquet" in data.error(as_parquet(QA))
-    assert ".gz" in data.error(gzip.compress(b"{}"))
+    assert ".gz" in data.error(gzip.compress(b"{}", mtime=0))
     assert "UTF-16" in data.error(jsonl(*QA).encode("utf-16"))
-    assert "zip archive" in data.error(gzip.compress(archive.getvalue()), "d.jsonl.gz")
+    assert "zip archive" in data.error(gzip.compress(archive.getvalue(), mtime=0), "d.jsonl.gz")
     assert "readable Parquet" in data.error(jsonl(*QA), "d.parquet")
     assert "readable Parquet" in data.error(as_parquet(QA)[:-20], "d.parquet")
     assert "not a format" in data.error("x", "d.xlsx")
