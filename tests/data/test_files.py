@@ -79,7 +79,7 @@ def as_parquet(rows: list[dict[str, Any]]) -> bytes:
     [
         ("d.jsonl", jsonl(*QA).encode()),
         ("d.json", jsonl(*QA).encode()),
-        ("d.jsonl.gz", gzip.compress(jsonl(*QA).encode())),
+        ("d.jsonl.gz", gzip.compress(jsonl(*QA).encode(), mtime=0)),
         ("d.csv", as_csv(QA)),
         ("D.CSV.GZ", gzip.compress(as_csv(QA), mtime=0)),
         ("d.parquet", as_parquet(QA)),
