@@ -36,6 +36,17 @@ threads = 1
 """
 
 
+CANARIES = """
+[canaries]
+copies = [1]
+count = 4
+[audit]
+exposure = []
+membership_records = 0
+prefix_tokens = [5]
+"""
+
+
 @dataclass
 class Shown:
     """What a command left: its exit code and what it wrote."""

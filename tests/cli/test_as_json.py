@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import typer
 import typer.main
+from tests.cli.conftest import CANARIES
 
 from allmend.cli import app
 from allmend.cli.as_json import print_json
@@ -15,16 +16,7 @@ from allmend.events import read_events
 
 Allmend = Callable[..., Any]
 
-CANARIES = """
-[canaries]
-copies = [1]
-count = 4
-[audit]
-exposure = []
-membership_records = 0
-prefix_tokens = [5]
-[compare.masks.privacy.secure_aggregation]
-fewest = 3
+NOISE = """
 [compare.noise.privacy.record]
 noise_multiplier = 1.0
 delta = 1e-2
@@ -33,7 +25,7 @@ delta = 1e-2
 
 def test_a_run_from_its_dry_run_to_its_audit(allmend: Allmend, workplace: Path) -> None:
     with Path("recipe.toml").open("a") as file:
-        file.write(CANARIES.replace("[compare.masks.privacy.secure_aggregation]\nfewest = 3\n", ""))
+        file.write(CANARIES + NOISE)
     plan = allmend("tune", "recipe.toml", "--dry-run", "--json")
     assert (plan.code, plan.err) == (0, "")
     found = json.loads(plan.out)

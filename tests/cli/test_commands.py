@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.cli.conftest import CANARIES
 
 import allmend as package
 from allmend.cli.recipe import packaged
@@ -23,22 +24,18 @@ from allmend.run import RunFolder
 
 Allmend = Callable[..., Any]
 
-CANARIES = """
-[canaries]
-copies = [1]
-count = 4
-[audit]
-exposure = []
-membership_records = 0
-prefix_tokens = [5]
+AUDITED = (
+    CANARIES
+    + """
 [compare.local.strategy]
 name = 'local'
 """
+)
 
 
 def test_from_recipe_to_report(allmend: Allmend, workplace: Path) -> None:
     with Path("recipe.toml").open("a") as file:
-        file.write(CANARIES)
+        file.write(AUDITED)
     shown = allmend("recipe", "check", "recipe.toml")
     assert (shown.code, shown.err) == (0, "")
     shown = allmend("tune", "recipe.toml")
@@ -103,7 +100,7 @@ def test_audits_of_a_run_a_model_and_ones_own_records(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     with Path("recipe.toml").open("a") as file:
-        file.write(CANARIES.replace("local'", "centralised'").replace("compare.local", "compare.pooled"))
+        file.write(AUDITED.replace("local'", "centralised'").replace("compare.local", "compare.pooled"))
     assert allmend("tune", "recipe.toml").code == 0
     run = {path: path.read_bytes() for path in Path("runs/tiny").rglob("*") if path.is_file() and path.name != "lock"}
 
@@ -162,7 +159,7 @@ CANARY_FILE = "runs/tiny/canaries.jsonl"
 
 def test_a_dry_run_shows_what_leaves_and_writes_nothing(allmend: Allmend, workplace: Path) -> None:
     with Path("recipe.toml").open("a") as file:
-        file.write(CANARIES.replace("local", "centralised"))
+        file.write(AUDITED.replace("local", "centralised"))
     before = sorted(workplace.rglob("*"))
     shown = allmend("tune", "recipe.toml", "--dry-run")
     assert (shown.code, shown.err) == (0, "")

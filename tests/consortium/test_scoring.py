@@ -65,3 +65,11 @@ def test_nobody_is_no_row() -> None:
     empty = Moments.from_facts({}, "arm").utility("arm")
     assert (empty.perplexity, empty.accuracy, empty.chance) == (None, None, None)
     assert Paired.from_facts({}, "x").difference("a", "b") is None
+
+
+@pytest.mark.parametrize("key", ["nll", "squared_nll", "product", "tokens", "records", "total", "asked"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e300])
+def test_sums_that_would_spoil_those_of_others_are_not_possible(key: str, value: float) -> None:
+    facts = Paired.of([Score("0", "", 2.0, 3)], [Score("0", "", 3.0, 3)]).facts("x")
+    assert Paired.from_facts(facts, "x").possible
+    assert not Paired.from_facts(facts | {f"x/{key}": value}, "x").possible

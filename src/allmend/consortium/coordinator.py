@@ -330,7 +330,9 @@ class Coordination:
             if not isinstance(reply, Reply):
                 self.log.emit(Warned(message=f"client {name!r} has not scored {model!r}: {reply or 'no answer'}"))
                 continue
-            if not Moments.from_facts(reply.summed_facts, "held_out").possible:
+            told = [Moments.from_facts(reply.summed_facts, "held_out")]
+            paired = [Paired.from_facts(reply.summed_facts, f"against {other}") for other in others]
+            if not all(one.possible for one in (*told, *paired)):
                 self.log.emit(Warned(message=f"client {name!r} has scored {model!r} with numbers that cannot be"))
                 continue
             answered += 1
