@@ -6,7 +6,7 @@ readers are concerned: a torn last line (a killed process) is ignored.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -110,11 +110,18 @@ class PhaseDone(_Event):
 
 
 class WorkDone(_Event):
-    """Progress inside a phase: `share` (0 … 1) of the work that `RunStarted` announced for it."""
+    """Progress inside a phase: `share` (0 … 1) of the work that was announced for it."""
 
     type: Literal["progress"] = "progress"
     phase: str
     share: float
+
+
+class WorkPlanned(_Event):
+    """Work on models that are there already begins, such as another audit; `work` as in `RunStarted`."""
+
+    type: Literal["work.planned"] = "work.planned"
+    work: dict[str, float]
 
 
 class Offered(_Event):
@@ -174,6 +181,7 @@ class RunFinished(_Event):
 
 Event = Annotated[
     RunStarted
+    | WorkPlanned
     | Offered
     | Joined
     | Waiting
@@ -221,6 +229,16 @@ def _without_void(events: list[Event]) -> Iterator[Event]:
             continue
         kept.append(event)
     yield from reversed(kept)
+
+
+def to_all(listeners: Iterable[Callable[[Event], None]]) -> Callable[[Event], None]:
+    """A function that tells every listener of an event, where no run keeps it."""
+
+    def emit(event: Event) -> None:
+        for listener in listeners:
+            listener(event)
+
+    return emit
 
 
 def dump_event(event: Event) -> bytes:

@@ -11,9 +11,9 @@ import torch
 
 import allmend
 from allmend.auditing.guarantees import privacy_table
-from allmend.auditing.learnt import write_learnt
+from allmend.auditing.learnt import NeverLearntError, write_learnt
 from allmend.auditing.outcomes import audited
-from allmend.auditing.runs import VIEWS, audit_arms, design_digest, expected_tokens, write_cards
+from allmend.auditing.runs import VIEWS, audit_arms, design_digest, planned_work, write_cards
 from allmend.data.canaries import write_canaries
 from allmend.events import (
     Event,
@@ -23,7 +23,9 @@ from allmend.events import (
 )
 from allmend.federation.arm import Outcomes, save_outcomes, strategy_of, tokens_per_round, train_arm, trainable_of
 from allmend.federation.checkpoint import Checkpoints
+from allmend.federation.privacy.layers import protected
 from allmend.federation.privacy.ledger import Ledger, open_ledger
+from allmend.federation.privacy.vectors import VectorCode
 from allmend.learn.compare import ModelScores, utility_table
 from allmend.learn.evaluate import score
 from allmend.learn.loop import DivergedError
@@ -106,6 +108,8 @@ class Disclosure:
         sizes: bytes of each group of tensors that is summed.
         simulated_only: True if the arm needs all records in one place.
         ledger: its guarantees.
+        layers: its layers of protection, in words.
+        masked: bytes of what a member sends behind masks in a leg; None where sums are formed in sight.
     """
 
     arm: str
@@ -115,6 +119,8 @@ class Disclosure:
     sizes: Mapping[str, int]
     simulated_only: bool
     ledger: Ledger
+    layers: tuple[str, ...] = ()
+    masked: int | None = None
 
 
 def rehearse(recipe: Recipe, base: Path | str = ".") -> tuple[Prepared, list[Disclosure]]:
@@ -127,7 +133,8 @@ def rehearse(recipe: Recipe, base: Path | str = ".") -> tuple[Prepared, list[Dis
     disclosures = []
     for arm in recipe.arms().values():
         strategy = strategy_of(arm, seed=recipe.seed)
-        members, whole = prepared.protected(arm)
+        parties, whole = prepared.parties(arm)
+        members, layers = protected(parties, arm.privacy)
         ledger = open_ledger(whole, members)
         with trainable_of(prepared.model, arm.adapter, seed=recipe.seed) as trainable:
             initial = trainable.state()
@@ -144,6 +151,10 @@ def rehearse(recipe: Recipe, base: Path | str = ".") -> tuple[Prepared, list[Dis
                     sizes,
                     simulated_only=strategy.pooled,
                     ledger=ledger,
+                    layers=layers,
+                    masked=None
+                    if arm.privacy.secure_aggregation is None
+                    else VectorCode.of(strategy, initial, arm.privacy.secure_aggregation, len(members)).nbytes,
                 )
             )
     return prepared, disclosures
@@ -196,7 +207,7 @@ def _live(run: RunFolder, prepared: Prepared, listeners: Sequence[Listener], *, 
 
 def _may_end_otherwise(error: BaseException) -> bool:
     """Whether going on can meet another end."""
-    return not isinstance(error, DivergedError)
+    return not isinstance(error, DivergedError | NeverLearntError)
 
 
 _OTHER_THREADS = (
@@ -244,8 +255,7 @@ def _work(run: RunFolder, prepared: Prepared) -> dict[str, float]:
             work[f"train {name}"] = TRAIN_COST * rounds * tokens_per_round(whole, members)
             work[f"evaluate {name}"] = asked * (1 if strategy.shares else len(prepared.members))
     if prepared.canaries:
-        tokens = expected_tokens(prepared)
-        work |= {f"audit {name}": tokens for name in (BASE, *audited(recipe))}
+        work |= planned_work(prepared, [BASE, *audited(recipe)], recipe.audit)
     return work
 
 

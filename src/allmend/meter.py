@@ -13,7 +13,7 @@ class Meter:
 
     Attributes:
         emit: writes events.
-        phase: its name, as in `RunStarted.work`.
+        phase: its name, as it was announced in `RunStarted` or `WorkPlanned`.
         expected: tokens of the whole phase.
         tokens: so far.
     """

@@ -14,14 +14,15 @@ from typing import Any
 
 import torch
 
+from allmend.audit.memorisation import no_prefix_fits
 from allmend.data.canaries import Canary, plant, to_records
 from allmend.data.canary_kinds import KINDS
 from allmend.data.chat import Encoded, Encoder, choose_template
 from allmend.data.files import load_client
-from allmend.data.icd10cm import build_icd10cm
+from allmend.data.icd10cm import SPECIALTIES, build_icd10cm
 from allmend.data.records import ClientData, Record
 from allmend.data.splits import uniform
-from allmend.errors import UserError
+from allmend.errors import UserError, all_of
 from allmend.federation.arm import strategy_of
 from allmend.federation.member import Member
 from allmend.federation.privacy.layers import protected
@@ -32,9 +33,10 @@ from allmend.models.adapters import check_lora
 from allmend.models.attention import packs
 from allmend.models.load import LoadedModel, linear_layers, load_model
 from allmend.models.sources import resolve
-from allmend.recipe import Arm, Problem, Recipe, RecipeError, parse_recipe
+from allmend.recipe import AT_MEMBER, Arm, Problem, Recipe, RecipeError, parse_recipe
 from allmend.results import MEMBERS, POOLED
 from allmend.run import RunFolder
+from allmend.strategy import Strategy, Turn
 
 _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -100,12 +102,15 @@ def check(recipe: Recipe, base: Path, *, model: LoadedModel | None = None) -> No
     """
     problems: list[Problem] = []
     arms = recipe.arms()
+    names = [client.name for client in recipe.clients] or list(SPECIALTIES)
     for name, arm in arms.items():
         problems += _strategy_problems(
-            arm, ("strategy",) if name == recipe.strategy.name else ("compare", name, "strategy"), recipe.seed
+            arm, ("strategy",) if name == recipe.strategy.name else ("compare", name, "strategy"), recipe.seed, names
         )
     problems += _audit_problems(recipe)
     for index, client in enumerate(recipe.clients):
+        if client.data == AT_MEMBER:
+            continue
         path = base / Path(client.data).expanduser()
         if not client.data.startswith("hub:") and not path.is_file():
             what = "is a folder, not a file" if path.is_dir() else "is not there (paths start from the recipe's folder)"
@@ -127,19 +132,37 @@ def check(recipe: Recipe, base: Path, *, model: LoadedModel | None = None) -> No
         raise RecipeError(_without_repeats(problems))
 
 
-def _strategy_problems(arm: Arm, key: tuple[str, ...], seed: int) -> list[Problem]:
+def _strategy_problems(arm: Arm, key: tuple[str, ...], seed: int, clients: Sequence[str]) -> list[Problem]:
     name, options = arm.strategy.name, arm.strategy.options
     unknown = sorted(set(options) - set(options_of(name))) if name in STRATEGIES else []
     if unknown:
         has = ", ".join(options_of(name)) or "none"
         return [Problem((*key, option), f"strategy {name!r} has no such option (it has {has})") for option in unknown]
     try:
-        strategy_of(arm, seed=seed)
+        strategy = strategy_of(arm, seed=seed)
     except (ValueError, TypeError) as error:
         return [Problem(key, str(error))]
     except UserError as error:  # the members' budget
         return [Problem((*key[:-1], "privacy", "member", "epsilon"), f"{error.what}. {error.hint}")]
+    if (layer := arm.privacy.secure_aggregation) is not None:
+        round, drawn = _smallest_round(strategy, arm.strategy.rounds, clients)
+        if drawn < layer.fewest:
+            what = (
+                f"a sum is over {layer.fewest} clients or more, and round {round} of arm {arm.name!r} has "
+                f"{drawn} of {len(clients)}: add clients, let more of them take part, or remove the layer"
+            )
+            return [Problem((*key[:-1], "privacy", "secure_aggregation"), what)]
     return []
+
+
+def _smallest_round(strategy: Strategy, rounds: int, clients: Sequence[str]) -> tuple[int, int]:
+    """The round that the fewest clients are drawn for, and how many they are.
+
+    Draws from the operating system's generator fall otherwise in the run, where such a round may come all the same.
+    """
+    state, turns = strategy.init({}), [Turn(round, 0, rounds, len(clients)) for round in range(1, rounds + 1)]
+    sizes = {turn.round: len(strategy.plan(state, turn, clients)) for turn in turns}
+    return min(sizes.items(), key=lambda pair: pair[1])
 
 
 def _audit_problems(recipe: Recipe) -> list[Problem]:
@@ -183,6 +206,7 @@ def prepare(recipe: Recipe, base: Path, *, model: LoadedModel | None = None) -> 
     clients = _apart(_clients(recipe, base))
     canaries = _canaries(recipe, clients)
     model, encoder = prepare_model(recipe, base, model=model)
+    check_prefixes(recipe, canaries, encoder)
     encoded = [encode_client(recipe, client, encoder, canaries) for client in clients]
     prepared = Prepared(
         recipe=recipe,
@@ -368,11 +392,8 @@ def _clients(recipe: Recipe, base: Path) -> list[ClientData]:
             )
         except UserError as error:
             problems.append(error)
-    if len(problems) == 1:
-        raise problems[0]
     if problems:
-        lines = "\n".join(f"  - {problem}".replace("\n", "\n    ") for problem in problems)
-        raise UserError(f"the data of {len(problems)} clients cannot be used\n{lines}")
+        raise all_of(problems, f"the data of {len(problems)} clients cannot be used")
     return clients
 
 
@@ -398,6 +419,16 @@ def _canaries(recipe: Recipe, clients: Sequence[ClientData]) -> list[Canary]:
         what = f"all {len(canaries)} coins fell alike, which leaves nothing to compare: plant more, or change the seed"
         raise RecipeError([Problem(("canaries", "count"), what)])
     return canaries
+
+
+def check_prefixes(recipe: Recipe, canaries: Sequence[Canary], encoder: Encoder) -> None:
+    """Raise unless the audit has something to bring out of some canary.
+
+    Raises:
+        RecipeError: all prefixes are too long.
+    """
+    if canaries and (what := no_prefix_fits(canaries, encoder, recipe.audit)):
+        raise RecipeError([Problem(("audit", "prefix_tokens"), f"{what}: name a shorter one")])
 
 
 def _planted(canaries: Sequence[Canary], client: str, encoder: Encoder) -> list[Encoded]:

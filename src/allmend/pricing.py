@@ -1,6 +1,7 @@
 """What a guarantee's noise would cost a finished run, estimated without training again."""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,10 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 from allmend.errors import UserError
+from allmend.events import Event, WorkPlanned, to_all
 from allmend.federation.arm import trainable_of
 from allmend.intervals import paired_difference
 from allmend.learn.evaluate import Score, score
 from allmend.learn.noise import noise_source
+from allmend.meter import Meter
 from allmend.models.adapters import Trainable
 from allmend.models.load import LoadedModel
 from allmend.models.tensors import Tensors
@@ -53,6 +56,7 @@ def noise_cost(
     rounds: int,
     clip: float | None = None,
     model: LoadedModel | None = None,
+    listeners: Sequence[Callable[[Event], None]] = (),
 ) -> NoiseCost:
     """Ask the held-out records of a run again, with the noise of DP-FedAvg on the model that all share.
 
@@ -67,6 +71,7 @@ def noise_cost(
         clip: C; when None, the length of the whole change in this run over its rounds. A single member's change in a
             round is longer than that as a rule, so that its clip would be larger and the noise too.
         model: the recipe's model, where the caller has it in memory already.
+        listeners: told how far it is.
 
     Raises:
         UserError: there is no such run, or it has no adapter or no held-out records.
@@ -84,15 +89,20 @@ def noise_cost(
     prepared = prepare(recipe, Path(str(run.facts["base"])), model=model)
     if prepared.model.digest != run.facts.get("model"):
         raise differs("the base model", run)
+    emit = to_all(listeners)
+    phase, records = "ask held-out records", [one for client in prepared.held_out_encoded.values() for one in client]
+    meter = Meter(emit, phase, float((1 + DRAWS) * sum(len(record) for record in records)))
+    emit(WorkPlanned(work={phase: meter.expected}))
     with threads(recipe), trainable_of(prepared.model, arm.adapter, seed=recipe.seed) as trainable:
         trainable.model.eval()
         start, final = trainable.state(), load_file(path)
         change = math.sqrt(sum(float((final[name] - start[name]).double().square().sum()) for name in final))
         clip = change / arm.strategy.rounds if clip is None else clip
         deviation = noise_on_average * clip * math.sqrt(rounds)
-        before = _scores(prepared, trainable, final)
-        noisy = [_scores(prepared, trainable, _with_noise(final, deviation, draw)) for draw in range(DRAWS)]
+        before = _scores(prepared, trainable, final, meter)
+        noisy = [_scores(prepared, trainable, _with_noise(final, deviation, draw), meter) for draw in range(DRAWS)]
         count = trainable.count
+    meter.done()
     if not before:
         raise UserError("the run has no held-out records to ask", where=run.path, hint="Set data.held_out.")
     learnt = [place for place, one in enumerate(before) if one.tokens]
@@ -116,12 +126,13 @@ def noise_cost(
     )
 
 
-def _scores(prepared: Prepared, trainable: Trainable, tensors: Tensors) -> list[Score]:
+def _scores(prepared: Prepared, trainable: Trainable, tensors: Tensors, meter: Meter) -> list[Score]:
     trainable.load(tensors)
     clients = sorted(prepared.held_out)
     records = [record for client in clients for record in prepared.held_out[client]]
     encoded = [one for client in clients for one in prepared.held_out_encoded[client]]
-    return score(trainable.model, records, encoded, tokens_per_pass=prepared.recipe.evaluation.tokens_per_pass)
+    tokens_per_pass = prepared.recipe.evaluation.tokens_per_pass
+    return score(trainable.model, records, encoded, tokens_per_pass=tokens_per_pass, on_tokens=meter.add)
 
 
 def _with_noise(tensors: Tensors, deviation: float, draw: int) -> Tensors:

@@ -30,8 +30,11 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from allmend.errors import UserError
+from allmend.errors import UserError, listed
 from allmend.results import BASE, MEMBERS, POOLED
+
+AT_MEMBER = "(at the member)"
+"""What stands for the path of a client's data in a recipe among organisations."""
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 """Names of runs, clients and arms are used in file names: letters, digits, dot, dash and underscore."""
@@ -522,9 +525,8 @@ class RecipeError(UserError):
 
     def __init__(self, problems: Sequence[Problem], *, where: Path | None = None) -> None:
         self.problems = list(problems)
-        lines = "\n".join(f"  - {problem}".replace("\n", "\n    ") for problem in problems)
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__(f"{count} in the recipe\n{lines}", where=where)
+        super().__init__(f"{count} in the recipe\n{listed(problems)}", where=where)
 
     def __reduce__(self) -> tuple[Callable[[], Self], tuple[()]]:
         return partial(type(self), self.problems, where=Path(self.where) if self.where else None), ()
@@ -569,7 +571,7 @@ def parse_recipe(text: str, *, members: Sequence[str] = ()) -> Recipe:
     """
     values = tomllib.loads(text)
     if members and "clients" not in values:
-        values["clients"] = [{"name": name, "data": "at the member"} for name in members]
+        values["clients"] = [{"name": name, "data": AT_MEMBER} for name in members]
     return make_recipe(values)
 
 

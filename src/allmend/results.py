@@ -446,8 +446,14 @@ class OwnTable(Table):
         records: each model on the member's records.
         controls: the same on records that nobody trained on; empty without any.
         rows: by record.
+        suffix_tokens: most tokens that a model was asked for.
+        passed_over: records whose response is too short to be divided, the same in every model.
+        missing: arms that were not there.
     """
 
     records: tuple[OwnRecords, ...]
     controls: tuple[OwnRecords, ...] = ()
     rows: tuple[OwnRecord, ...] = ()
+    suffix_tokens: int = 50
+    passed_over: int = 0
+    missing: list[str] = []

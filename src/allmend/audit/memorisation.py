@@ -177,6 +177,15 @@ def audit_model(
     )
 
 
+def no_prefix_fits(canaries: Sequence[Canary], encoder: Encoder, settings: Audit) -> str:
+    """Why there would be nothing to bring out of any canary; empty if there is something."""
+    longest = max(len(encoder.for_evaluation(Record(canary.id, text=canary.text))) for canary in canaries)
+    if any(prefix.behind(longest, settings.suffix_tokens) for prefix in _prefixes(settings)):
+        return ""
+    shortest = min(settings.prefix_tokens)
+    return f"no canary has more than {longest} tokens, so that nothing stands behind a prefix of {shortest}"
+
+
 def tokens_to_read(
     canaries: Sequence[Canary], encoder: Encoder, settings: Audit, groups: Sequence[RecordGroup]
 ) -> float:

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import torch
 
-from allmend.audit.memorisation import Findings, audit_model
-from allmend.auditing.tables import PROBES, check_same_canaries, findings_table
+from allmend.audit.memorisation import Findings, audit_model, tokens_to_read
+from allmend.auditing.tables import PROBES, check_same_canaries, check_settings, findings_table
 from allmend.data.canaries import read_canaries
 from allmend.data.chat import Encoder
 from allmend.errors import UserError
-from allmend.models.adapters import applied
+from allmend.events import Event, WorkPlanned, to_all
+from allmend.meter import Meter
+from allmend.models.adapters import applied, check_adapter
 from allmend.models.load import load_model
 from allmend.probes import write_probes
 from allmend.recipe import Audit
@@ -29,7 +31,7 @@ def audit_folder(
     reference: str | None = None,
     settings: Audit | None = None,
     seed: int = 0,
-    on_tokens: Callable[[int], None] = lambda tokens: None,
+    listeners: Sequence[Callable[[Event], None]] = (),
 ) -> AuditTable:
     """Audit a model, or a PEFT adapter on it, that was made elsewhere, on canaries that were planted in its data.
 
@@ -43,7 +45,7 @@ def audit_folder(
             relative to a base.
         settings: the audit's design.
         seed: of bootstraps and sampled values.
-        on_tokens: told the tokens read or generated.
+        listeners: told how far it is.
 
     Raises:
         UserError: a model, the adapter or the canaries cannot be used, or they belong to different runs.
@@ -54,18 +56,29 @@ def audit_folder(
         )
     settings = settings or Audit()
     planted = read_canaries(Path(canaries))
+    if adapter is not None:
+        check_adapter(Path(adapter))
     _check_origin(Path(canaries), [Path(one) for one in (adapter, model) if one and Path(one).is_dir()])
     findings: list[Findings] = []
     loaded = load_model(model)
     encoder = Encoder(loaded.tokenizer, "plain", sys.maxsize)
+    check_settings(planted, encoder, settings)
     if adapter is not None:
         with applied(loaded.model, Path(adapter)):
             pass  # told before the base is asked, which takes long
+    tokens = tokens_to_read(planted, encoder, settings, ())
+
+    emit = to_all(listeners)
 
     def probe(name: str, module: torch.nn.Module) -> None:
-        base = findings[0] if findings else None
-        found = audit_model(name, module, encoder, planted, settings, seed=seed, reference=base, on_tokens=on_tokens)
+        base, meter = findings[0] if findings else None, Meter(emit, f"audit {name}", tokens)
+        found = audit_model(name, module, encoder, planted, settings, seed=seed, reference=base, on_tokens=meter.add)
         findings.append(found)
+        meter.done()
+
+    tuned = "model" if adapter is None else "adapter"
+    names = [tuned] if adapter is None and reference is None else [BASE, tuned]
+    emit(WorkPlanned(work={f"audit {name}": tokens for name in names}))
 
     if reference is not None:
         base = load_model(reference, dtype=loaded.model.dtype, device=loaded.model.device)
@@ -80,9 +93,9 @@ def audit_folder(
         probe(BASE, loaded.model)
     if adapter is not None:
         with applied(loaded.model, Path(adapter)) as module:
-            probe("adapter", module)
+            probe(tuned, module)
     else:
-        probe("model", loaded.model)
+        probe(tuned, loaded.model)
     table = findings_table(findings, planted, seed)
     folder = Path(out)
     run = RunFolder(folder)

@@ -15,6 +15,10 @@ from allmend.run import RunFolder, write_atomic
 _LEARNT = "learnt.json"
 
 
+class NeverLearntError(UserError):
+    """That a canary is not in the model would prove nothing: training never looked at it."""
+
+
 def write_learnt(run: RunFolder, arm: str, canaries: Sequence[Canary], training: Training) -> None:
     """Keep how much training looked at each canary: steps that saw a copy, and its tokens under the loss."""
     counts = {canary.id: [0, 0] for canary in canaries if canary.inserted}
@@ -57,7 +61,7 @@ def never_learnt(
     """Ids of inserted canaries that Poisson sampling never drew.
 
     Raises:
-        UserError: a canary was not learnt from for another reason: that it is not in the model would prove nothing.
+        NeverLearntError: a canary was not learnt from for another reason.
     """
     if not counts:
         return set()
@@ -68,11 +72,12 @@ def never_learnt(
         return never_drawn
     privacy = prepared.recipe.arms()[arm].privacy
     layers = [name for name in ("deduplicate", "goldfish") if getattr(privacy, name) is not None]
-    left_out = f", or privacy.{' or privacy.'.join(layers)} left out what there was to learn" if layers else ""
-    raise UserError(
+    reasons = ["their client took part in no round", "training was too short to reach them"]
+    reasons += [f"privacy.{' or privacy.'.join(layers)} left out what there was to learn"] if layers else []
+    raise NeverLearntError(
         f"{len(unseen)} of the planted canaries were never learnt from in arm {arm!r} ({', '.join(sorted(unseen)[:3])}"
-        f"{' …' if len(unseen) > 3 else ''}), so that the audit would call them not memorised without a reason: their "
-        f"client took part in no round, training was too short to reach them{left_out}",
+        f"{' …' if len(unseen) > 3 else ''}), so that the audit would call them not memorised without a reason: "
+        f"{', '.join(reasons[:-1])} or {reasons[-1]}",
         where="audit",
         hint="Train for a whole pass over the records (train.local_epochs, strategy.rounds, participation), or leave "
         "the canaries' client out of canaries.clients, in a new run. The tuned models are kept.",

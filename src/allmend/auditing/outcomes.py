@@ -1,7 +1,7 @@
 """The models of a run, as others would load them."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -31,6 +31,25 @@ def outcome(run: RunFolder, model: LoadedModel, name: str) -> Iterator[torch.nn.
             where=folder,
             hint=f"Finish the run: `allmend tune --resume {run.path}`.",
         )
+
+
+def with_outcome(run: RunFolder, arms: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Those of the arms that lie here with a tuned model, and the others.
+
+    Raises:
+        UserError: there are only others.
+    """
+    here = [name for name in arms if any((run.arm(name) / kind).is_dir() for kind in ("adapter", "model"))]
+    if not here:
+        raise UserError(
+            "no tuned model is here yet" if arms else "no arm has a model that all clients share",
+            where=run.path / "arms",
+            hint=f"Finish the run: `allmend tune --resume {run.path}`. Of a copy, bring the folders `adapter` or "
+            "`model` of its arms."
+            if arms
+            else "The audit reads such models only: compare with an arm whose strategy shares one.",
+        )
+    return here, [name for name in arms if name not in here]
 
 
 def audited(recipe: Recipe) -> list[str]:

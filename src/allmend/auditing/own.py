@@ -1,18 +1,23 @@
 """A member's own records, asked for on the member's machine."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from allmend.audit.likelihood import check_finite, read_texts
+import torch
+
+from allmend.audit.likelihood import Reading, check_finite, read_texts
 from allmend.audit.mine import own_records
-from allmend.auditing.outcomes import audited, outcome
-from allmend.data.chat import Encoded, Encoder
+from allmend.auditing.outcomes import audited, outcome, with_outcome
+from allmend.data.chat import Encoded
 from allmend.data.files import load_client
+from allmend.data.records import Record
+from allmend.events import Event, WorkPlanned, to_all
+from allmend.meter import Meter
 from allmend.models.load import LoadedModel
 from allmend.prepare import differs, prepare_model, read_frozen, threads
 from allmend.recipe import Recipe
-from allmend.results import OwnRecord, OwnRecords, OwnTable
+from allmend.results import BASE, OwnRecord, OwnRecords, OwnTable
 from allmend.run import RunFolder
 
 
@@ -23,7 +28,7 @@ def mine(
     controls: Path | str | None = None,
     suffix_tokens: int = 50,
     model: LoadedModel | None = None,
-    on_tokens: Callable[[int], None] = lambda tokens: None,
+    listeners: Sequence[Callable[[Event], None]] = (),
 ) -> OwnTable:
     """Ask a run's tuned models for a member's own records. Nothing is written, and nothing leaves this machine.
 
@@ -33,36 +38,59 @@ def mine(
         controls: records of the same kind that nobody trained on.
         suffix_tokens: most tokens that a model is asked for.
         model: the recipe's model, where the caller has it in memory already.
-        on_tokens: told the tokens read.
+        listeners: told how far it is.
 
     Raises:
         UserError: there is no run or tuned model, the records cannot be read, or a model gives no probabilities.
     """
     run = RunFolder.open(Path(out))
     recipe = read_frozen(run)
+    arms, missing = with_outcome(run, audited(recipe))
+    sets = {"records": data} | ({"controls": controls} if controls else {})
+    clients = {name: _read(path, recipe) for name, path in sets.items()}  # a wrong path is told before a model is read
     loaded, encoder = prepare_model(recipe, Path(str(run.facts["base"])), model=model)
     if loaded.digest != run.facts.get("model"):
         raise differs("the base model", run)
-    sets = {"records": data} | ({"controls": controls} if controls else {})
-    encoded = {name: _own(path, recipe, encoder) for name, path in sets.items()}
+    encoded = {name: [encoder.for_evaluation(record) for record in records] for name, records in clients.items()}
+    tokens = float(sum(len(record) for records in encoded.values() for record in records))
+    emit = to_all(listeners)
+    emit(WorkPlanned(work={f"ask {name}": tokens for name in (BASE, *arms)}))
     with threads(recipe):
-        base = {name: read_texts(loaded.model, records, on_tokens=on_tokens) for name, records in encoded.items()}
+        base = _ask(BASE, loaded.model, encoded, Meter(emit, f"ask {BASE}", tokens))
         rows: list[OwnRecord] = []
         summaries: dict[str, list[OwnRecords]] = {"records": [], "controls": []}
-        for arm in audited(recipe):
+        passed_over = 0
+        for arm in arms:
             with outcome(run, loaded, arm) as module:
-                for name, records in encoded.items():
-                    readings = read_texts(module, records, on_tokens=on_tokens)
-                    check_finite([reading.log_likelihood for reading in readings], of=f"the {name}", where=arm)
-                    ids = [record.id for record in records]
-                    found, summary = own_records(arm, ids, readings, base[name], suffix_tokens=suffix_tokens)
-                    rows += found if name == "records" else []
-                    summaries[name] += [summary] if summary else []
-    return OwnTable(records=tuple(summaries["records"]), controls=tuple(summaries["controls"]), rows=tuple(rows))
+                readings = _ask(arm, module, encoded, Meter(emit, f"ask {arm}", tokens))
+            for name, records in encoded.items():
+                ids = [record.id for record in records]
+                found, summary = own_records(arm, ids, readings[name], base[name], suffix_tokens=suffix_tokens)
+                summaries[name] += [summary] if summary else []
+                if name == "records":
+                    rows += found
+                    passed_over = len(records) - len(found)
+    return OwnTable(
+        records=tuple(summaries["records"]),
+        controls=tuple(summaries["controls"]),
+        rows=tuple(rows),
+        suffix_tokens=suffix_tokens,
+        passed_over=passed_over,
+        missing=missing,
+    )
 
 
-def _own(path: Path | str, recipe: Recipe, encoder: Encoder) -> list[Encoded]:
+def _ask(
+    name: str, module: torch.nn.Module, encoded: Mapping[str, Sequence[Encoded]], meter: Meter
+) -> dict[str, list[Reading]]:
+    readings = {what: read_texts(module, records, on_tokens=meter.add) for what, records in encoded.items()}
+    for what, found in readings.items():
+        check_finite([reading.log_likelihood for reading in found], of=f"the {what}", where=name)
+    meter.done()
+    return readings
+
+
+def _read(path: Path | str, recipe: Recipe) -> list[Record]:
     client = load_client("mine", str(path), fields=recipe.data.fields, held_out=0.0, base=Path())
     # as answered, without the end mark that training adds: a model that ends where others end completes nothing
-    answered = (replace(record, choices=(), answer=None) for record in (*client.train, *client.held_out))
-    return [encoder.for_evaluation(record) for record in answered]
+    return [replace(record, choices=(), answer=None) for record in (*client.train, *client.held_out)]

@@ -13,11 +13,12 @@ from allmend.audit.memorisation import Findings, RecordGroup, audit_model, token
 from allmend.audit.views import view_rows
 from allmend.auditing.guarantees import accounted_epsilon, largest_delta, privacy_table
 from allmend.auditing.learnt import learnt_rows, never_learnt, read_learnt
-from allmend.auditing.outcomes import audited, outcome
-from allmend.auditing.tables import PROBES, check_same_canaries, findings_table
+from allmend.auditing.outcomes import audited, outcome, with_outcome
+from allmend.auditing.tables import PROBES, check_same_canaries, check_settings, findings_table
 from allmend.data.canaries import Canary, read_canaries
 from allmend.data.splits import uniform
 from allmend.errors import UserError
+from allmend.events import WorkPlanned
 from allmend.federation.arm import trainable_of
 from allmend.meter import Meter
 from allmend.models.load import LoadedModel
@@ -40,9 +41,10 @@ def design_digest(settings: Audit, canaries: Sequence[Canary]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def expected_tokens(prepared: Prepared) -> float:
-    """What the audit of one model reads and generates, about."""
-    return tokens_to_read(prepared.canaries, prepared.encoder, prepared.recipe.audit, _groups(prepared))
+def planned_work(prepared: Prepared, models: Sequence[str], settings: Audit) -> dict[str, float]:
+    """The phases of an audit, and what each reads and generates, about, in tokens."""
+    tokens = tokens_to_read(prepared.canaries, prepared.encoder, settings, _groups(prepared, settings))
+    return {f"audit {name}": tokens for name in models}
 
 
 def audit_run(
@@ -89,7 +91,11 @@ def _changed(settings: Audit, changes: Mapping[str, Any]) -> Audit:
 
 
 def audit_arms(run: RunFolder, prepared: Prepared, log: EventLog, settings: Audit) -> AuditTable:
-    """Audit the base model and every arm's shared outcome, as they lie on disk, and write table and probes."""
+    """Audit the base model and every arm's shared outcome, as they lie on disk, and write table and probes.
+
+    Raises:
+        UserError: the run has no canaries, no tuned model or no fitting prefix, or a canary was never learnt from.
+    """
     if not run.canaries.exists():
         raise UserError(
             "the run has no canaries, so there is nothing to audit",
@@ -97,17 +103,21 @@ def audit_arms(run: RunFolder, prepared: Prepared, log: EventLog, settings: Audi
             hint="Add [canaries] to the recipe and start a new run.",
         )
     recipe, canaries = prepared.recipe, read_canaries(run.canaries)
-    groups = _groups(prepared)
+    check_settings(canaries, prepared.encoder, settings)
+    arms, untrained = with_outcome(run, audited(recipe))
+    unseen: dict[str, set[str]] = {BASE: set()}
+    learnt: list[Learnt] = []
+    for name in arms:  # all of them before the first model is asked, which takes long
+        counts = read_learnt(run, name)
+        unseen[name] = never_learnt(run, prepared, name, canaries, counts)
+        learnt += learnt_rows(name, canaries, counts)
+    groups = _groups(prepared, settings)
     budgets = privacy_table(run, prepared).budgets
     findings: list[Findings] = []
-    learnt: list[Learnt] = []
-    for name in (BASE, *audited(recipe)):
-        unseen: set[str] = set()
-        if name != BASE:
-            counts = read_learnt(run, name)
-            unseen = never_learnt(run, prepared, name, canaries, counts)
-            learnt += learnt_rows(name, canaries, counts)
-        meter = Meter(log.emit, f"audit {name}", expected_tokens(prepared))
+    work = planned_work(prepared, list(unseen), settings)
+    log.emit(WorkPlanned(work=work))
+    for name in unseen:
+        meter = Meter(log.emit, f"audit {name}", work[f"audit {name}"])
         with outcome(run, prepared.model, name) as module:
             findings.append(
                 audit_model(
@@ -119,7 +129,7 @@ def audit_arms(run: RunFolder, prepared: Prepared, log: EventLog, settings: Audi
                     seed=recipe.seed,
                     reference=findings[0] if findings else None,
                     groups=groups,
-                    unseen=unseen,
+                    unseen=unseen[name],
                     delta=largest_delta(budgets.get(name, ())),
                     accounted=accounted_epsilon(budgets.get(name, ())),
                     on_tokens=meter.add,
@@ -131,8 +141,9 @@ def audit_arms(run: RunFolder, prepared: Prepared, log: EventLog, settings: Audi
         findings,
         canaries,
         recipe.seed,
+        left_out=[f"{name}: the arm has no tuned model" for name in untrained],
         learnt=tuple(learnt),
-        views=tuple(row for name in audited(recipe) for row in _views(run, prepared, canaries, name)),
+        views=tuple(row for name in arms for row in _views(run, prepared, canaries, name)),
         design_changed=None if fixed is None else fixed != design_digest(settings, canaries),
     )
     run.write_table("audit", table)
@@ -140,9 +151,9 @@ def audit_arms(run: RunFolder, prepared: Prepared, log: EventLog, settings: Audi
     return table
 
 
-def _groups(prepared: Prepared) -> list[RecordGroup]:
+def _groups(prepared: Prepared, settings: Audit) -> list[RecordGroup]:
     """Each client's training and held-out records that membership is inferred for: as many of both."""
-    limit = prepared.recipe.audit.membership_records
+    limit = settings.membership_records
     groups = []
     for client, records in prepared.train.items():
         held_out = prepared.held_out[client]

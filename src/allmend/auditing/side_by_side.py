@@ -22,9 +22,12 @@ def compare_runs(runs: Sequence[Path | str]) -> Comparison:
         runs: run folders, or `FOLDER:ARM` for one arm of it.
 
     Raises:
-        UserError: a folder is no run, it is not audited yet, or it has no such arm.
+        UserError: a folder is no run, it is not audited yet, or it has no such arm; a model is named twice.
     """
     named = [_run_and_arm(str(name)) for name in runs]
+    counts = Counter((run.path.resolve(), arm) for run, arm in named)
+    if twice := [run.path for run, arm in named if counts[run.path.resolve(), arm] > 1]:
+        raise UserError("stands twice: a model would be compared with itself", where=twice[0], hint="Name it once.")
     folders = {run.path.resolve() for run, _ in named}
     names = Counter(path.name for path in folders)
     models: list[Audited] = []
@@ -33,7 +36,11 @@ def compare_runs(runs: Sequence[Path | str]) -> Comparison:
         label = f"{name if names[name] == 1 else run.path}/" if len(folders) > 1 else ""
         models += _audited_models(run, arm, label)
     if len(models) < 2:
-        raise UserError("there is only one audited model to compare", where="runs", hint="Name several runs or arms.")
+        raise UserError(
+            f"there is only one audited model to compare, {models[0].label}",
+            where=named[0][0].path,
+            hint=f"Name another beside it: `allmend audit compare {runs[0]} RUN`.",
+        )
     return compare(models)
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -30,9 +29,9 @@ def silent() -> contextlib.AbstractContextManager[Callable[[Any], None]]:
 
 
 def told(
-    console: Console, run: Path, *, as_json: bool, onward: str | None = None
+    console: Console, *, as_json: bool, onward: str = ""
 ) -> contextlib.AbstractContextManager[Callable[[Event], None]]:
-    """A listener that shows a run's events to a person, or prints them for a program."""
+    """A listener that shows a run's events to a person (see `shown`), or prints them for a program."""
     if as_json:
         return contextlib.nullcontext(lambda event: print(event.model_dump_json(), flush=True))
-    return shown(console, run, onward=onward)
+    return shown(console, onward=onward)

@@ -12,7 +12,7 @@ from allmend.cli.as_json import AsJson, print_json, silent
 from allmend.cli.comparison import show_comparison
 from allmend.cli.outcome import show_audit
 from allmend.cli.own import show_own
-from allmend.cli.progress import counting, shown
+from allmend.cli.progress import shown
 from allmend.errors import UserError
 from allmend.run import RunFolder, write_atomic
 
@@ -32,9 +32,13 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-Prefix = Annotated[
-    list[int] | None, typer.Option(help="Length of the prompts in tokens; may be given several times.", min=1)
-]
+
+def _check_file(out: Path | None) -> None:
+    """Refuse a place for figures before any are made."""
+    if out is not None and out.is_dir():
+        raise UserError(
+            "is a folder, and the figures go to a file", where=out, hint=f"Name one: {out / 'figures.json'}."
+        )
 
 
 @app.command("run")
@@ -45,8 +49,19 @@ def audit(
     canaries: Annotated[Path | None, typer.Option(help="The canaries planted in the data of a model.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="A PEFT adapter on the model.")] = None,
     reference: Annotated[str | None, typer.Option(help="The model before tuning.")] = None,
-    prefix: Prefix = None,
-    out: Annotated[Path, typer.Option(help="Where the audit of a model goes.")] = Path("audit"),
+    prefix: Annotated[
+        list[int] | None, typer.Option(help="Length of the prompts in tokens; may be given several times.", min=1)
+    ] = None,
+    exposure: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A secret whose exposure is measured; may be given several times. `none` saves most of the time."
+        ),
+    ] = None,
+    membership_records: Annotated[
+        int | None, typer.Option(help="Records of each client that membership is inferred for.", min=0)
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the audit of a model goes; `audit` when absent.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Ask models for canaries, controls beside them, and write the audit and the report.
@@ -54,6 +69,8 @@ def audit(
     Of a run, with its own settings:  allmend audit runs/first
 
     With other prompts:               allmend audit runs/first --prefix 20 --prefix 50
+
+    In a fraction of the time:        allmend audit runs/first --exposure none
 
     Of a model made elsewhere:        allmend audit MODEL --adapter DIR --canaries canaries.jsonl
     """
@@ -63,12 +80,16 @@ def audit(
 
     console = Console()
     changes: dict[str, Any] = {"prefix_tokens": prefix} if prefix else {}
+    if exposure:
+        changes["exposure"] = [slot for slot in exposure if slot != "none"]
+    if membership_records is not None:
+        changes["membership_records"] = membership_records
     if RunFolder(Path(what)).marker.exists():
         run = Path(what)
-        for name, value in (("--adapter", adapter), ("--reference", reference)):
+        for name, value in (("--adapter", adapter), ("--reference", reference), ("--out", out)):
             if value is not None:
                 raise UserError(f"{name} is for a model, and this is a run", where=run, hint="Leave it out.")
-        with silent() if as_json else shown(console, run) as listen:
+        with silent() if as_json else shown(console) as listen:
             table = audit_run(run, canaries=canaries, changes=changes, listeners=[listen])
         report = run / "report.html"
     else:
@@ -78,17 +99,18 @@ def audit(
                 where=what,
                 hint="Name a run folder, or the canaries that were planted: --canaries canaries.jsonl.",
             )
-        with silent() if as_json else counting(console) as on_tokens:
+        folder = out or Path("audit")
+        with silent() if as_json else shown(console) as listen:
             table = audit_folder(
                 what,
                 canaries,
-                out=out,
+                out=folder,
                 adapter=adapter,
                 reference=reference,
                 settings=Audit(**changes),
-                on_tokens=on_tokens,
+                listeners=[listen],
             )
-        report = out / "report.html"
+        report = folder / "report.html"
     if as_json:
         print_json(table)
         return
@@ -98,13 +120,21 @@ def audit(
 
 @app.command("compare")
 def compare(
-    runs: Annotated[list[str], typer.Argument(help="Run folders, or FOLDER:ARM.", metavar="RUN...")],
+    runs: Annotated[
+        list[str], typer.Argument(help="Run folders, or RUN:ARM for one arm of a run.", metavar="RUN[:ARM]...")
+    ],
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON, too.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Put audited models side by side: utility, memorisation, privacy; each against the first."""
+    """Put audited models side by side: utility, memorisation, privacy; each against the first.
+
+    The arms of a run:     allmend audit compare runs/first
+
+    Arms of several runs:  allmend audit compare runs/first:fedavg runs/second:fedavg
+    """
     from allmend.auditing.side_by_side import compare_runs
 
+    _check_file(out)
     comparison = compare_runs(runs)
     print_json(comparison) if as_json else show_comparison(Console(), comparison)
     if out is not None:
@@ -123,9 +153,10 @@ def mine(
     """Ask a run's models for your own records, on your own machine. Nothing leaves it."""
     from allmend.auditing import own
 
+    _check_file(out)
     console = Console()
-    with silent() if as_json else counting(console) as on_tokens:
-        table = own.mine(run, data, controls=controls, suffix_tokens=suffix, on_tokens=on_tokens)
+    with silent() if as_json else shown(console) as listen:
+        table = own.mine(run, data, controls=controls, suffix_tokens=suffix, listeners=[listen])
     print_json(table) if as_json else show_own(console, table)
     if out is not None:
         write_atomic(out, table.model_dump_json(indent=1).encode())

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from allmend.cli.as_json import EventLines, told
 from allmend.cli.outcome import show_outcome
+from allmend.cli.progress import resume_with
 from allmend.cli.recipe import packaged
 
 
@@ -39,7 +40,7 @@ def demo(
         pooled = Change(strategy={"name": "centralised"})
         recipe = recipe.model_copy(update={"compare": {**recipe.compare, "centralised": pooled}})
     folder = out or _free(Path("runs") / recipe.name)
-    with told(console, folder, as_json=as_json) as listen:
+    with told(console, as_json=as_json, onward=resume_with(folder)) as listen:
         run = life.tune(recipe, folder, listeners=[listen])
     if not as_json:
         show_outcome(console, run)

@@ -37,12 +37,13 @@ def show_disclosures(console: Console, prepared: "Prepared", disclosures: "Seque
         )
         declaration = disclosure.declaration
         full = size(disclosure.message)
+        hidden = disclosure.masked is not None
         for name, what in declaration.summed.items():
             table.add_row(
                 name,
                 what,
                 "a number" if name in declaration.numbers else size(disclosure.sizes.get(name, 0)),
-                _IN_SIGHT if prepared.recipe.arms()[disclosure.arm].privacy.secure_aggregation is None else _HIDDEN,
+                _HIDDEN if hidden else _IN_SIGHT,
             )
         for name, why in declaration.seen.items():
             seen = f"seen by {declaration.seen_by} one by one"
@@ -55,6 +56,10 @@ def show_disclosures(console: Console, prepared: "Prepared", disclosures: "Seque
             if declaration.sent
             else "The coordinator sends nothing."
         )
+        if disclosure.masked is not None:
+            console.print(f"Behind masks, a member sends {size(disclosure.masked)} in all.", highlight=False)
+        for words in disclosure.layers:
+            console.print(f"{words[0].upper()}{words[1:]}.", highlight=False)
         for name, account in disclosure.ledger.accounts.items():
             console.print(guarantee(name, account), highlight=False)
         if disclosure.ledger.accounts and prepared.recipe.arms()[disclosure.arm].privacy.randomness == "seeded":
@@ -72,7 +77,6 @@ def show_disclosures(console: Console, prepared: "Prepared", disclosures: "Seque
 
 def disclosed(prepared: "Prepared", disclosures: "Sequence[Disclosure]") -> dict[str, Any]:
     """The same for programs: sizes in bytes, ε after all rounds."""
-    arms = prepared.recipe.arms()
     return {
         "members": [
             {
@@ -93,7 +97,9 @@ def disclosed(prepared: "Prepared", disclosures: "Sequence[Disclosure]") -> dict
                     {"name": name, "what": what, "bytes": arm.sizes.get(name)}
                     for name, what in arm.declaration.summed.items()
                 ],
-                "behind_masks": arms[arm.arm].privacy.secure_aggregation is not None,
+                "behind_masks": arm.masked is not None,
+                "masked_bytes": arm.masked,
+                "layers": list(arm.layers),
                 "seen": [{"name": name, "why": why} for name, why in arm.declaration.seen.items()],
                 "seen_by": arm.declaration.seen_by if arm.declaration.seen else None,
                 "kept": arm.declaration.kept,
@@ -137,4 +143,5 @@ def guarantee(name: str, account: "Account") -> str:
     return (
         f"For {whose}: {cost} after all rounds; clip {account.settings.clip:g}, noise multiplier "
         f"{account.release.noise_multiplier:.3g}; {account.sampling}."
+        + (" Its training loss stays with it." if account.unit == "record" else "")
     )

@@ -90,9 +90,9 @@ def join(
 
     node = Node(address, own, ca, patience=patience or float("inf"), on_wait=wait)
     with RunFolder(place).lock():  # two processes of one member could open two sums of the same work
+        console.print(f"Joining {address} as {name}", highlight=False)
         if side.resume():
             console.print("Going on with the run that was agreed to.")
-        console.print(f"Joining {address} as {name}", highlight=False)
         serve(side, node)
     if fault:
         raise fault[0]

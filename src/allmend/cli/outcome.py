@@ -2,9 +2,9 @@
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Column, Table
+from rich.table import Table
 
-from allmend.cli.figures import count, plain, points, share
+from allmend.cli.figures import ABSENT, count, plain, points, share, show_sections
 from allmend.results import POOLED, AuditTable, UtilityTable, longest_prefix
 from allmend.run import RunFolder
 
@@ -39,17 +39,8 @@ def _show_utility(console: Console, utility: UtilityTable) -> None:
 
 def show_audit(console: Console, audit: AuditTable) -> None:
     """Print, by model and number of copies, the likelihood gap, exact extraction, exposure and membership."""
-    table = Table(
-        "model",
-        "copies",
-        "gap (nats per token)",
-        "exact",
-        "of controls",
-        Column("exposure (bits)", min_width=len("exposure")),  # else 80 columns cut the word
-        "AUC",
-        "ε ≥",
-        title="Memorisation of canaries",
-    )
+    columns = {"": 4, "gap, nats per token": 22, "exact": 8, "controls": 8, "exposure": 8, "AUC": 19, "ε ≥": 5}
+    sections: dict[str, list[tuple[str, ...]]] = {}
     prefix = longest_prefix(audit.extraction)
     exact = {(row.model, row.copies, row.inserted): row.exact for row in audit.extraction if row.prefix == prefix}
     auc = {
@@ -62,23 +53,28 @@ def show_audit(console: Console, audit: AuditTable) -> None:
     for gap in audit.gaps:
         cell = (gap.model, gap.copies)
         bits = [row.exposure.value for row in audit.exposure if (row.model, row.copies, row.inserted) == (*cell, True)]
-        table.add_row(
-            gap.model,
-            str(gap.copies),
-            plain(gap.gap, "+.2f"),
-            count(exact.get((*cell, True))),
-            count(exact.get((*cell, False))),
-            f"{sum(bits) / len(bits):.1f}" if bits else "none",
-            plain(auc.get(cell)),
-            f"{bounds[cell]:.2f}" if cell in bounds else "none",
+        sections.setdefault(gap.model, []).append(
+            (
+                f"×{gap.copies}",
+                plain(gap.gap, "+.2f"),
+                count(exact.get((*cell, True))),
+                count(exact.get((*cell, False))),
+                f"{sum(bits) / len(bits):.1f}" if bits else ABSENT,
+                plain(auc.get(cell)),
+                f"{bounds[cell]:.2f}" if cell in bounds else ABSENT,
+            )
         )
-    console.print(table)
+    title = f"Memorisation of canaries ({audit.canaries:,} planted, {audit.controls:,} controls)"
+    show_sections(console, title, columns, sections)
     words = f"Exact: the whole rest of a canary after a prefix of {prefix}."
     if prefix is None:
         words = "No prefix was tried: every canary is shorter."
     elif audit.skipped_prefixes:
         words += f" {audit.skipped_prefixes:,} prefixes were left out: they are longer than their canaries."
-    words += " Exposure of what was never seen is 1.44 bits, AUC 0.5."
+    words += " ×10: planted ten times." if any(gap.copies == 10 for gap in audit.gaps) else ""
+    words += " Exposure in bits; of what was never seen it is 1.44. AUC: a canary's loss, over the base model's where "
+    words += "there is one, tells planted from controls; 0.5 is chance."
+    words += f" {ABSENT}: not measured." if any(ABSENT in row for rows in sections.values() for row in rows) else ""
     console.print(f"Intervals are 95 %. {words}", highlight=False)
     if audit.design_changed:
         console.print("[yellow]The audit's design was changed after training.[/yellow]", highlight=False)

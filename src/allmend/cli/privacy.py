@@ -9,9 +9,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from allmend.cli.as_json import AsJson, print_json
+from allmend.cli.as_json import AsJson, print_json, silent
 from allmend.cli.figures import plain, points
+from allmend.cli.progress import shown
 from allmend.errors import UserError
+from allmend.run import RunFolder
 
 if TYPE_CHECKING:
     from allmend.federation.privacy.plan import Plan
@@ -89,13 +91,17 @@ def plan(
             where="--clip",
             hint="Name a finished run with --run." if run is None else "Choose a number above 0.",
         )
+    if run is not None:
+        RunFolder.open(run)  # a wrong path is told before the plan
     console, cost = Console(quiet=as_json), None
     _show(console, found)
     if run is not None:
         from allmend.pricing import noise_cost
 
-        with console.status("asking the run's held-out records"):
-            cost = noise_cost(run, noise_on_average=found.need.noise_on_average, rounds=rounds, clip=clip)
+        with silent() if as_json else shown(console) as listen:
+            cost = noise_cost(
+                run, noise_on_average=found.need.noise_on_average, rounds=rounds, clip=clip, listeners=[listen]
+            )
         _show_cost(console, cost)
     if as_json:
         print_json({"plan": found, "on_the_run": cost})

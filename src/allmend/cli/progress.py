@@ -24,7 +24,11 @@ from allmend.events import (
     Waiting,
     Warned,
     WorkDone,
+    WorkPlanned,
 )
+
+TELL_EVERY = 30.0
+"""Seconds without a line after which a phase's progress is told where there is no bar."""
 
 
 class WorkLeft:
@@ -47,7 +51,9 @@ class WorkLeft:
     def see(self, event: Event) -> None:
         """Take note of an event."""
         match event:
-            case RunStarted():
+            case WorkPlanned() if event.work.keys() <= self._work.keys():
+                pass  # a part of the run that is under way
+            case RunStarted() | WorkPlanned():
                 self._work, self._done, self._began = dict(event.work), set(), self._clock()
             case WorkDone():
                 self._phase, self._share = event.phase, event.share
@@ -83,12 +89,15 @@ class _TimeLeft(ProgressColumn):
 
 
 @contextmanager
-def shown(console: Console, run: Path, *, onward: str | None = None) -> Iterator[Callable[[Event], None]]:
-    """A listener that shows the run in a folder on the terminal: a bar where there is a terminal, lines everywhere.
+def shown(
+    console: Console, *, onward: str = "", clock: Callable[[], float] = time.monotonic
+) -> Iterator[Callable[[Event], None]]:
+    """A listener that shows work on the terminal: a bar where there is a terminal, lines everywhere.
 
-    `onward` says how to go on with a run that was stopped, where it is not by `allmend tune --resume`.
+    `onward` says how to go on with a run that was stopped.
     """
-    work = WorkLeft()
+    work = WorkLeft(clock)
+    told = clock()
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=30),
@@ -102,21 +111,28 @@ def shown(console: Console, run: Path, *, onward: str | None = None) -> Iterator
     task = bar.add_task("loading", total=None)
 
     def listen(event: Event) -> None:
+        nonlocal told
         work.see(event)
-        if line := _line(event):
+        line = _line(event)
+        if not line and not console.is_terminal and clock() - told >= TELL_EVERY:
+            line = _progress(event, work)
+        if line:
+            told = clock()
             console.print(line, highlight=False, emoji=False, soft_wrap=True)
         match event:
             case Stopped():
                 bar.stop()
-                how = onward or f"go on with: allmend tune --resume {escape(str(run))}"
+                how = f"; {onward}" if onward and event.resumable else "."
                 console.print(
-                    f"[bold]Stopped.[/bold] What was complete is kept{f'; {how}' if event.resumable else '.'}",
+                    f"[bold]Stopped.[/bold] What was complete is kept{how}",
                     highlight=False,
                     emoji=False,
                     soft_wrap=True,
                 )
             case RunStarted():
                 bar.update(task, total=work.total, description="starting")
+            case WorkPlanned():
+                bar.update(task, total=work.total)
             case StepDone():
                 bar.update(task, description=f"{event.arm}: round {event.round}, {event.client}, loss {event.loss:.2f}")
             case WorkDone() if not event.phase.startswith("train "):
@@ -127,18 +143,17 @@ def shown(console: Console, run: Path, *, onward: str | None = None) -> Iterator
         yield listen
 
 
-@contextmanager
-def counting(console: Console) -> Iterator[Callable[[int], None]]:
-    """A function to be told of tokens, which shows how many there were: for work whose length is not known."""
-    total = 0
-    with console.status("loading") as status:
+def resume_with(run: Path) -> str:
+    """How to go on with a simulation that was stopped."""
+    return f"go on with: allmend tune --resume {escape(str(run))}"
 
-        def add(tokens: int) -> None:
-            nonlocal total
-            total += tokens
-            status.update(f"{total:,} tokens read")
 
-        yield add
+def _progress(event: Event, work: WorkLeft) -> str:
+    """How far a phase is, for who sees no bar."""
+    if not isinstance(event, WorkDone):
+        return ""
+    left = work.seconds_left()
+    return f"  {event.phase}: {event.share:.0%}" + (f", about {duration(left)} left in all" if left is not None else "")
 
 
 def _line(event: Event) -> str:
@@ -183,9 +198,9 @@ def _line(event: Event) -> str:
     return ""
 
 
-def counted(count: int, thing: str) -> str:
-    """`1 round`, `3 rounds`."""
-    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+def counted(count: int, thing: str, things: str = "") -> str:
+    """`1 round`, `3 rounds`; `things` where it is no matter of an s."""
+    return f"{count:,} {thing if count == 1 else things or f'{thing}s'}"
 
 
 def duration(seconds: float) -> str:

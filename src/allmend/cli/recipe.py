@@ -34,15 +34,27 @@ def init(
 
 
 @app.command()
-def check(path: Annotated[Path, typer.Argument(help="A recipe.")], as_json: AsJson = False) -> None:
-    """Say everything that is wrong with a recipe, its files, layers and strategy included."""
+def check(
+    path: Annotated[Path, typer.Argument(help="A recipe.")],
+    members: Annotated[
+        Path | None, typer.Option(help="The registered members (TOML), who are the clients of a run between machines.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say everything that is wrong with a recipe, its files, layers and strategy included.
+
+    What only the data's content can show is found by `allmend tune RECIPE --dry-run`, which reads it.
+    """
+    from allmend.consortium.offer import among
+    from allmend.federation.keys import read_members
     from allmend.prepare import check as check_whole
     from allmend.recipe import RecipeError, load_recipe, located
 
     try:
-        recipe = load_recipe(path)
+        names = sorted(read_members(members)) if members is not None else []
+        recipe = load_recipe(path, members=names)
         with located(path):
-            check_whole(recipe, path.parent)
+            check_whole(among(recipe, names) if names else recipe, path.parent)
     except RecipeError as error:
         if as_json:
             print_json({"problems": error.problems})

@@ -81,9 +81,11 @@ def _head(it: "Standing", now: float) -> list[RenderableType]:
         first.append(f", last event {duration(now - it.latest)} ago", style="dim")
     lines: list[RenderableType] = [first]
     if it.state == "stopped":
-        lines.append(Text(f"{it.cause}\nThe same command that started it goes on with it."))
+        lines.append(Text(it.cause))
     if it.state == "not running":
-        lines.append(Text("It has no end, and nobody works on it. The same command that started it goes on with it."))
+        lines.append(Text("It has no end, and nobody works on it."))
+    if it.onward:
+        lines.append(Text(it.onward))
     if it.offer is not None:
         lines.append(Text(f"Offer  {it.offer}"))
     return lines

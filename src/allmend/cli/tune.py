@@ -9,6 +9,7 @@ from rich.console import Console
 from allmend.cli.as_json import EventLines, print_json, told
 from allmend.cli.disclosure import disclosed, show_disclosures
 from allmend.cli.outcome import show_outcome
+from allmend.cli.progress import resume_with
 from allmend.cli.tensorboard import board
 from allmend.errors import UserError
 
@@ -40,7 +41,10 @@ def tune(
     if resume is not None:
         if out is not None or dry_run:
             raise UserError("--resume goes with neither --out nor --dry-run", where="allmend tune")
-        with told(console, resume, as_json=as_json) as listen, board(resume, wanted=tensorboard) as more:
+        with (
+            told(console, as_json=as_json, onward=resume_with(resume)) as listen,
+            board(resume, wanted=tensorboard) as more,
+        ):
             run = life.resume(resume, listeners=[listen, *more])
         if not as_json:
             show_outcome(console, run)
@@ -53,7 +57,8 @@ def tune(
             found = life.rehearse(loaded, recipe.parent)
             print_json(disclosed(*found)) if as_json else show_disclosures(console, *found)
             return
-        with told(console, folder, as_json=as_json) as listen, board(folder, wanted=tensorboard) as more:
+        onward = resume_with(folder)
+        with told(console, as_json=as_json, onward=onward) as listen, board(folder, wanted=tensorboard) as more:
             run = life.tune(loaded, folder, base=recipe.parent, listeners=[listen, *more])
     if not as_json:
         show_outcome(console, run)

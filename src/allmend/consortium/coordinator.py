@@ -46,7 +46,7 @@ from allmend.federation.privacy.layers import in_words, noisy
 from allmend.federation.privacy.ledger import open_ledger
 from allmend.federation.rounds import run_rounds
 from allmend.models.tensors import Tensors, dump, nbytes, parse
-from allmend.prepare import Prepared, prepare_model, threads
+from allmend.prepare import Prepared, check_prefixes, prepare_model, threads
 from allmend.recipe import Arm, Recipe
 from allmend.results import BASE, UtilityTable
 from allmend.run import EventLog, RunFolder, write_atomic
@@ -440,6 +440,7 @@ def coordinate(
             )
     model, encoder = prepare_model(recipe, base)
     canaries = tuple(planned(recipe))
+    check_prefixes(recipe, canaries, encoder)
     prepared = Prepared(
         recipe=recipe,
         base=base,

@@ -13,12 +13,9 @@ from allmend.federation.engines.flower.hidden import Hiding
 from allmend.federation.keys import parse_public
 from allmend.federation.privacy.vectors import VectorCode
 from allmend.models.tensors import Tensors
-from allmend.recipe import Arm, ClientSource, Recipe, parse_recipe
+from allmend.recipe import AT_MEMBER, Arm, ClientSource, Recipe, parse_recipe
 from allmend.run import write_atomic
 from allmend.strategy import Strategy
-
-AT_MEMBER = "(at the member)"
-"""What stands for the path of a member's data in a recipe among organisations."""
 
 
 @dataclass(frozen=True)

@@ -180,7 +180,7 @@ def _check_path(source: str, path: Path) -> None:
         raise UserError("is not a regular file", where=source, hint="Name a data file.")
     beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, beside, n=1)
-    hint = f"Did you mean {near[0]!r}?" if near else "Check the path; it is taken from the recipe's folder."
+    hint = f"Did you mean {near[0]!r}?" if near else "Check the path."
     raise UserError(f"no such file ({path.absolute()})", where=source, hint=hint)
 
 
@@ -436,7 +436,7 @@ def _unknown_fields(row: Row, fields: Fields, where: str) -> UserError:
         name = next((lower[n] for n in (*near, *_SYNONYMS[part]) if n in lower), None)
         if name is not None:
             found[part] = name
-    hint = "Say in [data.fields] which field holds what"
+    hint = "Rename the fields, or say in the recipe's [data.fields] which holds what"
     if found:
         hint += ", perhaps: " + ", ".join(f'{part} = "{name}"' for part, name in found.items())
     return UserError(

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_ssh_public_key,
 )
 
-from allmend.errors import UserError
+from allmend.errors import UserError, all_of
 
 
 def dump_key(key: Ed25519PrivateKey) -> bytes:
@@ -97,7 +97,7 @@ def read_members(path: Path) -> dict[str, bytes]:
         clinic-a = "ssh-ed25519 AAAA…"
 
     Raises:
-        UserError: it cannot be read, is empty, or two members have one key.
+        UserError: it cannot be read or is empty; or what is wrong with its members, all at once.
     """
     try:
         found = tomllib.loads(path.read_text(encoding="utf-8")).get("members")
@@ -107,13 +107,19 @@ def read_members(path: Path) -> dict[str, bytes]:
         hint = '[members]\nclinic-a = "ssh-ed25519 AAAA…"'
         raise UserError("no members are registered here", where=path, hint=f"A line for each, such as\n{hint}")
     members: dict[str, bytes] = {}
-    for name, line in found.items():
-        if not isinstance(line, str):
-            raise UserError(f"the public key of {name!r} is not text", where=path, hint=_LINE)
-        members[name] = parse_public(line, where=f"{path}: {name}")
     owners: dict[bytes, str] = {}
-    for name, public in members.items():
-        if public in owners:
-            raise UserError(f"{owners[public]!r} and {name!r} have the same public key", where=path)
-        owners[public] = name
+    problems: list[UserError] = []
+    for name, line in found.items():
+        try:
+            if not isinstance(line, str):
+                raise UserError("the public key is not text", where=name, hint=_LINE)
+            public = parse_public(line, where=name)
+            if public in owners:
+                raise UserError(f"has the same public key as {owners[public]}", where=name)
+        except UserError as error:
+            problems.append(error)
+        else:
+            members[name], owners[public] = public, name
+    if problems:
+        raise all_of(problems, f"{len(problems)} of the {len(found)} members cannot be used", where=path)
     return members

@@ -254,6 +254,7 @@ def applied(model: PreTrainedModel, folder: Path) -> Iterator[PeftModel]:
     Raises:
         UserError: the folder holds no adapter, or one for another model.
     """
+    check_adapter(folder)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # between PEFT and transformers; no user can act on it
@@ -266,6 +267,25 @@ def applied(model: PreTrainedModel, folder: Path) -> Iterator[PeftModel]:
         yield wrapped
     finally:
         wrapped.unload()
+
+
+def check_adapter(folder: Path) -> None:
+    """Raise unless a folder holds a PEFT adapter; PEFT itself would look for its name on the Hub.
+
+    Raises:
+        UserError: it does not.
+    """
+    if (folder / _CONFIG).is_file():
+        return
+    near = sorted(path.parent for path in (*folder.glob(f"*/{_CONFIG}"), *folder.glob(f"arms/*/*/{_CONFIG}")))
+    raise UserError(
+        f"no adapter is here (there is no {_CONFIG})",
+        where=folder,
+        hint=f"Did you mean {near[0]}?" if near else "Check the path.",
+    )
+
+
+_CONFIG = "adapter_config.json"
 
 
 def full(model: nn.Module) -> Trainable:

@@ -87,6 +87,7 @@ class Standing:
         run: its name.
         state: whether somebody works on it.
         cause: why it stopped.
+        onward: how to go on with it, in a sentence; empty where nobody need do anything.
         allmend: version that works on it.
         model: its base model.
         offer: digest that members agree to; None in a simulation.
@@ -101,6 +102,7 @@ class Standing:
     run: str
     state: State
     cause: str = ""
+    onward: str = ""
     allmend: str = ""
     model: str = ""
     offer: str | None = None
@@ -132,6 +134,7 @@ def standing(run: RunFolder) -> Standing:
         run=start.run if start else run.path.name,
         state=state,
         cause=end.cause if isinstance(end, Stopped) and state == "stopped" else "",
+        onward=_onward(run, events, end) if state in ("stopped", "not running") else "",
         allmend=start.allmend if start else "",
         model=start.model if start else "",
         offer=next((event.digest for event in reversed(events) if isinstance(event, Offered)), None),
@@ -142,6 +145,14 @@ def standing(run: RunFolder) -> Standing:
         members=_members(events, running=state == "running"),
         warnings=tuple(dict.fromkeys(event.message for event in events if isinstance(event, Warned))),
     )
+
+
+def _onward(run: RunFolder, events: Sequence[Event], end: Event | None) -> str:
+    if isinstance(end, Stopped) and not end.resumable:
+        return "Going on would only meet the same end: start a new run."
+    if any(isinstance(event, Offered) for event in events):
+        return "The same command that started it goes on with it."
+    return f"Go on with it: allmend tune --resume {run.path}"
 
 
 def _arms(events: Sequence[Event]) -> tuple[ArmStanding, ...]:

@@ -75,6 +75,11 @@ class VectorCode:
         return sum(shape.numel() for shape in self.layout.values()) + len(self.numbers) + 1
 
     @property
+    def nbytes(self) -> int:
+        """Size of a vector."""
+        return self.length * self.bits // 8
+
+    @property
     def of_tensors(self) -> FixedPoint:
         """Levels of the tensors' values."""
         return FixedPoint(self.clip, self.members, self.bits, self.levels)
