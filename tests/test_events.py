@@ -61,7 +61,7 @@ def test_every_event_comes_back(tmp_path_factory: pytest.TempPathFactory, writte
 
 def test_every_kind_has_a_name_of_its_own() -> None:
     names = [kind.model_fields["type"].default for kind in KINDS]
-    assert len(set(names)) == len(names) == 12
+    assert len(set(names)) == len(names) == 13
 
 
 def step(arm: str, round: int, number: int, loss: float = 1.0) -> StepDone:

@@ -1,3 +1,4 @@
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -69,14 +70,18 @@ def test_what_is_no_model_adapter_or_place_is_told_before_anything_is_written(
     stranger = tmp_path / "stranger"
     make_tiny_model(vocab_size=301).save_pretrained(stranger)  # type: ignore[operator]
     make_tiny_tokenizer(special=("<eos>", "<other>")).save_pretrained(stranger)
+    damaged = shutil.copytree(run.arm("fedavg") / "adapter", tmp_path / "adapter")
+    config = json.loads((damaged / "adapter_config.json").read_text())
+    (damaged / "adapter_config.json").write_text(json.dumps(config | {"r": config["r"] + 1}))
     table = (run.path / "results" / "audit.json").read_bytes()
     for words, options in (
-        ("cannot be applied to the model", {"adapter": tiny_folder}),
+        ("no adapter is here", {"adapter": tiny_folder}),
+        ("cannot be applied to the model", {"adapter": damaged}),
         ("another tokenizer", {"reference": str(stranger)}),
         ("a run is here", {"out": run.path}),
     ):
         with pytest.raises(UserError, match=words):
-            audit_folder(str(tiny_folder), run.canaries, **{"out": tmp_path / "out"} | options)
+            audit_folder(**{"model": str(tiny_folder), "canaries": run.canaries, "out": tmp_path / "out"} | options)
     assert not (tmp_path / "out").exists()
     assert (run.path / "results" / "audit.json").read_bytes() == table
 

@@ -12,7 +12,7 @@ from allmend.data.canaries import canary_of, read_canaries
 from allmend.data.chat import Encoder
 from allmend.data.records import Record
 from allmend.errors import UserError
-from allmend.events import RoundDone
+from allmend.events import PhaseDone, RoundDone, Stopped
 from allmend.models.adapters import applied
 from allmend.models.load import LoadedModel
 from allmend.prepare import prepare, read_frozen
@@ -71,8 +71,12 @@ def test_a_canary_that_was_never_learnt_from_fails_the_audit_and_keeps_the_model
     workplace: Path, make: MakeRecipe, model: LoadedModel, tmp_path: Path
 ) -> None:
     recipe = make(strategy={"name": "fedavg", "rounds": 1, "participation": 0.5})
-    with pytest.raises(UserError, match=r"never learnt from in arm 'fedavg'.*took part in no round"):
+    with pytest.raises(UserError, match=r"never learnt from in arm 'fedavg'.*took part in no round or training was"):
         life.tune(recipe, tmp_path / "run", base=workplace, model=model)
+    history = RunFolder(tmp_path / "run").history()
+    assert isinstance(history[-1], Stopped)
+    assert not history[-1].resumable  # "in a new run", as the message says
+    assert not any(isinstance(event, PhaseDone) and event.phase == "audit base" for event in history)
     assert (tmp_path / "run" / "arms" / "fedavg" / "adapter" / "adapter_config.json").is_file()
     assert not (tmp_path / "run" / "results" / "audit.json").exists()
 

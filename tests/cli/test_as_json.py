@@ -33,6 +33,7 @@ def test_a_run_from_its_dry_run_to_its_audit(allmend: Allmend, workplace: Path) 
     fedavg, noise = found["arms"]
     assert {one["name"] for one in fedavg["summed"]} == {"update", "weight", "loss"}
     assert fedavg["guarantees"] == {}
+    assert (fedavg["layers"], fedavg["masked_bytes"]) == ([], None)
     assert {"north", "south"} == noise["guarantees"].keys()
     assert all(one["epsilon"] > 0 for one in noise["guarantees"].values())
     assert not Path("runs").exists()

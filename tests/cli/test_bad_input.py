@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.cli.conftest import CANARIES
 
 from allmend import life
 from allmend.data.canaries import plant, write_canaries
@@ -129,6 +130,14 @@ CASES: dict[str, tuple[Callable[[], None], tuple[str, ...]]] = {
     "two bad files": (two_bad_files, ("2 clients", "north.jsonl:1", "south.jsonl", "holds no record")),
     "a torn line": (torn_line, ("south.jsonl:9", "JSON")),
     "no record fits": (too_long, ("client 'north'", "max_tokens = 8", "too_long")),
+    "too few clients for a sum": (
+        lambda: append("[privacy.secure_aggregation]\n"),
+        ("privacy.secure_aggregation", "line 23", "over 3 clients or more", "round 1 of arm 'fedavg' has 2 of 2"),
+    ),
+    "only prefixes that are longer than every canary": (
+        lambda: append(CANARIES.replace("[5]", "[900]")),
+        ("audit.prefix_tokens", "no canary has more than", "behind a prefix of 900"),
+    ),
     "0 rounds": (lambda: replace("recipe.toml", "rounds = 2", "rounds = 0"), ("strategy.rounds", "line 20", "got 0")),
     "a rank larger than the layer": (
         lambda: replace("recipe.toml", "rank = 2", "rank = 17"),
@@ -288,16 +297,44 @@ def test_goldfish_on_records_shorter_than_its_context_is_told(allmend: Allmend, 
     assert "not longer than h" in Path("runs/tiny/report.html").read_text()
 
 
-def test_prefixes_that_are_longer_than_every_canary_are_counted(allmend: Allmend, audited: Path) -> None:
-    shown = allmend("audit", "runs/tiny", "--prefix", 5000)
+def test_prefixes_that_are_longer_than_canaries_are_counted(allmend: Allmend, audited: Path) -> None:
+    shown = allmend("audit", "runs/tiny", "--prefix", 20, "--prefix", 5000)
     assert (shown.code, shown.err) == (0, "")
-    assert "No prefix was tried: every canary is shorter." in shown.out
+    assert "prefixes were left out" in " ".join(shown.out.split())
     table = json.loads(Path("runs/tiny/results/audit.json").read_text())
     assert table["skipped_prefixes"] == table["canaries"] + table["controls"]  # once, not again for fedavg
-    assert table["extraction"] == []
     assert table["design_changed"] is True
-    shown = allmend("audit", "runs/tiny", "--prefix", 20, "--prefix", 5000)
-    assert "prefixes were left out" in " ".join(shown.out.split())
+
+
+def test_an_audit_measures_the_exposure_and_membership_that_it_is_asked_for(allmend: Allmend, audited: Path) -> None:
+    kept = Path("runs/tiny/results/audit.json")
+    assert allmend("audit", "runs/tiny", "--exposure", "ward", "--membership-records", 2).code == 0
+    table = json.loads(kept.read_text())
+    assert {row["slot"] for row in table["exposure"]} == {"ward"}
+    of_records = [row["auc"]["n"] for row in table["membership"] if row["records"].startswith("records of")]
+    assert of_records
+    assert max(of_records) <= 4  # two that were trained on and two that were not, where the client has so many
+    assert allmend("audit", "runs/tiny", "--exposure", "none", "--membership-records", 0).code == 0
+    table = json.loads(kept.read_text())
+    assert table["exposure"] == []
+    assert {row["records"] for row in table["membership"]} == {"canaries"}
+
+
+def test_arms_without_a_model_are_left_out_of_an_audit_and_named(allmend: Allmend, workplace: Path) -> None:
+    append(CANARIES + "[compare.other.train]\nlearning_rate = 0.02\n")
+    assert allmend("tune", "recipe.toml").code == 0
+    shutil.rmtree("runs/tiny/arms/other/adapter")
+    shown = allmend("audit", "runs/tiny")
+    assert (shown.code, shown.err) == (0, "")
+    assert "Not given: other: the arm has no tuned model." in shown.out
+    shown = allmend("audit", "mine", "runs/tiny", "--data", "north.jsonl")
+    assert (shown.code, shown.err) == (0, "")
+    assert "Not asked, since their models are not here: other." in shown.out
+    shutil.rmtree("runs/tiny/arms/fedavg/adapter")
+    for command in (("audit", "runs/tiny"), ("audit", "mine", "runs/tiny", "--data", "north.jsonl")):
+        shown = allmend(*command)
+        assert shown.code == 2
+        assert "no tuned model is here" in shown.err
 
 
 # --- audits
@@ -314,7 +351,7 @@ def audited_run(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> 
         {
             "name": "tiny",
             "model": {"source": str(tiny_folder)},
-            "data": {"max_tokens": 256},
+            "data": {"max_tokens": 256, "held_out": 0.5},
             "clients": [{"name": name, "data": f"{name}.jsonl"} for name in ("north", "south")],
             "adapter": {"rank": 2},
             "strategy": {"rounds": 1},
@@ -392,7 +429,48 @@ AUDITS: dict[str, tuple[Callable[[], object], tuple[str, ...], tuple[str, ...]]]
     "an adapter that is none": (
         nothing,
         ("audit", "model", "--canaries", OWN, "--adapter", "runs"),
-        ("runs", "cannot be applied to the model"),
+        ("runs", "no adapter is here", "Check the path."),
+    ),
+    "the folder above an adapter": (
+        nothing,
+        ("audit", "model", "--canaries", OWN, "--adapter", "runs/tiny/arms/fedavg"),
+        ("no adapter is here", "Did you mean runs/tiny/arms/fedavg/adapter?"),
+    ),
+    "a run for an adapter": (
+        nothing,
+        ("audit", "model", "--canaries", OWN, "--adapter", "runs/tiny"),
+        ("no adapter is here", "Did you mean runs/tiny/arms/fedavg/adapter?"),
+    ),
+    "a place for a run's audit": (nothing, ("audit", "runs/tiny", "--out", "x"), ("--out is for a model",)),
+    "prefixes that leave nothing": (
+        nothing,
+        ("audit", "runs/tiny", "--prefix", 5000),
+        ("no canary has more than", "behind a prefix of 5000", "Choose a shorter one."),
+    ),
+    "prefixes that leave nothing of a model's canaries": (
+        nothing,
+        ("audit", "model", "--canaries", OWN, "--prefix", 5000),
+        ("behind a prefix of 5000",),
+    ),
+    "a secret that canaries do not have": (
+        nothing,
+        ("audit", "runs/tiny", "--exposure", "shoe-size"),
+        ("have no shoe-size", "They have born", "ward"),
+    ),
+    "figures into a folder": (
+        nothing,
+        ("audit", "compare", "runs/tiny", "runs/tiny:fedavg", "--out", "runs"),
+        ("runs: is a folder", "Name one: runs/figures.json"),
+    ),
+    "a model beside itself": (
+        nothing,
+        ("audit", "compare", "runs/tiny", "runs/../runs/tiny"),
+        ("stands twice", "Name it once."),
+    ),
+    "nothing beside it": (
+        nothing,
+        ("audit", "compare", "runs/tiny:fedavg"),
+        ("only one audited model to compare, fedavg", "allmend audit compare runs/tiny:fedavg RUN"),
     ),
     "an adapter for a run": (nothing, ("audit", "runs/tiny", "--adapter", "x"), ("--adapter is for a model",)),
     "a reference for a run": (nothing, ("audit", "runs/tiny", "--reference", "x"), ("--reference is for a model",)),
@@ -420,12 +498,12 @@ AUDITS: dict[str, tuple[Callable[[], object], tuple[str, ...], tuple[str, ...]]]
     ),
     "a run that is not audited": (
         lambda: Path("runs/tiny/results/audit.json").unlink(),
-        ("audit", "compare", "runs/tiny", "runs/tiny"),
+        ("audit", "compare", "runs/tiny"),
         ("not been audited yet", "allmend audit runs/tiny"),
     ),
     "damaged probes": (
         lambda: Path("runs/tiny/results/audit.parquet").write_text("x"),
-        ("audit", "compare", "runs/tiny", "runs/tiny"),
+        ("audit", "compare", "runs/tiny"),
         ("audit.parquet", "not a table of probes", "Audit the run again"),
     ),
     "own records without a run": (

@@ -176,6 +176,58 @@ def test_a_dry_run_shows_what_leaves_and_writes_nothing(allmend: Allmend, workpl
     assert sorted(workplace.rglob("*")) == before
 
 
+def test_a_dry_run_names_each_layer_and_what_masks_make_of_the_size(allmend: Allmend, workplace: Path) -> None:
+    Path("west.jsonl").write_text(Path("north.jsonl").read_text())
+    with Path("recipe.toml").open("a") as file:
+        file.write("[[clients]]\nname = 'west'\ndata = 'west.jsonl'\n" + HIDDEN)
+    assert allmend("recipe", "check", "recipe.toml").code == 0
+    shown = allmend("tune", "recipe.toml", "--dry-run")
+    assert (shown.code, shown.err) == (0, "")
+    text = " ".join(shown.out.split())
+    for words in (
+        "Deduplication within each client",
+        "Goldfish loss (k = 3",
+        "tokens left out of the loss.",
+        "Weight noise: Gaussian, standard deviation 0.001",
+        "Secure aggregation: changes cut to",
+        "Behind masks, a member sends",
+    ):
+        assert words in text
+    (arm,) = json.loads(allmend("tune", "recipe.toml", "--dry-run", "--json").out)["arms"]
+    assert len(arm["layers"]) == 4
+    # each parameter in 64 bits, and weight, loss and the number of cut values beside them
+    assert arm["masked_bytes"] == 8 * (arm["trainable"] + 3)
+
+
+HIDDEN = """
+[privacy]
+weight_noise = 0.001
+[privacy.deduplicate]
+[privacy.goldfish]
+k = 3
+[privacy.secure_aggregation]
+"""
+
+
+def test_a_recipe_between_machines_is_checked_with_its_members(allmend: Allmend, workplace: Path) -> None:
+    lines = Path("recipe.toml").read_text()
+    head, _, rest = lines.partition("[[clients]]")
+    Path("recipe.toml").write_text(head + rest[rest.index("[adapter]") :])
+    shown = allmend("recipe", "check", "recipe.toml")
+    assert shown.code == 2
+    assert "there are none: add [[clients]]" in shown.err
+    for name in ("a", "b"):
+        assert allmend("member", "key", "--out", name).code == 0
+    Path("members.toml").write_text("[members]\na = 'x'\nb = 'y'\n")
+    shown = allmend("recipe", "check", "recipe.toml", "--members", "members.toml")
+    assert shown.code == 2
+    assert "2 of the 2 members cannot be used" in shown.err
+    public = {name: allmend("member", "key", "--public", name).out.strip() for name in ("a", "b")}
+    Path("members.toml").write_text("[members]\n" + "".join(f"{name} = '{key}'\n" for name, key in public.items()))
+    shown = allmend("recipe", "check", "recipe.toml", "--members", "members.toml")
+    assert (shown.code, shown.err) == (0, "")
+
+
 def test_tensorboard_is_a_reader_too(allmend: Allmend, workplace: Path) -> None:
     pytest.importorskip("tensorboard")
     assert allmend("tune", "recipe.toml", "--tensorboard").code == 0

@@ -26,4 +26,4 @@ def test_ids_and_names_are_printed_as_they_are() -> None:
     text = out.getvalue()
     assert "arm[/] completes what the base model does not: pmc[/3], [bold]x" in text
     assert "arm[/] completes none of your records" in text
-    assert text.count("arm[/]") == 4
+    assert text.count("arm[/]") == 3

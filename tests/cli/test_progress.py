@@ -8,8 +8,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from allmend.cli.progress import WorkLeft, duration, shown, size
-from allmend.events import ArmStarted, Event, PhaseDone, RoundDone, RunFinished, RunStarted, StepDone, Stopped, WorkDone
+from allmend.cli.progress import TELL_EVERY, WorkLeft, duration, resume_with, shown, size
+from allmend.events import (
+    ArmStarted,
+    Event,
+    PhaseDone,
+    RoundDone,
+    RunFinished,
+    RunStarted,
+    StepDone,
+    Stopped,
+    WorkDone,
+    WorkPlanned,
+)
 
 
 class Clock:
@@ -129,12 +140,14 @@ STORY: tuple[Event, ...] = (
 )  # fmt: skip
 
 
-def screen(*events: Event, terminal: bool) -> str:
+def screen(*events: Event, terminal: bool, clock: Clock | None = None, pause: float = 0.0) -> str:
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=120, color_system=None)
-    with shown(console, Path("runs/[x]")) as listen:
+    clock = clock or Clock()
+    with shown(console, onward=resume_with(Path("runs/[x]")), clock=clock) as listen:
         for event in events:
             listen(event)
+            clock.now += pause
     return out.getvalue()
 
 
@@ -155,6 +168,28 @@ def test_a_run_is_told_in_lines(terminal: bool) -> None:
 def test_a_stop_says_how_to_go_on() -> None:
     text = screen(*STORY, Stopped(cause="interrupted"), terminal=True)
     assert "allmend tune --resume runs/[x]" in text
+    assert "--resume" not in screen(*STORY, Stopped(cause="diverged", resumable=False), terminal=True)
+
+
+def test_where_there_is_no_bar_a_long_phase_is_told_from_time_to_time() -> None:
+    plan = WorkPlanned(work={"audit base": 100.0, "audit fedavg": 100.0})
+    asked = [WorkDone(phase="audit base", share=percent / 100) for percent in range(1, 101)]
+    lines = screen(plan, *asked, terminal=False, pause=2.0).splitlines()
+    assert lines[0] == "  audit base: 15%, about 6 min 10 s left in all"  # 30 s for 15 of 200
+    assert len(lines) == 200 // TELL_EVERY
+    assert not screen(*asked, terminal=False)
+
+
+def test_an_audit_at_the_end_of_a_run_does_not_start_the_count_again() -> None:
+    clock = Clock()
+    work = WorkLeft(clock)
+    work.see(started({"train a": 100.0, "audit base": 50.0}))
+    clock.now += 10
+    work.see(phase("train a"))
+    work.see(WorkPlanned(work={"audit base": 50.0}))
+    assert work.seconds_left() == pytest.approx(5)
+    work.see(WorkPlanned(work={"ask base": 20.0}))
+    assert (work.total, work.done) == (20, 0)
 
 
 def test_a_resumption_says_what_is_left() -> None:

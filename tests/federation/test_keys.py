@@ -99,8 +99,8 @@ def test_members_that_cannot_be_are_refused(tmp_path: Path) -> None:
         ("members = 3", "no members are registered"),
         ("[members", "cannot be read"),
         (f'[members]\na = "{one}"\na = "{one}"', "cannot be read"),
-        (f'[members]\na = "{one}"\nb = "{one}"', "'a' and 'b' have the same public key"),
-        ("[members]\na = 3", "the public key of 'a' is not text"),
+        (f'[members]\na = "{one}"\nb = "{one}"', "members.toml: b: has the same public key as a"),
+        ("[members]\na = 3", "members.toml: a: the public key is not text"),
         ('[members]\na = "x"', "members.toml: a: no public key"),
     ):
         path.write_text(text)
@@ -108,3 +108,8 @@ def test_members_that_cannot_be_are_refused(tmp_path: Path) -> None:
             read_members(path)
     with pytest.raises(UserError, match="cannot be read"):
         read_members(tmp_path / "absent.toml")
+    path.write_text(f'[members]\na = "{one}"\nb = 3\nc = "x"\nd = "{one}"')
+    with pytest.raises(UserError) as raised:
+        read_members(path)
+    for words in ("3 of the 4 members cannot be used", "- b: ", "- c: ", "- d: has the same public key as a"):
+        assert words in str(raised.value)

@@ -39,6 +39,17 @@ def test_a_stop_is_told_with_its_cause_until_work_begins_again(begun: Any) -> No
     assert (found.state, found.cause) == ("not running", "")
 
 
+def test_how_to_go_on_is_said_of_runs_that_can(begun: Any) -> None:
+    begun.add(started("a"))
+    assert standing(begun.folder).onward == f"Go on with it: allmend tune --resume {begun.folder.path}"
+    begun.add(Stopped(cause="diverged", resumable=False))
+    assert "same end" in standing(begun.folder).onward
+    begun.add(started("a"), OFFERED, Stopped(cause="no space left"))
+    assert standing(begun.folder).onward == "The same command that started it goes on with it."
+    begun.add(started("a"), RunFinished(seconds=1.0))
+    assert standing(begun.folder).onward == ""
+
+
 def test_a_process_that_was_killed_works_no_more(begun: Any) -> None:
     """The lock's words stay behind, and the process that they name is gone."""
     begun.add(started("a"))
