@@ -292,7 +292,7 @@ class Canaries(Section):
     ]
     """Sorts of text, each with secrets of its own."""
     copies: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = [1, 3, 10]
-    """How often an inserted canary stands in the data, one group for each number."""
+    """How often a planted canary stands in the data, one group for each number."""
     count: Annotated[int, Field(ge=2)] | list[Annotated[int, Field(ge=2)]] = 8
     """Canaries for each kind, client and number of copies, of which about half are controls; a list gives one
     number for each of `copies`."""

@@ -19,7 +19,7 @@ def compare_runs(runs: Sequence[Path | str]) -> Comparison:
     """The audited models of several runs (and arms of one run) side by side, each against the first tuned one.
 
     Args:
-        runs: run folders, or `FOLDER:ARM` for one arm of it.
+        runs: run folders, or `RUN:ARM` for one arm of it.
 
     Raises:
         UserError: a folder is no run, it is not audited yet, or it has no such arm; a model is named twice.
@@ -45,7 +45,7 @@ def compare_runs(runs: Sequence[Path | str]) -> Comparison:
 
 
 def _run_and_arm(name: str) -> tuple[RunFolder, str]:
-    """The run in `FOLDER` or `FOLDER:ARM`, and the arm, which is empty where none is named."""
+    """The run in `RUN` or `RUN:ARM`, and the arm, which is empty where none is named."""
     folder, _, arm = name.rpartition(":") if ":" in name and not Path(name).is_dir() else (name, "", "")
     return RunFolder.open(Path(folder)), arm
 

@@ -163,7 +163,7 @@ def test_refused_figures_have_their_reasons(run: Path, change: Change) -> None:
     [
         (True, "▲ The design of the audit is not the one that was fixed before training."),
         (False, "The design of this audit was fixed before training and is unchanged."),
-        (None, "No design was fixed before training."),
+        (None, "Whether the design of this audit was fixed before training is not known."),
     ],
 )
 def test_says_whether_the_design_moved(run: Path, change: Change, changed: bool | None, says: str) -> None:

@@ -142,7 +142,7 @@ def _assurances(audit: AuditTable) -> str:
     if audit.design_changed is False:
         words.append("The design of this audit was fixed before training and is unchanged.")
     elif audit.design_changed is None:
-        words.append("No design was fixed before training.")
+        words.append("Whether the design of this audit was fixed before training is not known.")
     if audit.learnt and all(row.least_tokens for row in audit.learnt):
         words.append("Every planted canary was learnt from.")
     elif not audit.learnt:
