@@ -24,7 +24,8 @@ from _measure import Rates, figure, interleaved, machine, times
 from allmend.federation.engines.workers import WorkerEngine
 from allmend.federation.member import Member
 from allmend.federation.strategies.fedavg import FedAvg
-from allmend.learn.loop import steps_per_round, train
+from allmend.learn.loop import train
+from allmend.learn.schedule import steps_per_round
 from allmend.models.adapters import add_lora, remove_lora
 from allmend.models.load import load_model
 from allmend.models.tensors import Tensors

@@ -22,9 +22,10 @@ from allmend.federation.strategies import build_strategy
 from allmend.federation.strategies.fedavg import FedAvg
 from allmend.federation.strategies.private_fedavg import PrivateFedAvg
 from allmend.federation.strategies.product import FedAvgProduct
-from allmend.learn.loop import Step, mean_loss, steps_per_round
+from allmend.learn.loop import Step, mean_loss
 from allmend.learn.noise import NoiseSource
 from allmend.learn.private import RecordNoise
+from allmend.learn.schedule import steps_per_round
 from allmend.meter import Meter
 from allmend.models.adapters import Trainable, add_lora, full, remove_lora
 from allmend.models.load import LoadedModel

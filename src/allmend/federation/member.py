@@ -8,8 +8,9 @@ import torch
 
 from allmend.data.chat import Encoded
 from allmend.errors import UserError
-from allmend.learn.loop import Step, mean_loss, steps_per_round, train
+from allmend.learn.loop import Step, mean_loss, train
 from allmend.learn.private import RecordNoise
+from allmend.learn.schedule import steps_per_round
 from allmend.models.adapters import Trainable, first_components, with_components
 from allmend.models.tensors import Tensors
 from allmend.recipe import Train

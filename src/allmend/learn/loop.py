@@ -6,7 +6,7 @@ follows from the arguments, unless noise is from the cryptographic generator: th
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +15,10 @@ from allmend.data.chat import Encoded
 from allmend.data.packing import Row, pack
 from allmend.errors import UserError
 from allmend.learn.objective import log_likelihood
+from allmend.learn.optimizer import Descent
 from allmend.learn.per_example import record_loss, separable_rows
 from allmend.learn.private import RecordNoise, poisson_batches, private_gradient
+from allmend.learn.schedule import batches, learning_rate
 from allmend.models.adapters import Trainable
 from allmend.models.tensors import Tensors, is_finite
 from allmend.recipe import Train
@@ -77,38 +79,6 @@ def mean_loss(steps: Sequence[Step]) -> float | None:
     return sum(loss * count for loss, count in losses) / sum(count for _, count in losses) if losses else None
 
 
-def steps_per_round(records: int, settings: Train) -> int:
-    """Optimiser steps that a client with so many records takes in a round; at least 1."""
-    if settings.local_steps is not None:
-        return settings.local_steps
-    return max(1, math.ceil((settings.local_epochs or 1.0) * math.ceil(records / settings.batch_size)))
-
-
-def learning_rate(step: int, total: int, settings: Train) -> float:
-    """The learning rate of step `step` (from 0) of `total`: linear warmup, then cosine to 0 or constant."""
-    if step < settings.warmup_steps:
-        return settings.learning_rate * ((step + 1) / settings.warmup_steps)
-    if settings.schedule == "constant":
-        return settings.learning_rate
-    done = (step - settings.warmup_steps) / max(1, total - settings.warmup_steps)
-    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-
-
-def batches(records: int, batch_size: int, *, seed: int, first: int) -> Iterator[list[int]]:
-    """Batches of record indices from the `first` on (from 0), without end: each epoch is a fresh permutation.
-
-    An epoch's last batch is smaller when `batch_size` does not divide the number of records.
-    """
-    per_epoch = math.ceil(records / batch_size)
-    epoch, at = divmod(first, per_epoch)
-    while True:
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-        order = torch.randperm(records, generator=generator).tolist()
-        for start in range(at * batch_size, records, batch_size):
-            yield order[start : start + batch_size]
-        epoch, at = epoch + 1, 0
-
-
 def train(
     trainable: Trainable,
     records: Sequence[Encoded],
@@ -152,14 +122,7 @@ def train(
         raise UserError("no record has a token to learn from", hint="Look at data.max_tokens and the response fields.")
     parameters = trainable.parameters()
     device = next(iter(parameters.values())).device
-    adam = torch.optim.AdamW(
-        list(parameters.values()),
-        lr=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        foreach=_foreach(device),
-    )
-    if optimizer:
-        _restore(adam, parameters, optimizer)
+    descent = Descent(parameters, settings.weight_decay, optimizer)
     start = {name: parameter.detach().clone() for name, parameter in parameters.items()} if proximal else {}
     size: int | None = None
     if noise is not None and noise.sampling == "poisson":
@@ -186,20 +149,31 @@ def train(
                     parameter = parameters[name]
                     assert parameter.grad is not None
                     parameter.grad.add_(parameter.detach() - before, alpha=proximal)
+                norm = descent.clip(settings.clip_norm)
                 # what a step tells is noisy then, and so must be what an error tells
-                norm = _descend(adam, parameters, settings, rate, loss if noise is None else None, number)
-                targets = torch.zeros(len(batch), dtype=torch.int64)
-                for row in rows:
-                    targets += row.owner.bincount(minlength=len(batch))
+                _check_finite(number, loss if noise is None else None, norm, rate)
+                descent.step(rate)
+                owners = torch.cat([torch.zeros(0, dtype=torch.int64), *(row.owner for row in rows)])
+                targets = owners.bincount(minlength=len(batch))
                 learnt[batch] += torch.stack([targets > 0, targets], dim=1)
                 done.append(Step(number + 1, loss, rate, norm, sum(row.tokens for row in rows), int(targets.sum())))
                 on_step(done[-1])
     finally:
+        descent.forget()
         trainable.model.eval()
     state = trainable.state()
     if not all(map(is_finite, state.values())):  # the last step's loss came before its update
         raise DivergedError(f"parameters are no longer finite after step {first_step + steps}", hint=_DIVERGED)
-    return Outcome(state, _snapshot(adam, parameters), tuple(done), learnt)
+    return Outcome(state, descent.state(), tuple(done), learnt)
+
+
+def _check_finite(number: int, loss: float | None, norm: float, rate: float) -> None:
+    if not (math.isfinite(loss or 0.0) and math.isfinite(norm)):
+        raise DivergedError(
+            f"training diverged at step {number + 1}: {'' if loss is None else f'loss {loss:.4g}, '}gradient norm "
+            f"{norm:.4g}, learning rate {rate:.3g}",
+            hint=_DIVERGED,
+        )
 
 
 def _gradient(
@@ -254,49 +228,3 @@ def _record_mean(trainable: Trainable, rows: Sequence[Row], size: int) -> float:
         if parameter.grad is not None:
             parameter.grad.div_(size)
     return losses
-
-
-def _descend(
-    adam: torch.optim.AdamW,
-    parameters: Mapping[str, torch.nn.Parameter],
-    settings: Train,
-    rate: float,
-    loss: float | None,
-    number: int,
-) -> float:
-    """Scale the gradient down to `clip_norm` and take AdamW's step with it; gives the norm before."""
-    device = next(iter(parameters.values())).device
-    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip_norm, foreach=_foreach(device)).item()
-    if not (math.isfinite(loss or 0.0) and math.isfinite(norm)):
-        adam.zero_grad(set_to_none=True)
-        raise DivergedError(
-            f"training diverged at step {number + 1}: {'' if loss is None else f'loss {loss:.4g}, '}gradient norm "
-            f"{norm:.4g}, learning rate {rate:.3g}",
-            hint=_DIVERGED,
-        )
-    for group in adam.param_groups:
-        group["lr"] = rate
-    adam.step()
-    adam.zero_grad(set_to_none=True)
-    return norm
-
-
-def _foreach(device: torch.device) -> bool | None:
-    """One kernel for many tensors, where the device has such kernels."""
-    return None if device.type == "mps" else True
-
-
-def _snapshot(adam: torch.optim.AdamW, parameters: dict[str, torch.nn.Parameter]) -> Tensors:
-    return {
-        f"{slot}/{name}": value.detach().to("cpu", copy=True)
-        for name, parameter in parameters.items()
-        for slot, value in adam.state[parameter].items()
-    }
-
-
-def _restore(adam: torch.optim.AdamW, parameters: dict[str, torch.nn.Parameter], saved: Tensors) -> None:
-    for key, value in saved.items():
-        slot, _, name = key.partition("/")
-        parameter = parameters[name]
-        device = "cpu" if slot == "step" else parameter.device
-        adam.state[parameter][slot] = value.to(device, copy=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from allmend.errors import UserError
 from allmend.federation.member import Member
 from allmend.federation.privacy.accounting import Release, epsilon, noise_for
-from allmend.learn.loop import steps_per_round
 from allmend.learn.private import sampling_rate
+from allmend.learn.schedule import steps_per_round
 from allmend.recipe import Arm, MemberPrivacy, Noise, RecordPrivacy
 from allmend.results import MEMBERS
 
