@@ -10,6 +10,7 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
 
 from allmend.report.page import write_report
 
@@ -72,6 +73,27 @@ def test_toggle_turns_the_theme(browser: webdriver.Chrome, run: Path) -> None:
     assert browser.execute_script(colour) != before
     browser.find_element(By.ID, "theme").click()
     assert browser.execute_script(colour) == before
+
+
+def test_everything_unfolds_and_folds_at_once(browser: webdriver.Chrome, run: Path) -> None:
+    browser.get(write_report(run).as_uri())
+    button, count = browser.find_element(By.ID, "unfold"), "return document.querySelectorAll('details{}').length"
+    every = browser.execute_script(count.format(""))
+    assert every > 5
+    for words, opened in (("Fold all", every), ("Unfold all", 0)):
+        button.click()
+        assert browser.execute_script(count.format("[open]")) == opened
+        WebDriverWait(browser, 5).until(lambda _, words=words: button.text == words)
+
+
+def test_the_questions_are_answered_on_the_first_screen(browser: webdriver.Chrome, run: Path) -> None:
+    resize(browser, 1280, 900)
+    browser.get(write_report(run).as_uri())
+    cards = browser.find_elements(By.CSS_SELECTOR, "#summary .findings li")
+    assert {"Did it help?", "Whom did it help?", "What left each member?", "What did it cost?"} <= {
+        card.find_element(By.TAG_NAME, "h3").text for card in cards
+    }
+    assert all(card.location["y"] < 900 for card in cards)
 
 
 @pytest.mark.parametrize(("width", "height"), SIZES)

@@ -76,7 +76,8 @@ def test_summary_names_difference_interval_and_sample(run: Path) -> None:
         in seen
     )
     assert "bounds what any one training record can change by ε = 2.80 (δ = 10⁻⁵)" in seen
-    assert "Largest message: 1.85 MB per member and round" in seen
+    assert "a member sends its change of the model, " in seen
+    assert "Whoever sums the changes could see each. Here, members are simulated on one machine." in seen
 
 
 def test_summary_sets_single_copies_alone_beside_the_accounted_epsilon(
@@ -87,7 +88,9 @@ def test_summary_sets_single_copies_alone_beside_the_accounted_epsilon(
     for known, told in ((once + more, True), (more, False)):
         change("audit", epsilon=[b.model_dump() for b in known])
         page = words(read(run))
-        summary = page[page.index("the accountant bounds") : page.index("Largest message")].replace("\u202f", " ")
+        summary = page[page.index("the accountant bounds") : page.index("What left each member?")].replace(
+            "\u202f", " "
+        )
         assert ("Measured from canaries with 1 copy: at least 1.50." in summary) is told
         assert "6.25" not in summary
 
@@ -103,7 +106,7 @@ def test_without_questions_the_summary_is_about_perplexity(run: Path, high: floa
         else d.model_copy(update={"accuracy": None})
         for d in table.differences
     ]
-    path.write_text(table.model_copy(update={"rows": rows, "differences": differences}).model_dump_json())
+    path.write_text(table.model_copy(update={"rows": tuple(rows), "differences": tuple(differences)}).model_dump_json())
     seen = words(read(run)).replace("\u202f", " ").replace("\xa0", " ")
     before, after = (
         next(numbers.number(row.perplexity.value) for row in rows if (row.model, row.held_out) == (model, POOLED))

@@ -12,19 +12,12 @@ ABSENT = "–"
 """Stands for a figure that was not measured."""
 
 
-def share(estimate: Estimate | None, *, absent: str = ABSENT) -> str:
-    """`54.0 % (48.1 to 60.2 %, n = 240)`."""
-    if estimate is None:
-        return absent
-    if estimate.low is None or estimate.high is None:
-        return f"{100 * estimate.value:.0f} %"
-    return f"{percent(estimate).removesuffix(')')}, n = {estimate.n:,})"
-
-
 def percent(estimate: Estimate | None) -> str:
     """`54.0 % (48.1 to 60.2 %)`, where n stands elsewhere."""
-    if estimate is None or estimate.low is None or estimate.high is None:
-        return share(estimate)
+    if estimate is None:
+        return ABSENT
+    if estimate.low is None or estimate.high is None:
+        return f"{100 * estimate.value:.0f} %"
     return f"{100 * estimate.value:.1f} % ({100 * estimate.low:.1f} to {100 * estimate.high:.1f} %)"
 
 
@@ -60,7 +53,7 @@ def show_sections(
         console: where to.
         title: of the whole.
         columns: heads and widths; a name is no column.
-        sections: rows of cells by heading.
+        sections: rows of cells by heading; without a line for an empty one.
     """
 
     def table(*, head: bool) -> Table:
@@ -70,7 +63,8 @@ def show_sections(
     console.print(f"\n[bold]{escape(title)}[/bold]", highlight=False)
     console.print(table(head=True))
     for heading, rows in sections.items():
-        console.print(f"[bold]{escape(heading)}[/bold]", highlight=False, soft_wrap=True)
+        if heading:
+            console.print(f"[bold]{escape(heading)}[/bold]", highlight=False, soft_wrap=True)
         body = table(head=False)
         for row in rows:
             body.add_row(*row)

@@ -2,9 +2,9 @@
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from allmend.cli.figures import ABSENT, count, plain, points, share, show_sections
+from allmend.cli.figures import ABSENT, count, percent, plain, points, show_sections
+from allmend.cli.progress import counted
 from allmend.results import POOLED, AuditTable, UtilityTable, longest_prefix
 from allmend.run import RunFolder
 
@@ -22,12 +22,16 @@ def show_outcome(console: Console, run: RunFolder) -> None:
 
 
 def _show_utility(console: Console, utility: UtilityTable) -> None:
-    table = Table("model", "accuracy", "perplexity", title="Held-out records of all clients")
-    for row in utility.rows:
-        if row.held_out == POOLED:
-            name = f"{row.model} of {row.member}" if row.member else row.model
-            table.add_row(name, share(row.accuracy, absent="no questions"), plain(row.perplexity))
-    console.print(table)
+    rows = [row for row in utility.rows if row.held_out == POOLED]
+    asked = max((row.accuracy.n for row in rows if row.accuracy), default=0)
+    columns = {"": 30} | ({"accuracy": 24} if asked else {}) | {"perplexity": 22}
+    sections: dict[str, list[tuple[str, ...]]] = {}
+    for row in rows:
+        figures = (percent(row.accuracy), plain(row.perplexity)) if asked else (plain(row.perplexity),)
+        heading = f"{row.model}, each client's own" if row.member else ""
+        sections.setdefault(heading, []).append((row.member or row.model, *figures))
+    about = f" ({counted(asked, 'question')})" if asked else ""
+    show_sections(console, f"Held-out records of all clients{about}", columns, sections)
     for difference in utility.differences:
         if difference.held_out == POOLED:
             other = f"the mean of members' {difference.other}" if difference.other_is_member_mean else difference.other

@@ -84,7 +84,7 @@ def table(caption: str, head: Sequence[str], rows: Rows) -> Html:
 
 
 def details(summary: str, *children: str) -> Html:
-    """Something to unfold; printed unfolded."""
+    """Something to unfold; printed as it stands."""
     return tag("details", tag("summary", summary), *children)
 
 

@@ -135,7 +135,7 @@
     });
   }
 
-  // --- theme and print --------------------------------------------------------------------------
+  // --- theme ------------------------------------------------------------------------------------
   const theme = document.getElementById("theme");
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const current = () => document.documentElement.dataset.theme || (dark.matches ? "dark" : "light");
@@ -148,10 +148,16 @@
   });
   dark.addEventListener("change", label);
   label();
-  let opened = [];
-  addEventListener("beforeprint", () => {
-    opened = all("details:not([open])");
-    opened.forEach((part) => { part.open = true; });
+
+  // --- folding: it prints as it stands ------------------------------------------------------------
+  const unfold = document.getElementById("unfold");
+  const folded = () => all("details:not([open])");
+  unfold.hidden = false;
+  unfold.addEventListener("click", () => {
+    const open = folded().length > 0;
+    all("details").forEach((part) => { part.open = open; });
   });
-  addEventListener("afterprint", () => opened.forEach((part) => { part.open = false; }));
+  const offer = () => { unfold.textContent = folded().length > 0 ? "Unfold all" : "Fold all"; };
+  addEventListener("toggle", offer, true);
+  offer();
 })();
