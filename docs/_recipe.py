@@ -30,7 +30,10 @@ def written(page: str) -> str:
             flags=re.MULTILINE,
         )
         if not found:
-            raise ValueError(f"docs/recipe.md has no table under {section or 'Top level'}")
+            raise ValueError(
+                f"docs/recipe.md has no table under {section or 'Top level'}: write the heading ### `{section}` where "
+                "it belongs, a sentence on what it is for, and the line | key | values | default | meaning |"
+            )
     return page
 
 

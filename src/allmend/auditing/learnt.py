@@ -8,6 +8,7 @@ from allmend.data.canaries import Canary, canary_of
 from allmend.errors import UserError
 from allmend.events import RoundDone
 from allmend.federation.arm import Training
+from allmend.federation.privacy.layers import RECORD_LAYERS
 from allmend.prepare import Prepared
 from allmend.results import Learnt
 from allmend.run import RunFolder, write_atomic
@@ -71,7 +72,7 @@ def never_learnt(
     if not unseen:
         return never_drawn
     privacy = prepared.recipe.arms()[arm].privacy
-    layers = [name for name in ("deduplicate", "goldfish") if getattr(privacy, name) is not None]
+    layers = [layer.key for layer in RECORD_LAYERS if getattr(privacy, layer.key) is not None]
     reasons = ["their client took part in no round", "training was too short to reach them"]
     reasons += [f"privacy.{' or privacy.'.join(layers)} left out what there was to learn"] if layers else []
     raise NeverLearntError(
