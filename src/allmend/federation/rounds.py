@@ -1,8 +1,8 @@
 """The rounds of a federation: plan, work, sum, combine, checkpoint, on whatever engine."""
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias
 
@@ -12,7 +12,7 @@ from allmend.federation.checkpoint import Checkpoint, Checkpoints
 from allmend.federation.engines import Answer, Engine
 from allmend.federation.privacy.ledger import NO_LEDGER, Ledger
 from allmend.models.tensors import Tensors, is_finite, nbytes
-from allmend.strategy import Reply, Seen, Strategy, Sums, Turn
+from allmend.strategy import Reply, Seen, Strategy, Sums, Task, Turn
 
 Observer: TypeAlias = Callable[[int, str | None, Tensors], None]
 """Told what can be seen of a round: the round, a member, and its model as its reply reveals it; or None and the model
@@ -52,14 +52,8 @@ def run_rounds(
     """
     state, took_part = start.server, dict(start.took_part)
     engine.restore(start.members)
-    declaration = strategy.declare()
     for round in range(start.round + 1, rounds + 1):
-        began = time.perf_counter()
-        sent: dict[str, int] = {}
-        received: dict[str, int] = {}
-        working, cut = 0.0, 0
-        summed_loss: float | None = None
-        counted = set[str]()
+        began, traffic = time.perf_counter(), _Traffic()
         for leg in range(strategy.legs):
             turn = Turn(round, leg, rounds, len(engine.members))
             tasks = strategy.plan(state, turn, engine.members)
@@ -71,47 +65,83 @@ def run_rounds(
                     took_part[name] = took_part.get(name, 0) + 1
                 if ledger.anew:  # replies of a round that is broken off were seen, and those of its second try will be
                     checkpoints.begin(round, took_part)
-            sums, seen = Sums(), {}
-            counted |= set(tasks)
-            answers = _Timed(engine.work(strategy, tasks))
-            for answer in answers:
-                name, reply = answer.member, answer.reply
-                if undeclared := declaration.undeclared(reply):
-                    raise TypeError(f"strategy {strategy.name!r} returns what it did not declare: {undeclared}")
-                _add(sums, reply, name, round)
-                seen[name] = Seen(reply.seen, reply.seen_facts)
-                sent[name] = sent.get(name, 0) + nbytes(tasks[name].tensors)
-                received[name] = received.get(name, 0) + nbytes(reply.summed) + nbytes(reply.seen) + answer.hidden
-                if observe and (revealed := strategy.revealed(tasks[name], reply)) is not None:
-                    observe(round, name, revealed)
-            working += answers.seconds
-            if (hidden := engine.summed()) is not None:
-                sums, counted = hidden[0], counted & set(hidden[1])
-            cut += sums.cut
+            sums, seen = _leg(strategy, engine, tasks, turn, traffic, observe)
             state = strategy.combine(state, turn, sums, seen)
-            if weight := sums.fact("weight"):
-                summed_loss = sums.fact("loss") / weight if "loss" in sums else None
         if observe and (shared := strategy.shared(state)) is not None:
             observe(round, None, shared)
         trained, loss = tokens()
         done = RoundDone(
             arm=arm,
             round=round,
-            clients=sorted(counted & set(sent)),
-            sent=sent,
-            received=received,
+            clients=sorted(traffic.members & set(traffic.sent)),
+            sent=traffic.sent,
+            received=traffic.received,
             # a loss without noise would be a release of its own
-            loss=None if ledger.accounts else loss if summed_loss is None else summed_loss,
+            loss=None if ledger.accounts else loss if traffic.loss is None else traffic.loss,
             tokens=trained,
             seconds=0.0,
-            training_seconds=working,
+            training_seconds=traffic.waited,
             epsilon=ledger.spent(took_part, round),
             took_part=dict(took_part),
-            cut=cut,
+            cut=traffic.cut,
         )
         checkpoint = Checkpoint(round, state, engine.states(), took_part)
         checkpoints.save(checkpoint, announce=partial(_announce, done, began, emit))
     return Checkpoint(rounds, state, engine.states(), took_part)
+
+
+@dataclass
+class _Traffic:
+    """What a round's legs come to.
+
+    Attributes:
+        sent, received: bytes of tensors by member.
+        members: whose replies count.
+        waited: seconds until replies were there.
+        cut: values that were cut to what fits a sum.
+        loss: training loss, where the strategy sums it.
+    """
+
+    sent: dict[str, int] = field(default_factory=dict)
+    received: dict[str, int] = field(default_factory=dict)
+    members: set[str] = field(default_factory=set)
+    waited: float = 0.0
+    cut: int = 0
+    loss: float | None = None
+
+
+def _leg(
+    strategy: Strategy,
+    engine: Engine,
+    tasks: Mapping[str, Task],
+    turn: Turn,
+    traffic: _Traffic,
+    observe: Observer | None,
+) -> tuple[Sums, dict[str, Seen]]:
+    """Have members work on their tasks; gives what `combine` may look at."""
+    declaration = strategy.declare()
+    sums, seen = Sums(), dict[str, Seen]()
+    traffic.members |= set(tasks)
+    answers = _Timed(engine.work(strategy, tasks))
+    for answer in answers:
+        name, reply = answer.member, answer.reply
+        if undeclared := declaration.undeclared(reply):
+            raise TypeError(f"strategy {strategy.name!r} returns what it did not declare: {undeclared}")
+        _add(sums, reply, name, turn.round)
+        seen[name] = Seen(reply.seen, reply.seen_facts)
+        traffic.sent[name] = traffic.sent.get(name, 0) + nbytes(tasks[name].tensors)
+        size = nbytes(reply.summed) + nbytes(reply.seen) + answer.hidden
+        traffic.received[name] = traffic.received.get(name, 0) + size
+        if observe and (revealed := strategy.revealed(tasks[name], reply)) is not None:
+            observe(turn.round, name, revealed)
+    traffic.waited += answers.seconds
+    if (hidden := engine.summed()) is not None:
+        sums = hidden[0]
+        traffic.members &= set(hidden[1])
+    traffic.cut += sums.cut
+    if weight := sums.fact("weight"):
+        traffic.loss = sums.fact("loss") / weight if "loss" in sums else None
+    return sums, seen
 
 
 _BUDGET = "{}: the privacy budget ends the training after round {} of {} (another would exceed that of {})"
