@@ -1,7 +1,6 @@
 """From a recipe to everything a run needs in memory: the model, the clients' encoded records, the canaries.
 
-All that is wrong with a recipe in the light of its model and files is found here and reported at once, before
-anything heavy starts.
+What is wrong with the data is found here, for all clients at once, before anything is trained.
 """
 
 import contextlib
@@ -10,33 +9,28 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from allmend.audit.memorisation import no_prefix_fits
+from allmend.check import check, source_of
 from allmend.data.canaries import Canary, plant, to_records
-from allmend.data.canary_kinds import KINDS
 from allmend.data.chat import Encoded, Encoder, choose_template
 from allmend.data.files import load_client
-from allmend.data.icd10cm import SPECIALTIES, build_icd10cm
+from allmend.data.icd10cm import build_icd10cm
 from allmend.data.records import ClientData, Record
 from allmend.data.splits import uniform
 from allmend.errors import UserError, all_of
-from allmend.federation.arm import strategy_of
 from allmend.federation.member import Member
 from allmend.federation.privacy.layers import protected
 from allmend.federation.privacy.ledger import open_ledger
-from allmend.federation.strategies import STRATEGIES, options_of
+from allmend.federation.strategies import STRATEGIES
 from allmend.learn.objective import records_stay_apart
-from allmend.models.adapters import check_lora
 from allmend.models.attention import packs
-from allmend.models.load import LoadedModel, linear_layers, load_model
-from allmend.models.sources import resolve
-from allmend.recipe import AT_MEMBER, Arm, Problem, Recipe, RecipeError, parse_recipe
+from allmend.models.load import LoadedModel, load_model
+from allmend.recipe import Arm, Problem, Recipe, RecipeError, parse_recipe
 from allmend.results import MEMBERS, POOLED
 from allmend.run import RunFolder
-from allmend.strategy import Strategy, Turn
 
 _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -87,107 +81,6 @@ class Prepared:
         """`parties` with the records that the arm's guarantees are about: those that its layers leave for training."""
         members, arm = self.parties(arm)
         return protected(members, arm.privacy)[0] if arm.privacy.record else members, arm
-
-
-def check(recipe: Recipe, base: Path, *, model: LoadedModel | None = None) -> None:
-    """Find everything that is wrong with a recipe in the light of its strategies, files and model.
-
-    Args:
-        recipe: valid by itself.
-        base: folder that relative paths start from.
-        model: the recipe's model, where the caller has it in memory; else it is fetched if it is not there yet.
-
-    Raises:
-        RecipeError: all problems at once.
-    """
-    problems: list[Problem] = []
-    arms = recipe.arms()
-    names = [client.name for client in recipe.clients] or list(SPECIALTIES)
-    for name, arm in arms.items():
-        problems += _strategy_problems(
-            arm, ("strategy",) if name == recipe.strategy.name else ("compare", name, "strategy"), recipe.seed, names
-        )
-    problems += _audit_problems(recipe)
-    for index, client in enumerate(recipe.clients):
-        if client.data == AT_MEMBER:
-            continue
-        path = base / Path(client.data).expanduser()
-        if not client.data.startswith("hub:") and not path.is_file():
-            what = "is a folder, not a file" if path.is_dir() else "is not there (paths start from the recipe's folder)"
-            problems.append(Problem(("clients", index, "data"), f"{path} {what}"))
-    try:
-        _same_model(recipe, base, model)
-        layers = linear_layers(model.folder if model else resolve(_source(recipe, base)))
-    except UserError as error:
-        problems.append(Problem(("model", "source"), str(error)))
-    else:
-        for name, arm in arms.items():
-            if arm.adapter.kind == "lora":
-                key = ("adapter",) if name == recipe.strategy.name else ("compare", name, "adapter")
-                problems += [
-                    Problem(key, found)
-                    for found in check_lora(layers, rank=arm.adapter.rank, targets=arm.adapter.targets)
-                ]
-    if problems:
-        raise RecipeError(_without_repeats(problems))
-
-
-def _strategy_problems(arm: Arm, key: tuple[str, ...], seed: int, clients: Sequence[str]) -> list[Problem]:
-    name, options = arm.strategy.name, arm.strategy.options
-    unknown = sorted(set(options) - set(options_of(name))) if name in STRATEGIES else []
-    if unknown:
-        has = ", ".join(options_of(name)) or "none"
-        return [Problem((*key, option), f"strategy {name!r} has no such option (it has {has})") for option in unknown]
-    try:
-        strategy = strategy_of(arm, seed=seed)
-    except (ValueError, TypeError) as error:
-        return [Problem(key, str(error))]
-    except UserError as error:  # the members' budget
-        return [Problem((*key[:-1], "privacy", "member", "epsilon"), f"{error.what}. {error.hint}")]
-    if (layer := arm.privacy.secure_aggregation) is not None:
-        round, drawn = _smallest_round(strategy, arm.strategy.rounds, clients)
-        if drawn < layer.fewest:
-            what = (
-                f"a sum is over {layer.fewest} clients or more, and round {round} of arm {arm.name!r} has "
-                f"{drawn} of {len(clients)}: add clients, let more of them take part, or remove the layer"
-            )
-            return [Problem((*key[:-1], "privacy", "secure_aggregation"), what)]
-    return []
-
-
-def _smallest_round(strategy: Strategy, rounds: int, clients: Sequence[str]) -> tuple[int, int]:
-    """The round that the fewest clients are drawn for, and how many they are.
-
-    Draws from the operating system's generator fall otherwise in the run, where such a round may come all the same.
-    """
-    state, turns = strategy.init({}), [Turn(round, 0, rounds, len(clients)) for round in range(1, rounds + 1)]
-    sizes = {turn.round: len(strategy.plan(state, turn, clients)) for turn in turns}
-    return min(sizes.items(), key=lambda pair: pair[1])
-
-
-def _audit_problems(recipe: Recipe) -> list[Problem]:
-    arms, problems = recipe.arms(), list[Problem]()
-    kinds = recipe.canaries.kinds if recipe.canaries else list(KINDS)
-    slots = {slot for kind in kinds for slot in KINDS[kind].slots}
-    if unknown := sorted(set(recipe.audit.exposure or ()) - slots):
-        what = f"{', '.join(kinds)} canaries have no {', '.join(unknown)} (they have {', '.join(sorted(slots))})"
-        problems.append(Problem(("audit", "exposure"), what))
-    for index, name in enumerate(recipe.audit.models or ()):
-        arm = arms[name]
-        if name in (recipe.audit.models or ())[:index]:
-            problems.append(Problem(("audit", "models"), f"arm {name!r} is named twice"))
-        elif arm.strategy.name in STRATEGIES and not STRATEGIES[arm.strategy.name].shares:
-            what = f"arm {name!r} ends with a model for each client, and the audit reads models that all share"
-            problems.append(Problem(("audit", "models"), what))
-    return problems
-
-
-def _same_model(recipe: Recipe, base: Path, model: LoadedModel | None) -> None:
-    if model and model.source not in (recipe.model.source, _source(recipe, base)):
-        raise UserError(
-            f"the model in memory is {model.source!r}, and the recipe names {recipe.model.source!r}",
-            hint="Name the one that is meant in both places: a run that goes on later loads the recipe's.",
-        )
 
 
 def prepare(recipe: Recipe, base: Path, *, model: LoadedModel | None = None) -> Prepared:
@@ -349,7 +242,7 @@ def prepare_model(recipe: Recipe, base: Path, *, model: LoadedModel | None = Non
             what = "full fine-tuning in bfloat16 would round most updates away: set float32 or auto"
             raise RecipeError([Problem(("model", "dtype"), what)])
         dtype = torch.float32
-    model = model or load_model(_source(recipe, base), dtype=dtype)
+    model = model or load_model(source_of(recipe, base), dtype=dtype)
     if recipe.engine.workers and model.model.device.type != "cpu":
         what = f"worker processes need the model on the CPU, and it is on {model.model.device}: set it to 0"
         raise RecipeError([Problem(("engine", "workers"), what)])
@@ -371,12 +264,6 @@ def prepare_model(recipe: Recipe, base: Path, *, model: LoadedModel | None = Non
         )
     template = choose_template(recipe.data.template, model.tokenizer)
     return model, Encoder(model.tokenizer, template, recipe.data.max_tokens)
-
-
-def _source(recipe: Recipe, base: Path) -> str:
-    """The model's source, with a local path made to start from the recipe's folder."""
-    local = base / recipe.model.source
-    return str(local) if local.exists() else recipe.model.source
 
 
 def _clients(recipe: Recipe, base: Path) -> list[ClientData]:
@@ -488,11 +375,3 @@ def data_digest(records: Iterable[Encoded]) -> str:
     for record in records:
         digest.update(repr((record.id, record.ids.tolist(), record.target.tolist(), record.branch.tolist())).encode())
     return digest.hexdigest()
-
-
-def _without_repeats(problems: Sequence[Problem]) -> list[Problem]:
-    """Arms of `[compare]` inherit the recipe's mistakes; say each once."""
-    first: dict[Any, Problem] = {}
-    for problem in problems:
-        first.setdefault(problem.what, problem)
-    return list(first.values())

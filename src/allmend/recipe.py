@@ -1,7 +1,7 @@
 """The recipe: a TOML file that says everything about a run, typed and checked as a whole before anything starts.
 
 This file knows the shape of a recipe and what can be checked from it alone. What needs the model or the data
-(a rank larger than a layer, a missing file) is checked by `allmend.prepare.check`; both report all problems at once.
+(a rank larger than a layer, a missing file) is checked by `allmend.check`; both report all problems at once.
 """
 
 import contextlib

@@ -23,6 +23,9 @@ def show_outcome(console: Console, run: RunFolder) -> None:
 
 def _show_utility(console: Console, utility: UtilityTable) -> None:
     rows = [row for row in utility.rows if row.held_out == POOLED]
+    if all(row.accuracy is None and row.perplexity is None for row in rows):
+        console.print("No record is held out, so that nothing is known of what the models can do.", highlight=False)
+        return
     asked = max((row.accuracy.n for row in rows if row.accuracy), default=0)
     columns = {"": 30} | ({"accuracy": 24} if asked else {}) | {"perplexity": 22}
     sections: dict[str, list[tuple[str, ...]]] = {}

@@ -45,9 +45,9 @@ def check(
 
     What only the data's content can show is found by `allmend tune RECIPE --dry-run`, which reads it.
     """
+    from allmend.check import check as check_whole
     from allmend.consortium.offer import among
     from allmend.federation.keys import read_members
-    from allmend.prepare import check as check_whole
     from allmend.recipe import RecipeError, load_recipe, located
 
     try:

@@ -1,0 +1,88 @@
+"""All that is wrong with a recipe in the light of its strategies, files and model."""
+
+from pathlib import Path
+
+import pytest
+from tests.test_prepare import recipe, write
+
+from allmend.check import check
+from allmend.recipe import RecipeError
+
+
+def test_everything_wrong_is_told_at_once_and_inherited_mistakes_once(tiny_folder: Path, tmp_path: Path) -> None:
+    write(tmp_path, "north")
+    spoilt = recipe(
+        tiny_folder,
+        adapter={"rank": 99, "targets": ["q_proj", "nothing"]},
+        strategy={"name": "fedavg", "participation": 3.0},
+        compare={
+            "half": {"train": {"batch_size": 1}},
+            "odd": {"strategy": {"name": "odd"}, "adapter": {"targets": ["other"], "rank": 1}},
+        },
+    )
+    with pytest.raises(RecipeError) as raised:
+        check(spoilt, tmp_path)
+    found = [(".".join(map(str, p.key)), p.what) for p in raised.value.problems]
+    assert [key for key, _ in found] == [
+        "strategy",
+        "compare.odd.strategy",
+        "clients.1.data",
+        "adapter",
+        "adapter",
+        "compare.odd.adapter",
+    ]
+    for (_, what), word in zip(found, ("3.0", "'odd'", "south.jsonl", "'nothing'", "99", "'other'"), strict=True):
+        assert word in what
+
+
+def test_a_budget_that_cannot_be_kept_stands_at_its_key(tiny_folder: Path, tmp_path: Path) -> None:
+    for client in ("north", "south"):
+        write(tmp_path, client)
+    beyond = {"member": {"epsilon": 1e-6, "delta": 1e-9}}
+    for sections, key in (
+        ({"privacy": beyond}, ("privacy", "member", "epsilon")),
+        ({"compare": {"x": {"privacy": beyond}}}, ("compare", "x", "privacy", "member", "epsilon")),
+    ):
+        with pytest.raises(RecipeError, match="the smallest ε that can be reached is") as raised:
+            check(recipe(tiny_folder, **sections), tmp_path)
+        assert [problem.key for problem in raised.value.problems] == [key]
+        assert "allow a larger ε or δ" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("clients", "options", "least"),
+    [(2, {}, 2), (4, {"participation": 0.5}, 2), (3, {}, None), (6, {"participation": 0.5}, None)],
+)
+def test_a_sum_over_too_few_clients_is_found_before_anything_runs(
+    clients: int, options: dict[str, float], least: int | None, tiny_folder: Path, tmp_path: Path
+) -> None:
+    names = [f"c{number}" for number in range(clients)]
+    for name in names:
+        write(tmp_path, name)
+    made = recipe(
+        tiny_folder,
+        *names,
+        strategy={"name": "fedavg", "rounds": 3, **options},
+        privacy={"secure_aggregation": {}},
+        compare={"plain": {"privacy": {}}},
+    )
+    if least is None:
+        check(made, tmp_path)
+        return
+    with pytest.raises(RecipeError) as raised:
+        check(made, tmp_path)
+    (problem,) = raised.value.problems  # the arm without the layer has none
+    assert problem.key == ("privacy", "secure_aggregation")
+    assert f"has {least} of {clients}" in problem.what
+
+
+def test_members_draws_by_coins_are_looked_at_round_by_round(tiny_folder: Path, tmp_path: Path) -> None:
+    """Eight members at one half: some round of forty draws fewer than three."""
+    names = [f"c{number}" for number in range(8)]
+    for name in names:
+        write(tmp_path, name)
+    member = {"clip": 1.0, "noise_multiplier": 1.0}
+    sections = {"strategy": {"name": "fedavg", "rounds": 40, "participation": 0.5}}
+    check(recipe(tiny_folder, *names, privacy={"member": member}, **sections), tmp_path)
+    with pytest.raises(RecipeError, match=r"round \d+ of arm 'fedavg' has [012] of 8"):
+        check(recipe(tiny_folder, *names, privacy={"member": member, "secure_aggregation": {}}, **sections), tmp_path)
