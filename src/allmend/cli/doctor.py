@@ -18,7 +18,8 @@ GIGABYTE = 10**9
 
 def doctor(as_json: AsJson = False) -> None:
     """Look at versions, accelerator, memory, disk and the demo's model, and say what to mend."""
-    from allmend.models.sources import cache_dir, is_cached
+    from allmend.models.cache import cache_dir
+    from allmend.models.wheel import is_cached
 
     console = Console(quiet=as_json)
     table = Table("what", "found", "verdict")

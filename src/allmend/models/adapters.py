@@ -30,7 +30,7 @@ from transformers.pytorch_utils import Conv1D
 
 from allmend.errors import UserError
 from allmend.models.load import linear_layers_of
-from allmend.models.sources import quiet
+from allmend.models.quiet import quiet
 from allmend.models.tensors import Tensors, os_error
 from allmend.run import folder_atomic
 

@@ -19,7 +19,10 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from allmend.errors import UserError
-from allmend.models.sources import quiet, remembered_digest, resolve, weight_files
+from allmend.models.cache import remembered_digest
+from allmend.models.folder import weight_files
+from allmend.models.quiet import quiet
+from allmend.models.sources import resolve
 from allmend.models.tensors import layout
 
 
