@@ -1,0 +1,13 @@
+"""Optimisers that need no warmup of the learning rate, for anybody's training loop.
+
+Nothing here needs the rest of Allmend.
+"""
+
+from allmend.optim.groups import parameter_groups
+from allmend.optim.liona import LionA
+from allmend.optim.lionar import LionAR
+from allmend.optim.monitor import UpdateMonitor
+from allmend.optim.noise_scale import GradientNoiseScale
+from allmend.optim.ramp import MomentumRamp
+
+__all__ = ["GradientNoiseScale", "LionA", "LionAR", "MomentumRamp", "UpdateMonitor", "parameter_groups"]
