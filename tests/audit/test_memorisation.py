@@ -234,7 +234,7 @@ def test_canaries_that_were_never_drawn_count_in_the_bound_on_epsilon_alone(
         expected = [(a, f) for a, f in figures(without) if a["table"] == table]
         assert [a for a, _ in about] == [a for a, _ in expected]
         assert all(close(f, g) for (_, f), (_, g) in zip(about, expected, strict=True))
-    assert any("1 inserted canaries that Poisson sampling never drew" in reason for reason in found.refused)
+    assert any("planted canaries that Poisson sampling never drew (1)" in reason for reason in found.refused)
 
 
 # --- clients' own records

@@ -153,8 +153,8 @@ def audit_model(
     )
     if unseen:
         refused.append(
-            f"{name}: {len(unseen)} inserted canaries that Poisson sampling never drew are left out of all measures "
-            "but the bound on ε"
+            f"{name}: any measure but the bound on ε of planted canaries that Poisson sampling never drew "
+            f"({len(unseen)})"
         )
     extraction, discoverable, probes, skipped, texts = _extraction(subject, settings, on_tokens)
     exposure, not_exposed = _exposure(subject, settings, seed, on_tokens)
