@@ -83,7 +83,8 @@ def parameter_groups(
     Keys that an optimiser does not know (`rotational`, `neuron_dim`) do no harm to it.
 
     Args:
-        model, rotational: as of `placed`.
+        model: as of `placed`.
+        rotational: as of `placed`.
         weight_decay: of rotational parameters and of other matrices; vectors have none.
 
     Raises:
