@@ -26,7 +26,7 @@ def demo(
 ) -> None:
     """Four clinics adapt a model to clinical coding without pooling data; a report says what came of it.
 
-    Eight to nine minutes on two cores, without a network once it is installed:  allmend demo
+    Seven to eleven minutes on two cores, without a network once it is installed:  allmend demo
 
     With full fine-tuning beside LoRA, in about 20:  allmend demo --thorough
     """
