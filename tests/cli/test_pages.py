@@ -76,6 +76,12 @@ def runs(place: Path, allmend: Allmend) -> Path:
     small("made.toml")
     for folder in (RUN, "runs/other"):
         assert allmend("tune", "made.toml", "--out", folder).code == 0
+    shutil.copy("made.toml", "recipe.toml")
+    lines = ["[members]"]
+    for name in ("clinic-a", "clinic-b"):
+        allmend("member", "key", "--out", f"{name}.key")
+        lines.append(f'{name} = "{allmend("member", "key", "--public", f"{name}.key").out.strip()}"')
+    Path("members.toml").write_text("\n".join(lines) + "\n")
     return place
 
 

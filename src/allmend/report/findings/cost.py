@@ -34,6 +34,7 @@ def cost(evidence: Evidence, model: str) -> Finding | None:
         f"; {numbers.count(evidence.arms[model].trainable)} parameters learn." if model in evidence.arms else "."
     )
     if whole > 0 and not evidence.offered:
-        share = numbers.percent((whole - busy) / whole)
-        sentence += f" Exchange, aggregation and checkpoints took {share} of it."
+        share = (whole - busy) / whole
+        words = numbers.percent(share) if share >= 0.001 else f"less than {numbers.percent(0.001)}"
+        sentence += f" Exchange, aggregation and checkpoints took {words} of it."
     return Finding("What did it cost?", numbers.duration(whole), "of training together", sentence)
