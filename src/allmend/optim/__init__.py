@@ -3,6 +3,7 @@
 Nothing here needs the rest of Allmend.
 """
 
+from allmend.optim.build import build_optimizer
 from allmend.optim.groups import parameter_groups
 from allmend.optim.liona import LionA
 from allmend.optim.lionar import LionAR
@@ -10,4 +11,12 @@ from allmend.optim.monitor import UpdateMonitor
 from allmend.optim.noise_scale import GradientNoiseScale
 from allmend.optim.ramp import MomentumRamp
 
-__all__ = ["GradientNoiseScale", "LionA", "LionAR", "MomentumRamp", "UpdateMonitor", "parameter_groups"]
+__all__ = [
+    "GradientNoiseScale",
+    "LionA",
+    "LionAR",
+    "MomentumRamp",
+    "UpdateMonitor",
+    "build_optimizer",
+    "parameter_groups",
+]
