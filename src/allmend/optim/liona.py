@@ -22,7 +22,7 @@ class LionA(torch.optim.Optimizer):
     """m ← βm + (1−β)g; w ← (1−ηλ)w − η s(β) c_t sign(u), with u = m, or βm + (1−β)g with Nesterov's direction.
 
     With λ = 0 each step has the length η s(β) c_t √n exactly, for n elements with a gradient. One state of the
-    parameters' shape, `exp_avg`, in float32 whatever the parameters are.
+    parameters' shape, `exp_avg`, in single precision at least, whatever the parameters are.
 
     Args:
         params: tensors, groups or named tensors, as of every optimiser of torch.
@@ -126,7 +126,8 @@ class LionA(torch.optim.Optimizer):
         state = cast(dict[str, Any], self.state[parameter])
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32, memory_format=torch.preserve_format)
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            state["exp_avg"] = torch.zeros_like(parameter, dtype=wide, memory_format=torch.preserve_format)
         return state
 
     def _update(self, parameter: torch.Tensor, gradient: torch.Tensor, group: Group) -> None:

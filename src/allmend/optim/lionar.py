@@ -156,11 +156,11 @@ class LionAR(LionA):
         matrices = (_rows(parameter, group), _rows(state["exp_avg"], group), _rows(gradient, group))
         of_rows = (state["row_norm"], state["gain"], state["radial_exp_avg"])
         for w, m, g, norm, gain, radial in blocks(*matrices, *of_rows):
-            g32 = -g.float() if group["maximize"] else g.float()
-            now = w.float()
+            g = -g.to(m.dtype) if group["maximize"] else g.to(m.dtype)
+            now = w.to(m.dtype)
             size = _norms(now)
-            m.lerp_(g32, 1 - beta)
-            s = torch.sign(m.lerp(g32, 1 - beta) if group["nesterov"] else m)
+            m.lerp_(g, 1 - beta)
+            s = torch.sign(m.lerp(g, 1 - beta) if group["nesterov"] else m)
             turns = norm > 0
             safe = torch.where(size > 0, size, 1.0)
             along = (s * now).sum(-1, keepdim=True) / safe
@@ -169,8 +169,8 @@ class LionAR(LionA):
             moves = turns & (size > 0) & (tangent > LEAST_TANGENT * math.sqrt(w.shape[-1]))
             tangent = torch.where(moves, tangent, 1.0)
             if group["norm"] == "learned":
-                radial.lerp_((g32 * now).sum(-1, keepdim=True) / safe, 1 - beta)
-                gain.sub_(torch.sign(radial) * torch.where(turns, length, 0.0)).clamp_min_(LEAST_GAIN)
+                radial.lerp_((g * now).sum(-1, keepdim=True) / safe, 1 - beta)
+                gain.sub_(torch.sign(radial) * turns * length).clamp_min_(LEAST_GAIN)
             radius = norm * gain
             sine = torch.where(moves, radius * math.sin(theta) / tangent, 0.0)
             cosine = torch.where(moves, radius * math.cos(theta), radius)
@@ -194,5 +194,6 @@ def _rows(tensor: torch.Tensor, group: Group) -> torch.Tensor:
 
 
 def _norms(rows: torch.Tensor) -> torch.Tensor:
-    found: torch.Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float32)
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    found: torch.Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=wide)
     return found
