@@ -360,3 +360,12 @@ def test_a_dry_run_counts_what_looks_like_personal_data_and_does_not_show_it(
     assert f"e-mail address {training}, date {training} " in line
     assert "north" in line
     assert "hospital.org" not in shown.out
+
+
+def test_keys_of_one_section_are_found_by_its_whole_name_too(allmend: Allmend, workplace: Path) -> None:
+    shown = allmend("recipe", "keys", "privacy.goldfish")
+    assert (shown.code, shown.err) == (0, "")
+    assert "context" in shown.out
+    assert "noise_multiplier" not in shown.out
+    assert "noise_multiplier" in allmend("recipe", "keys", "privacy").out
+    assert allmend("recipe", "keys", "privacy.nothing").code == 2

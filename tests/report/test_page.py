@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 
 from allmend.errors import UserError
-from allmend.events import Offered, RoundDone, RunFinished, RunStarted, StepDone, Stopped, read_events
+from allmend.events import Offered, RoundDone, RunFinished, RunStarted, StepDone, Stopped, dump_event, read_events
 from allmend.report import numbers
 from allmend.report.page import write_report
 from allmend.results import BASE, POOLED, AuditTable, Estimate, UtilityTable
@@ -117,6 +117,26 @@ def test_without_questions_the_summary_is_about_perplexity(run: Path, high: floa
     assert "fedavg is better than members who train alone, on average (−0.70 nats per token" in seen
     assert "Differences of log-perplexity" in seen
     assert "Accuracy on held-out questions" not in seen
+
+
+def test_a_run_that_cannot_go_on_is_not_told_to(run: Path) -> None:
+    for resumable, said in ((True, "To go on:"), (False, "Going on would only meet the same end: start a new run.")):
+        log = run / "events.jsonl"
+        kept = [line for line in log.read_bytes().splitlines() if b'"run.finished"' not in line]
+        kept.append(dump_event(Stopped(cause="diverged", resumable=resumable)).strip())
+        log.write_bytes(b"\n".join(kept) + b"\n")
+        seen = words(read(run))
+        assert said in seen
+        assert ("To go on:" in seen) is resumable
+
+
+def test_without_canaries_there_is_nothing_to_audit(run: Path) -> None:
+    (run / "results/audit.json").unlink()
+    assert "Not audited yet." in words(read(run))
+    (run / "recipe.toml").write_text("[adapter]\nrank = 2\n")
+    seen = words(read(run))
+    assert "The recipe plants no canaries: there is nothing to audit." in seen
+    assert "Not audited yet." not in seen
 
 
 def test_interval_over_zero_is_no_difference(run: Path) -> None:

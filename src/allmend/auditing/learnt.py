@@ -75,8 +75,10 @@ def never_learnt(
     layers = [layer.key for layer in RECORD_LAYERS if getattr(privacy, layer.key) is not None]
     reasons = ["their client took part in no round", "training was too short to reach them"]
     reasons += [f"privacy.{' or privacy.'.join(layers)} left out what there was to learn"] if layers else []
+    verb = "was" if len(unseen) == 1 else "were"
     raise NeverLearntError(
-        f"{len(unseen)} of the planted canaries were never learnt from in arm {arm!r} ({', '.join(sorted(unseen)[:3])}"
+        f"{len(unseen)} of the planted canaries {verb} never learnt from in arm {arm!r} "
+        f"({', '.join(sorted(unseen)[:3])}"
         f"{' …' if len(unseen) > 3 else ''}), so that the audit would call them not memorised without a reason: "
         f"{', '.join(reasons[:-1])} or {reasons[-1]}",
         where="audit",

@@ -79,9 +79,9 @@ def keys(
 
     found: dict[str, Table] = {}
     known = dict.fromkeys(key.part for key in recipe_keys())
-    if section and section not in known:
+    wanted = [key for key in recipe_keys() if section in ("", key.part, key.section.strip("[]"))]
+    if not wanted:
         raise UserError(f"a recipe has no section {section!r}", hint=f"It has {', '.join(filter(None, known))}.")
-    wanted = [key for key in recipe_keys() if section in ("", key.part)]
     if as_json:
         print_json(wanted)
         return

@@ -174,6 +174,10 @@ def memorisation(evidence: Evidence) -> Html:
     audit = evidence.audit
     title = "What the models memorised"
     if audit is None:
+        if "[canaries]" not in (evidence.recipe or "[canaries]"):
+            return section(
+                "memorisation", title, paragraph("The recipe plants no canaries: there is nothing to audit.")
+            )
         return section("memorisation", title, paragraph("Not audited yet.", class_="missing"))
     planted = numbers.counted(audit.canaries, "synthetic record")
     controls = numbers.counted(audit.controls, "control")

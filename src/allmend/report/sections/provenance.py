@@ -69,7 +69,8 @@ def missing(evidence: Evidence) -> Html | None:
         lacks.append("The recipe (recipe.toml) is missing.")
     if kind == "finished" and not lacks:
         return None
-    if evidence.running:
+    hopeless = not evidence.running and isinstance(evidence.end, Stopped) and not evidence.end.resumable
+    if evidence.running or hopeless:
         onward = None
     elif kind == "finished":
         onward = code(f"allmend audit {evidence.run}") if evidence.audit is None else None
@@ -90,6 +91,7 @@ def missing(evidence: Evidence) -> Html | None:
         tag("h2", title, id="missing-title"),
         tag("ul", *(tag("li", lack) for lack in lacks)) if lacks else None,
         paragraph("To go on: ", onward) if onward else None,
+        paragraph("Going on would only meet the same end: start a new run.") if hopeless else None,
         details("How far it got", progress) if progress else None,
         class_="missing",
         aria_labelledby="missing-title",
