@@ -84,5 +84,8 @@ def test_members_draws_by_coins_are_looked_at_round_by_round(tiny_folder: Path, 
     member = {"clip": 1.0, "noise_multiplier": 1.0}
     sections = {"strategy": {"name": "fedavg", "rounds": 40, "participation": 0.5}}
     check(recipe(tiny_folder, *names, privacy={"member": member}, **sections), tmp_path)
+    layers = {"member": member, "secure_aggregation": {}}
+    for _ in range(20):  # what nobody can know beforehand does not refuse today what was accepted yesterday
+        check(recipe(tiny_folder, *names, privacy=layers | {"randomness": "secure"}, **sections), tmp_path)
     with pytest.raises(RecipeError, match=r"round \d+ of arm 'fedavg' has [012] of 8"):
-        check(recipe(tiny_folder, *names, privacy={"member": member, "secure_aggregation": {}}, **sections), tmp_path)
+        check(recipe(tiny_folder, *names, privacy=layers, **sections), tmp_path)

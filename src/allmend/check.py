@@ -12,6 +12,7 @@ from allmend.data.icd10cm import SPECIALTIES
 from allmend.errors import UserError
 from allmend.federation.arm import strategy_of
 from allmend.federation.strategies import STRATEGIES, options_of
+from allmend.federation.strategies.private_fedavg import PrivateFedAvg
 from allmend.models.adapters import check_lora
 from allmend.models.load import LoadedModel, linear_layers
 from allmend.models.sources import resolve
@@ -75,10 +76,10 @@ def _strategy_problems(arm: Arm, key: tuple[str, ...], seed: int, clients: Seque
     except UserError as error:  # the members' budget
         return [Problem((*key[:-1], "privacy", "member", "epsilon"), f"{error.what}. {error.hint}")]
     if (layer := arm.privacy.secure_aggregation) is not None:
-        round, drawn = _smallest_round(strategy, arm.strategy.rounds, clients)
+        number, drawn = _smallest_round(strategy, arm.strategy.rounds, clients)
         if drawn < layer.fewest:
             what = (
-                f"a sum is over {layer.fewest} clients or more, and round {round} of arm {arm.name!r} has "
+                f"a sum is over {layer.fewest} clients or more, and round {number} of arm {arm.name!r} has "
                 f"{drawn} of {len(clients)}: add clients, let more of them take part, or remove the layer"
             )
             return [Problem((*key[:-1], "privacy", "secure_aggregation"), what)]
@@ -88,9 +89,12 @@ def _strategy_problems(arm: Arm, key: tuple[str, ...], seed: int, clients: Seque
 def _smallest_round(strategy: Strategy, rounds: int, clients: Sequence[str]) -> tuple[int, int]:
     """The round that the fewest clients are drawn for, and how many they are.
 
-    Draws from the operating system's generator fall otherwise in the run, where such a round may come all the same.
+    Coins that the operating system tosses fall otherwise in the run: of these it is the number that is expected, so
+    that a recipe which was accepted is accepted again when its run goes on.
     """
-    state, turns = strategy.init({}), [Turn(round, 0, rounds, len(clients)) for round in range(1, rounds + 1)]
+    if not (isinstance(strategy, PrivateFedAvg) and strategy.randomness == "seeded"):
+        return 1, max(1, round(getattr(strategy, "participation", 1.0) * len(clients)))
+    state, turns = strategy.init({}), [Turn(number, 0, rounds, len(clients)) for number in range(1, rounds + 1)]
     sizes = {turn.round: len(strategy.plan(state, turn, clients)) for turn in turns}
     return min(sizes.items(), key=lambda pair: pair[1])
 

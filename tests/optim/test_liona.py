@@ -182,6 +182,9 @@ def test_a_gradient_that_is_no_number_stops_it_before_anything_moves(bad: float)
     with pytest.raises(RuntimeError, match=r"parameter 1 of group 0, shape \(4, 4\), holds NaN or infinite"):
         optimizer.step()
     assert torch.equal(first, parameter(4))
+    second.grad = torch.full((4, 4), 1e38)  # whose norm is beyond single precision, and which are numbers
+    first.grad = torch.ones(4)
+    optimizer.step()
     second.grad = torch.ones(4, 4).to_sparse()
     with pytest.raises(RuntimeError, match="is sparse"):
         optimizer.step()

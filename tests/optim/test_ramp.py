@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.optim.test_liona import noise, parameter, run
 
-from allmend.optim import MomentumRamp
+from allmend.optim import LionA, MomentumRamp
 from allmend.optim.closed_forms import noise_share
 from allmend.optim.ramp import ramp_factor
 
@@ -52,6 +52,17 @@ def test_schedulers_see_their_own_learning_rate() -> None:
             run(adam, 1)
             scheduler.step()
     assert adam.param_groups[0]["lr"] == pytest.approx(0.1 / 8)
+
+
+def test_a_step_that_is_broken_off_leaves_the_learning_rate_as_it_was() -> None:
+    one = parameter(3)
+    liona = LionA([one], lr=0.1, beta=0.9)
+    with MomentumRamp(liona):
+        for _ in range(3):
+            with pytest.raises(RuntimeError, match="NaN"):
+                run(liona, 1, gradient=lambda like, step: torch.full_like(like, math.nan))
+        run(liona, 1)
+    assert liona.param_groups[0]["lr"] == 0.1
 
 
 def test_a_new_optimiser_begins_its_ramp_anew_and_a_kept_one_goes_on() -> None:

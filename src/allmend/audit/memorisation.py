@@ -182,7 +182,7 @@ def no_prefix_fits(canaries: Sequence[Canary], encoder: Encoder, settings: Audit
     longest = max(len(encoder.for_evaluation(Record(canary.id, text=canary.text))) for canary in canaries)
     if any(prefix.behind(longest, settings.suffix_tokens) for prefix in _prefixes(settings)):
         return ""
-    shortest = min(settings.prefix_tokens)
+    shortest = _prefixes(settings)[0].label
     return f"no canary has more than {longest} tokens, so that nothing stands behind a prefix of {shortest}"
 
 

@@ -109,18 +109,27 @@ class LionA(torch.optim.Optimizer):
         return loss
 
     def _check_gradients(self) -> None:
-        for number, group in enumerate(self.param_groups):
-            for index, parameter in enumerate(group["params"]):
-                gradient = parameter.grad
-                if gradient is None:
-                    continue
-                where = f"the gradient of parameter {index} of group {number}, shape {tuple(parameter.shape)},"
-                if gradient.is_sparse:
-                    raise RuntimeError(f"{where} is sparse, which sign updates cannot use")
-                if not torch.isfinite(torch.linalg.vector_norm(gradient)):
-                    raise RuntimeError(
-                        f"{where} holds NaN or infinite values: they would stay in the momentum for good"
-                    )
+        found = [
+            (number, index, parameter.grad)
+            for number, group in enumerate(self.param_groups)
+            for index, parameter in enumerate(group["params"])
+            if parameter.grad is not None
+        ]
+        for number, index, gradient in found:
+            if gradient.is_sparse:
+                raise RuntimeError(f"{_name(number, index, gradient)} is sparse, which sign updates cannot use")
+        norms: dict[torch.device, list[torch.Tensor]] = {}
+        for *_, gradient in found:
+            wide = torch.promote_types(gradient.dtype, torch.float32)
+            norms.setdefault(gradient.device, []).append(_whole(torch.linalg.vector_norm(gradient, dtype=wide)))
+        # one answer for all that lie on a device, which is waited for with each
+        if all(torch.stack([norm.float() for norm in some]).isfinite().all() for some in norms.values()):
+            return
+        for number, index, gradient in found:  # a norm may overflow where no number does
+            if not _whole(gradient.isfinite().all()):
+                raise RuntimeError(
+                    f"{_name(number, index, gradient)} holds NaN or infinite values, which would stay in the momentum"
+                )
 
     def _state(self, parameter: torch.Tensor) -> dict[str, Any]:
         state = cast(dict[str, Any], self.state[parameter])
@@ -163,6 +172,15 @@ class LionA(torch.optim.Optimizer):
             for name, value in state.items():
                 if isinstance(value, torch.Tensor):
                     self.state[parameter][name] = value.to("cpu" if name == "step" else parameter.device, copy=True)
+
+
+def _name(group: int, index: int, gradient: torch.Tensor) -> str:
+    return f"the gradient of parameter {index} of group {group}, shape {tuple(gradient.shape)},"
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Of a tensor that is spread over processes, what they all see."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _moving_rows(gradient: torch.Tensor) -> torch.Tensor:

@@ -12,13 +12,13 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from statistics import median
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import nn
 
 from allmend.optim.closed_forms import adamw_angle, first_step_spike, lion_angle, sgdm_angle
+from allmend.optim.hooked import Hooked
 
 EARLY = 3
 """Steps at the start that are always looked at: what needs a warmup shows there."""
@@ -128,10 +128,10 @@ class Report:
         return json.dumps(_finite(content), indent=1)
 
 
-class UpdateMonitor:
+class UpdateMonitor(Hooked):
     """Looks at an optimiser's steps, every so often, through its hooks. Use it as a context, or call `close`.
 
-    A step that is looked at takes a copy of what learns, and about as long again as the step itself.
+    A step that is looked at takes a copy of what learns, and passes over each tensor in double precision.
 
     Args:
         model: its parameters' names, and its layers' inputs.
@@ -167,27 +167,14 @@ class UpdateMonitor:
         self._before: dict[int, torch.Tensor] = {}
         self._inputs: dict[int, torch.Tensor] = {}
         self._said: torch.Tensor | None = None
-        self._hooks: list[Any] = [
-            optimizer.register_step_pre_hook(self._begin),
-            optimizer.register_step_post_hook(self._end),
-        ]
+        super().__init__(optimizer)
         if outputs:
             layers = (module for module in model.modules() if isinstance(module, nn.Linear))
             self._hooks += [m.register_forward_pre_hook(self._keep) for m in layers if id(m.weight) in self._names]
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def close(self) -> None:
         """Take all hooks away; what was seen stays."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        super().close()
         self._before.clear()
         self._inputs.clear()
 

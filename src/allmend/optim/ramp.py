@@ -5,10 +5,11 @@ is an observation of Kosson, Messmer, Jaggi, NeurIPS 2024. The form for a random
 """
 
 import math
-from types import TracebackType
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
 import torch
+
+from allmend.optim.hooked import Hooked
 
 Ramp = Literal["none", "mean", "random_walk"]
 RAMPS = get_args(Ramp)
@@ -21,7 +22,7 @@ def ramp_factor(ramp: Ramp, beta: float, step: int) -> float:
     return 1 - beta**step if ramp == "mean" else math.sqrt(1 - beta ** (2 * step))
 
 
-class MomentumRamp:
+class MomentumRamp(Hooked):
     """The ramp for an optimiser that has none, such as AdamW: its learning rate is c_t times its own in step t.
 
     For Adam's kin, `mean` comes to leaving out the bias correction of the first moment. It works through the
@@ -39,37 +40,25 @@ class MomentumRamp:
 
     def __init__(self, optimizer: torch.optim.Optimizer, *, beta: float | None = None, ramp: Ramp = "mean") -> None:
         self._betas = [beta if beta is not None else _momentum(group) for group in optimizer.param_groups]
-        self._ramp, self._own, self._step = ramp, list[float](), 0
-        self._hooks = [
-            optimizer.register_step_pre_hook(self._begin),
-            optimizer.register_step_post_hook(self._end),
-        ]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Take the hooks away."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        self._ramp, self._step = ramp, 0
+        self._changed: list[tuple[Any, Any]] = []  # each group's own learning rate, and what it is during the step
+        super().__init__(optimizer)
 
     def _begin(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        self._own = [group["lr"] for group in optimizer.param_groups]
+        self._end(optimizer)  # a step that was broken off has not come to its end
         taken = [int(state["step"]) for state in optimizer.state.values() if "step" in state]
         # an optimiser without a count of its own is counted here
         self._step = max(taken) + 1 if taken else 1 if not optimizer.state else self._step + 1
         for group, beta in zip(optimizer.param_groups, self._betas, strict=True):
-            group["lr"] = group["lr"] * ramp_factor(self._ramp, beta, self._step)
+            during = group["lr"] * ramp_factor(self._ramp, beta, self._step)
+            self._changed.append((group["lr"], during))
+            group["lr"] = during
 
     def _end(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        for group, own in zip(optimizer.param_groups, self._own, strict=True):
-            group["lr"] = own
+        for group, (own, during) in zip(optimizer.param_groups, self._changed, strict=False):
+            if group["lr"] is during:  # else a scheduler has changed it since
+                group["lr"] = own
+        self._changed = []
 
 
 def _momentum(group: dict[str, Any]) -> float:
