@@ -101,8 +101,12 @@ def read_members(path: Path) -> dict[str, bytes]:
     """
     try:
         found = tomllib.loads(path.read_text(encoding="utf-8")).get("members")
-    except (OSError, ValueError) as error:
-        raise UserError(f"the members cannot be read: {error}", where=path) from error
+    except OSError as error:
+        raise UserError(f"the members cannot be read: {error.strerror}", where=path, hint="Check the path.") from error
+    except ValueError as error:
+        raise UserError(
+            f"the members cannot be read: {error}", where=path, hint="Write it as TOML, in UTF-8."
+        ) from error
     if not isinstance(found, Mapping) or not found:
         hint = '[members]\nclinic-a = "ssh-ed25519 AAAA…"'
         raise UserError("no members are registered here", where=path, hint=f"A line for each, such as\n{hint}")
