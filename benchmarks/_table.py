@@ -26,6 +26,7 @@ RUNS = (
     "tune_throughput.py --runs 3",
     f"tune_throughput.py --data {DATA}/medquad --runs 2",
     "round_profile.py",
+    "optimizer_step.py",
     "choice_evaluation.py",
     "client_memory.py",
     "private_step.py",
