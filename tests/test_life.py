@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import allmend
 from allmend import life
-from allmend.auditing.runs import audit_run
+from allmend.audit_runs.runs import audit_run
 from allmend.data.canaries import read_canaries
 from allmend.errors import UserError
 from allmend.events import Event, PhaseDone, RoundDone, RunFinished, RunStarted, StepDone, Stopped, Warned

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from allmend.errors import UserError
 
 if TYPE_CHECKING:
-    from allmend.auditing.folders import audit_folder
-    from allmend.auditing.own import mine
-    from allmend.auditing.runs import audit_run
-    from allmend.auditing.side_by_side import compare_runs
+    from allmend.audit_runs.folders import audit_folder
+    from allmend.audit_runs.own import mine
+    from allmend.audit_runs.runs import audit_run
+    from allmend.audit_runs.side_by_side import compare_runs
     from allmend.life import resume, tune
     from allmend.models.load import LoadedModel, load_model
     from allmend.recipe import Recipe, load_recipe, make_recipe
@@ -49,13 +49,13 @@ _WHERE = {
     "LoadedModel": "allmend.models.load",
     "Recipe": "allmend.recipe",
     "RunFolder": "allmend.run",
-    "audit_folder": "allmend.auditing.folders",
-    "audit_run": "allmend.auditing.runs",
-    "compare_runs": "allmend.auditing.side_by_side",
+    "audit_folder": "allmend.audit_runs.folders",
+    "audit_run": "allmend.audit_runs.runs",
+    "compare_runs": "allmend.audit_runs.side_by_side",
     "load_model": "allmend.models.load",
     "load_recipe": "allmend.recipe",
     "make_recipe": "allmend.recipe",
-    "mine": "allmend.auditing.own",
+    "mine": "allmend.audit_runs.own",
     "resume": "allmend.life",
     "tune": "allmend.life",
     "write_report": "allmend.report.page",

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 import allmend
-from allmend.auditing.guarantees import privacy_table
-from allmend.auditing.learnt import NeverLearntError, write_learnt
-from allmend.auditing.outcomes import audited
-from allmend.auditing.runs import VIEWS, audit_arms, design_digest, planned_work, write_cards
+from allmend.audit_runs.guarantees import privacy_table
+from allmend.audit_runs.learnt import NeverLearntError, write_learnt
+from allmend.audit_runs.outcomes import audited
+from allmend.audit_runs.runs import VIEWS, audit_arms, design_digest, planned_work, write_cards
 from allmend.data.canaries import write_canaries
 from allmend.events import (
     Event,
@@ -255,7 +255,7 @@ def _work(run: RunFolder, prepared: Prepared) -> dict[str, float]:
             work[f"train {name}"] = TRAIN_COST * rounds * tokens_per_round(whole, members)
             work[f"evaluate {name}"] = asked * (1 if strategy.shares else len(prepared.members))
     if prepared.canaries:
-        work |= planned_work(prepared, [BASE, *audited(recipe)], recipe.audit)
+        work |= planned_work(run, prepared, [BASE, *audited(recipe)], recipe.audit)
     return work
 
 

@@ -74,8 +74,8 @@ def audit(
 
     Of a model made elsewhere:        allmend audit MODEL --adapter DIR --canaries canaries.jsonl
     """
-    from allmend.auditing.folders import audit_folder
-    from allmend.auditing.runs import audit_run
+    from allmend.audit_runs.folders import audit_folder
+    from allmend.audit_runs.runs import audit_run
     from allmend.recipe import Audit
 
     console = Console()
@@ -132,7 +132,7 @@ def compare(
 
     Arms of several runs:  allmend audit compare runs/first:fedavg runs/second:fedavg
     """
-    from allmend.auditing.side_by_side import compare_runs
+    from allmend.audit_runs.side_by_side import compare_runs
 
     _check_file(out)
     comparison = compare_runs(runs)
@@ -151,7 +151,7 @@ def mine(
     as_json: AsJson = False,
 ) -> None:
     """Ask a run's models for your own records, on your own machine. Nothing leaves it."""
-    from allmend.auditing import own
+    from allmend.audit_runs import own
 
     _check_file(out)
     console = Console()

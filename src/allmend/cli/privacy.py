@@ -17,7 +17,7 @@ from allmend.run import RunFolder
 
 if TYPE_CHECKING:
     from allmend.federation.privacy.plan import Plan
-    from allmend.pricing import NoiseCost
+    from allmend.noise_cost import NoiseCost
 
 app = typer.Typer(help="Differential privacy: what a budget costs.", no_args_is_help=True)
 
@@ -96,7 +96,7 @@ def plan(
     console, cost = Console(quiet=as_json), None
     _show(console, found)
     if run is not None:
-        from allmend.pricing import noise_cost
+        from allmend.noise_cost import noise_cost
 
         with silent() if as_json else shown(console) as listen:
             cost = noise_cost(

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 import allmend
-from allmend.auditing.guarantees import privacy_table
-from allmend.auditing.learnt import write_learnt
-from allmend.auditing.runs import audit_arms, design_digest, write_cards
+from allmend.audit_runs.guarantees import privacy_table
+from allmend.audit_runs.learnt import write_learnt
+from allmend.audit_runs.runs import audit_arms, design_digest, write_cards
 from allmend.consortium.member import planned
 from allmend.consortium.offer import Offer, among, hiding
 from allmend.consortium.scoring import Moments, Paired

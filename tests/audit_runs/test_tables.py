@@ -3,7 +3,7 @@
 import pytest
 
 from allmend.audit.memorisation import Findings
-from allmend.auditing.tables import findings_table
+from allmend.audit_runs.tables import findings_table
 
 
 def findings(model: str, skipped: int) -> Findings:

@@ -11,10 +11,11 @@ from pydantic import ValidationError
 
 from allmend.audit.memorisation import Findings, RecordGroup, audit_model, tokens_to_read
 from allmend.audit.views import view_rows
-from allmend.auditing.guarantees import accounted_epsilon, largest_delta, privacy_table
-from allmend.auditing.learnt import learnt_rows, never_learnt, read_learnt
-from allmend.auditing.outcomes import audited, outcome, with_outcome
-from allmend.auditing.tables import PROBES, check_same_canaries, check_settings, findings_table
+from allmend.audit_runs.guarantees import accounted_epsilon, largest_delta, privacy_table
+from allmend.audit_runs.kept import KeptFindings, stamp
+from allmend.audit_runs.learnt import learnt_rows, never_learnt, read_learnt
+from allmend.audit_runs.outcomes import audited, outcome, with_outcome
+from allmend.audit_runs.tables import PROBES, check_same_canaries, check_settings, findings_table
 from allmend.data.canaries import Canary, read_canaries
 from allmend.data.splits import uniform
 from allmend.errors import UserError
@@ -31,6 +32,9 @@ from allmend.report.page import write_report
 from allmend.results import BASE, AuditTable, Learnt, PrivacyTable
 from allmend.run import EventLog, RunFolder
 
+UNFINISHED = "audit.unfinished"
+"""Folder of what an audit found in the models that it is through with, in `results/`; gone when all are done."""
+
 VIEWS = "views"
 """Folder of what each party saw of an arm's rounds, in the arm's folder."""
 
@@ -41,10 +45,18 @@ def design_digest(settings: Audit, canaries: Sequence[Canary]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def planned_work(prepared: Prepared, models: Sequence[str], settings: Audit) -> dict[str, float]:
-    """The phases of an audit, and what each reads and generates, about, in tokens."""
+def planned_work(run: RunFolder, prepared: Prepared, models: Sequence[str], settings: Audit) -> dict[str, float]:
+    """The phases of an audit still to do, and what each reads and generates, about, in tokens."""
     tokens = tokens_to_read(prepared.canaries, prepared.encoder, settings, _groups(prepared, settings))
-    return {f"audit {name}": tokens for name in models}
+    kept = _kept(run, prepared, models, settings)
+    return {f"audit {name}": tokens for name in models if kept.read(name) is None}
+
+
+def _kept(run: RunFolder, prepared: Prepared, models: Sequence[str], settings: Audit) -> KeptFindings:
+    """What an audit that was broken off has found."""
+    design = [design_digest(settings, prepared.canaries), prepared.model.digest, prepared.recipe.digest()]
+    folder = run.path / "results" / UNFINISHED
+    return KeptFindings(folder, {name: [*design, stamp(run.arm(name))] for name in models})
 
 
 def audit_run(
@@ -93,6 +105,9 @@ def _changed(settings: Audit, changes: Mapping[str, Any]) -> Audit:
 def audit_arms(run: RunFolder, prepared: Prepared, log: EventLog, settings: Audit) -> AuditTable:
     """Audit the base model and every arm's shared outcome, as they lie on disk, and write table and probes.
 
+    What an audit with the same design has found in models that have not changed since, before it was broken off,
+    is not looked for again.
+
     Raises:
         UserError: the run has no canaries, no tuned model or no fitting prefix, or a canary was never learnt from.
     """
@@ -114,9 +129,13 @@ def audit_arms(run: RunFolder, prepared: Prepared, log: EventLog, settings: Audi
     groups = _groups(prepared, settings)
     budgets = privacy_table(run, prepared).budgets
     findings: list[Findings] = []
-    work = planned_work(prepared, list(unseen), settings)
+    kept = _kept(run, prepared, list(unseen), settings)
+    work = planned_work(run, prepared, list(unseen), settings)
     log.emit(WorkPlanned(work=work))
     for name in unseen:
+        if (found := kept.read(name)) is not None:
+            findings.append(found)
+            continue
         meter = Meter(log.emit, f"audit {name}", work[f"audit {name}"])
         with outcome(run, prepared.model, name) as module:
             findings.append(
@@ -135,6 +154,7 @@ def audit_arms(run: RunFolder, prepared: Prepared, log: EventLog, settings: Audi
                     on_tokens=meter.add,
                 )
             )
+        kept.write(findings[-1])
         meter.done()
     fixed = run.facts.get("audit")
     table = findings_table(
@@ -148,6 +168,7 @@ def audit_arms(run: RunFolder, prepared: Prepared, log: EventLog, settings: Audi
     )
     run.write_table("audit", table)
     write_probes(run.path / "results" / PROBES, [probe for found in findings for probe in found.probes])
+    kept.clear()
     return table
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from allmend import life
-from allmend.auditing.learnt import never_learnt, read_learnt
-from allmend.auditing.runs import audit_run
+from allmend.audit_runs.learnt import never_learnt, read_learnt
+from allmend.audit_runs.runs import audit_run
 from allmend.data.canaries import canary_of, read_canaries
 from allmend.data.chat import Encoder
 from allmend.data.records import Record

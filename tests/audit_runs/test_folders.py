@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from allmend import life
-from allmend.auditing.folders import audit_folder
-from allmend.auditing.runs import audit_run
+from allmend.audit_runs.folders import audit_folder
+from allmend.audit_runs.runs import audit_run
 from allmend.data.canaries import plant, write_canaries
 from allmend.errors import UserError
 from allmend.models.load import LoadedModel

@@ -8,7 +8,7 @@ import torch
 
 from allmend.audit.likelihood import Reading, check_finite, read_texts
 from allmend.audit.mine import own_records
-from allmend.auditing.outcomes import audited, outcome, with_outcome
+from allmend.audit_runs.outcomes import audited, outcome, with_outcome
 from allmend.data.chat import Encoded
 from allmend.data.files import load_client
 from allmend.data.records import Record

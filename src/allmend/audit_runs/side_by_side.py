@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from allmend.audit.compare import Audited, compare
-from allmend.auditing.guarantees import accounted_epsilon
-from allmend.auditing.tables import PROBES
+from allmend.audit_runs.guarantees import accounted_epsilon
+from allmend.audit_runs.tables import PROBES
 from allmend.data.canaries import read_canaries
 from allmend.errors import UserError
 from allmend.learn.scores import read_scores

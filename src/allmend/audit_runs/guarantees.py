@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from allmend.auditing.learnt import read_layers
+from allmend.audit_runs.learnt import read_layers
 from allmend.events import RoundDone
 from allmend.federation.checkpoint import Checkpoints
 from allmend.federation.privacy.ledger import open_ledger

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from allmend import life
-from allmend.auditing.runs import VIEWS
+from allmend.audit_runs.runs import VIEWS
 from allmend.federation.strategies.fedavg import FedAvg
 from allmend.models.load import LoadedModel
 from allmend.recipe import Recipe

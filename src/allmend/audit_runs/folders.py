@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from allmend.audit.memorisation import Findings, audit_model, tokens_to_read
-from allmend.auditing.tables import PROBES, check_same_canaries, check_settings, findings_table
+from allmend.audit_runs.tables import PROBES, check_same_canaries, check_settings, findings_table
 from allmend.data.canaries import read_canaries
 from allmend.data.chat import Encoder
 from allmend.errors import UserError

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from allmend import life
-from allmend.auditing.guarantees import accounted_epsilon
-from allmend.auditing.side_by_side import compare_runs
+from allmend.audit_runs.guarantees import accounted_epsilon
+from allmend.audit_runs.side_by_side import compare_runs
 from allmend.data.canaries import read_canaries
 from allmend.errors import UserError
 from allmend.models.load import LoadedModel

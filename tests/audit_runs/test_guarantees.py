@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from allmend import life
-from allmend.auditing.guarantees import accounted_epsilon
+from allmend.audit_runs.guarantees import accounted_epsilon
 from allmend.errors import UserError
 from allmend.events import RoundDone, Warned
 from allmend.models.load import LoadedModel

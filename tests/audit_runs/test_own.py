@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from allmend.auditing.own import mine
+from allmend.audit_runs.own import mine
 from allmend.errors import UserError
 from allmend.models.adapters import applied
 from allmend.models.load import LoadedModel, load_model
