@@ -116,6 +116,13 @@ def _audit_problems(recipe: Recipe) -> list[Problem]:
     return problems
 
 
+def audited(recipe: Recipe) -> list[str]:
+    """Arms that are audited, as far as the recipe alone tells."""
+    if recipe.audit.models is not None:
+        return list(recipe.audit.models)
+    return [arm.name for arm in recipe.arms().values() if STRATEGIES[arm.strategy.name].shares]
+
+
 def _same_model(recipe: Recipe, base: Path, model: LoadedModel | None) -> None:
     if model and model.source not in (recipe.model.source, source_of(recipe, base)):
         raise UserError(

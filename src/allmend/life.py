@@ -12,8 +12,7 @@ import torch
 import allmend
 from allmend.audit_runs.guarantees import privacy_table
 from allmend.audit_runs.learnt import NeverLearntError, write_learnt
-from allmend.audit_runs.outcomes import audited
-from allmend.audit_runs.runs import VIEWS, audit_arms, design_digest, planned_work, write_cards
+from allmend.audit_runs.runs import VIEWS, audit_arms, design_digest, write_cards
 from allmend.data.canaries import write_canaries
 from allmend.events import (
     Event,
@@ -21,8 +20,7 @@ from allmend.events import (
     RunStarted,
     Warned,
 )
-from allmend.federation.arm import Outcomes, save_outcomes, strategy_of, tokens_per_round, train_arm, trainable_of
-from allmend.federation.checkpoint import Checkpoints
+from allmend.federation.arm import Outcomes, save_outcomes, strategy_of, train_arm, trainable_of
 from allmend.federation.privacy.layers import protected
 from allmend.federation.privacy.ledger import Ledger, open_ledger
 from allmend.federation.privacy.vectors import VectorCode
@@ -39,11 +37,9 @@ from allmend.results import BASE
 from allmend.run import EventLog, RunFolder
 from allmend.session import machine, reported, sessions, versions
 from allmend.strategy import Declaration
+from allmend.workload import checkpoints_of, work_ahead
 
 Listener = Callable[[Event], None]
-
-TRAIN_COST = 2.7
-"""What a training token costs, in tokens read; used for the time left only."""
 
 
 def tune(
@@ -235,32 +231,9 @@ def _started(run: RunFolder, prepared: Prepared, *, resumed: bool) -> RunStarted
         clients={member.name: len(member.records) for member in prepared.members},
         held_out={name: len(records) for name, records in prepared.held_out.items()},
         notes=prepared.notes,
-        work=_work(run, prepared),
+        work=work_ahead(prepared, run),
         resumed=resumed,
     )
-
-
-def _work(run: RunFolder, prepared: Prepared) -> dict[str, float]:
-    """The phases still to do and their cost, in tokens read."""
-    recipe = prepared.recipe
-    asked = float(sum(len(one) for client in prepared.held_out_encoded.values() for one in client))
-    work = {}
-    if not run.scores(BASE).exists():
-        work[f"evaluate {BASE}"] = asked
-    for name, arm in recipe.arms().items():
-        strategy = strategy_of(arm, seed=recipe.seed)
-        if not run.scores(name).exists():
-            rounds = arm.strategy.rounds - _checkpoints(run, recipe, name).newest_round()
-            members, whole = prepared.parties(arm)
-            work[f"train {name}"] = TRAIN_COST * rounds * tokens_per_round(whole, members)
-            work[f"evaluate {name}"] = asked * (1 if strategy.shares else len(prepared.members))
-    if prepared.canaries:
-        work |= planned_work(run, prepared, [BASE, *audited(recipe)], recipe.audit)
-    return work
-
-
-def _checkpoints(run: RunFolder, recipe: Recipe, arm: str) -> Checkpoints:
-    return Checkpoints(run.arm(arm), identity=f"{recipe.digest()}/{arm}")
 
 
 def _arm(run: RunFolder, prepared: Prepared, log: EventLog, arm: Arm) -> list[ModelScores]:
@@ -269,7 +242,7 @@ def _arm(run: RunFolder, prepared: Prepared, log: EventLog, arm: Arm) -> list[Mo
         return read_scores(run.scores(arm.name))
     recipe = prepared.recipe
     members, arm = prepared.parties(arm)
-    checkpoints = _checkpoints(run, recipe, arm.name)
+    checkpoints = checkpoints_of(run, recipe, arm.name)
     views = run.arm(arm.name) / VIEWS if recipe.audit.views and arm.adapter.kind == "lora" else None
     if views is not None:  # of a round that was broken off; its second try may be other members'
         for folder in views.glob("round-*"):

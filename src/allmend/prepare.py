@@ -5,7 +5,6 @@ What is wrong with the data is found here, for all clients at once, before anyth
 
 import contextlib
 import hashlib
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import torch
 
 from allmend.audit.memorisation import no_prefix_fits
+from allmend.caveats import caveats
 from allmend.check import check, source_of
 from allmend.data.canaries import Canary, plant, to_records
 from allmend.data.chat import Encoded, Encoder, choose_template
@@ -23,13 +23,12 @@ from allmend.data.splits import uniform
 from allmend.errors import UserError, all_of
 from allmend.federation.member import Member
 from allmend.federation.privacy.layers import protected
-from allmend.federation.privacy.ledger import open_ledger
 from allmend.federation.strategies import STRATEGIES
 from allmend.learn.objective import records_stay_apart
 from allmend.models.attention import packs
 from allmend.models.load import LoadedModel, load_model
 from allmend.recipe import Arm, Problem, Recipe, RecipeError, parse_recipe
-from allmend.results import MEMBERS, POOLED
+from allmend.results import POOLED
 from allmend.run import RunFolder
 
 _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -114,7 +113,7 @@ def prepare(recipe: Recipe, base: Path, *, model: LoadedModel | None = None) -> 
         notes={one.member.name: one.notes for one in encoded},
         data_digests={one.member.name: data_digest((*one.member.records, *one.held_out_encoded)) for one in encoded},
     )
-    return replace(prepared, warnings=tuple(_warnings(prepared)))
+    return replace(prepared, warnings=tuple(caveats(prepared)))
 
 
 @dataclass(frozen=True)
@@ -197,36 +196,6 @@ def threads(recipe: Recipe) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _warnings(prepared: Prepared) -> Iterable[str]:
-    """What is weaker than it looks in the arms' guarantees; opening the ledgers also shows that one round fits."""
-    for arm in prepared.recipe.arms().values():
-        parties, arm = prepared.protected(arm)
-        for name, account in open_ledger(arm, parties).accounts.items():
-            units = len(parties) if name == MEMBERS else len(next(p for p in parties if p.name == name).records)
-            whose = "members" if name == MEMBERS else f"records of client {name!r}"
-            if account.settings.delta >= 1 / units:
-                yield (
-                    f"arm {arm.name!r}: δ = {account.settings.delta:g} is not below 1/{units} ({units} {whose}): a "
-                    "mechanism that publishes one of them whole could satisfy the guarantee. Lower delta."
-                )
-            if account.release.noise_multiplier and not math.isfinite(account.whole):
-                yield (
-                    f"arm {arm.name!r}: a noise multiplier of {account.release.noise_multiplier:g} is too little for "
-                    f"any guarantee ({whose})"
-                )
-        layer = arm.privacy.deduplicate
-        if arm.privacy.record and layer and layer.similarity < 1:
-            # one record more can push out several similar ones, and let those come back that they pushed out
-            yield (
-                f"arm {arm.name!r}: the guarantee is for the records that deduplication leaves, since one record "
-                "decides about others that are similar to it. With similarity = 1 it is for all."
-            )
-        if arm.privacy.record and arm.privacy.record.noise_multiplier == 0:
-            yield f"arm {arm.name!r}: records' gradients are clipped without noise, which guarantees nothing"
-        if arm.privacy.member and arm.privacy.member.noise_multiplier == 0:
-            yield f"arm {arm.name!r}: members' updates are clipped without noise, which guarantees nothing"
 
 
 def prepare_model(recipe: Recipe, base: Path, *, model: LoadedModel | None = None) -> tuple[LoadedModel, Encoder]:

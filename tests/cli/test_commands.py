@@ -166,9 +166,10 @@ def test_a_dry_run_shows_what_leaves_and_writes_nothing(allmend: Allmend, workpl
     text = " ".join(shown.out.split())
     for words in (
         "what leaves a member",
-        "summed over members",
+        "only summed",
         "whoever sums could see each",
         "one by one",
+        "Work: about",
         "Everything fits",
         "a simulation",
     ):

@@ -144,7 +144,7 @@ def screen(*events: Event, terminal: bool, clock: Clock | None = None, pause: fl
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=120, color_system=None)
     clock = clock or Clock()
-    with shown(console, onward=resume_with(Path("runs/[x]")), clock=clock) as listen:
+    with shown(console, onward=resume_with(Path("runs/[x]")), run=Path("runs/[x]"), clock=clock) as listen:
         for event in events:
             listen(event)
             clock.now += pause
@@ -168,6 +168,7 @@ def test_a_run_is_told_in_lines(terminal: bool) -> None:
 def test_a_stop_says_how_to_go_on() -> None:
     text = screen(*STORY, Stopped(cause="interrupted"), terminal=True)
     assert "allmend tune --resume runs/[x]" in text
+    assert "How far it got: runs/[x]/report.html" in text
     assert "--resume" not in screen(*STORY, Stopped(cause="diverged", resumable=False), terminal=True)
 
 

@@ -40,6 +40,11 @@ def test_defaults_are_those_of_a_recipe() -> None:
     assert make_recipe(tomllib.loads(text) | {"clients": CLIENTS}) == plain
 
 
+def test_a_section_s_own_keys_come_before_the_sections_in_it() -> None:
+    headings = list(dict.fromkeys(key.section for key in recipe_keys()))
+    assert headings.index("[privacy]") < min(headings.index(one) for one in headings if one.startswith("[privacy."))
+
+
 def test_the_command_shows_one_section_or_all() -> None:
     runner = CliRunner()
     one, every = (runner.invoke(app, ["recipe", "keys", *words]) for words in (["train"], []))

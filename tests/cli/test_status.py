@@ -43,6 +43,13 @@ def test_a_run_that_goes_on(width: int) -> None:
     assert max(len(line) for line in text.splitlines()) <= width
 
 
+def test_where_nobody_can_be_away_there_is_no_column_for_it() -> None:
+    here = tuple(MemberStanding(name, 2, 1090.0, 1, 1) for name in ("clinic-a", "clinic-b"))
+    header = next(line for line in words(replace(RUNNING, members=here)).splitlines() if "member" in line)
+    assert "now" not in header
+    assert "now" in next(line for line in words(RUNNING).splitlines() if "member" in line)
+
+
 def test_a_run_that_stopped_says_why_and_how_to_go_on() -> None:
     text = words(replace(RUNNING, state="stopped", cause="no space left", onward="Go on with it: x", phase=""))
     assert "no space left" in text

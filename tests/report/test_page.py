@@ -257,7 +257,7 @@ def test_half_finished_run_says_what_is_missing_and_how_to_go_on(run: Path, make
 def test_stopped_run_tells_its_cause(make_run: MakeRun, run: Path) -> None:
     log = [e for e in read_events(run / "events.jsonl") if not isinstance(e, RunFinished)]
     seen = words(read(make_run(log=[*log, Stopped(cause="loss is not finite: client <eye>")])))
-    assert "stopped: loss is not finite: client <eye>" in seen
+    assert "It stopped: loss is not finite: client <eye>." in seen
 
 
 def test_finished_run_without_audit_points_to_it(run: Path) -> None:

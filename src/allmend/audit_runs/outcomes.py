@@ -6,10 +6,8 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from allmend.errors import UserError
-from allmend.federation.strategies import STRATEGIES
 from allmend.models.adapters import applied
 from allmend.models.load import LoadedModel, load_model
-from allmend.recipe import Recipe
 from allmend.results import BASE
 from allmend.run import RunFolder
 
@@ -50,10 +48,3 @@ def with_outcome(run: RunFolder, arms: Sequence[str]) -> tuple[list[str], list[s
             else "The audit reads such models only: compare with an arm whose strategy shares one.",
         )
     return here, [name for name in arms if name not in here]
-
-
-def audited(recipe: Recipe) -> list[str]:
-    """Arms that are audited, as far as the recipe alone tells."""
-    if recipe.audit.models is not None:
-        return list(recipe.audit.models)
-    return [arm.name for arm in recipe.arms().values() if STRATEGIES[arm.strategy.name].shares]

@@ -8,7 +8,8 @@ import torch
 
 from allmend.audit.likelihood import Reading, check_finite, read_texts
 from allmend.audit.mine import own_records
-from allmend.audit_runs.outcomes import audited, outcome, with_outcome
+from allmend.audit_runs.outcomes import outcome, with_outcome
+from allmend.check import audited
 from allmend.data.chat import Encoded
 from allmend.data.files import load_client
 from allmend.data.records import Record

@@ -14,8 +14,9 @@ from allmend.audit.views import view_rows
 from allmend.audit_runs.guarantees import accounted_epsilon, largest_delta, privacy_table
 from allmend.audit_runs.kept import KeptFindings, stamp
 from allmend.audit_runs.learnt import learnt_rows, never_learnt, read_learnt
-from allmend.audit_runs.outcomes import audited, outcome, with_outcome
+from allmend.audit_runs.outcomes import outcome, with_outcome
 from allmend.audit_runs.tables import PROBES, check_same_canaries, check_settings, findings_table
+from allmend.check import audited
 from allmend.data.canaries import Canary, read_canaries
 from allmend.data.splits import uniform
 from allmend.errors import UserError
@@ -45,11 +46,13 @@ def design_digest(settings: Audit, canaries: Sequence[Canary]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def planned_work(run: RunFolder, prepared: Prepared, models: Sequence[str], settings: Audit) -> dict[str, float]:
-    """The phases of an audit still to do, and what each reads and generates, about, in tokens."""
+def planned_work(
+    prepared: Prepared, models: Sequence[str], settings: Audit, run: RunFolder | None = None
+) -> dict[str, float]:
+    """The phases of an audit still to do in a run, and what each reads and generates, about, in tokens."""
     tokens = tokens_to_read(prepared.canaries, prepared.encoder, settings, _groups(prepared, settings))
-    kept = _kept(run, prepared, models, settings)
-    return {f"audit {name}": tokens for name in models if kept.read(name) is None}
+    kept = None if run is None else _kept(run, prepared, models, settings)
+    return {f"audit {name}": tokens for name in models if kept is None or kept.read(name) is None}
 
 
 def _kept(run: RunFolder, prepared: Prepared, models: Sequence[str], settings: Audit) -> KeptFindings:
@@ -130,7 +133,7 @@ def audit_arms(run: RunFolder, prepared: Prepared, log: EventLog, settings: Audi
     budgets = privacy_table(run, prepared).budgets
     findings: list[Findings] = []
     kept = _kept(run, prepared, list(unseen), settings)
-    work = planned_work(run, prepared, list(unseen), settings)
+    work = planned_work(prepared, list(unseen), settings, run)
     log.emit(WorkPlanned(work=work))
     for name in unseen:
         if (found := kept.read(name)) is not None:

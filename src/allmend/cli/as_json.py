@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -29,9 +30,9 @@ def silent() -> contextlib.AbstractContextManager[Callable[[Any], None]]:
 
 
 def told(
-    console: Console, *, as_json: bool, onward: str = ""
+    console: Console, *, as_json: bool, onward: str = "", run: Path | None = None
 ) -> contextlib.AbstractContextManager[Callable[[Event], None]]:
     """A listener that shows a run's events to a person (see `shown`), or prints them for a program."""
     if as_json:
         return contextlib.nullcontext(lambda event: print(event.model_dump_json(), flush=True))
-    return shown(console, onward=onward)
+    return shown(console, onward=onward, run=run)

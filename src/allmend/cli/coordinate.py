@@ -57,7 +57,7 @@ def coordinate(
         console.print(f"Member  {name}  {fingerprint(key)}", highlight=False, soft_wrap=True)
     with (
         located(recipe),
-        told(console, as_json=as_json, onward="the same command goes on with it.") as listen_to,
+        told(console, as_json=as_json, onward="the same command goes on with it.", run=folder) as listen_to,
     ):
         run = coordinator.coordinate(
             loaded,

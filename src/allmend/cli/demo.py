@@ -40,7 +40,7 @@ def demo(
         pooled = Change(strategy={"name": "centralised"})
         recipe = recipe.model_copy(update={"compare": {**recipe.compare, "centralised": pooled}})
     folder = out or _free(Path("runs") / recipe.name)
-    with told(console, as_json=as_json, onward=resume_with(folder)) as listen:
+    with told(console, as_json=as_json, onward=resume_with(folder), run=folder) as listen:
         run = life.tune(recipe, folder, listeners=[listen])
     if not as_json:
         show_outcome(console, run)

@@ -1,14 +1,14 @@
 """What leaves each member, shown before a run."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from allmend.cli.progress import size
+from allmend.cli.progress import duration, size
 
 if TYPE_CHECKING:
     from allmend.federation.privacy.ledger import Account
@@ -16,19 +16,40 @@ if TYPE_CHECKING:
     from allmend.prepare import Prepared
 
 
-_IN_SIGHT = "summed over members; only the sum is used, but whoever sums could see each"
-_HIDDEN = "summed over members behind masks: nobody sees one (between machines; here they are simulated)"
+_IN_SIGHT = "only summed"
+_HIDDEN = "summed behind masks"
+_MEANING = {
+    _IN_SIGHT: "summed over members; only the sum is used, but whoever sums could see each",
+    _HIDDEN: "summed over members so that nobody sees one (between machines; here masks are simulated)",
+}
 
 
-def show_disclosures(console: Console, prepared: "Prepared", disclosures: "Sequence[Disclosure]") -> None:
-    """Print the clients' records and, for each arm, what leaves a member, who sees it and what stays."""
-    records = Table("client", "training", "canaries", "held out", "notes", title="Records")
+def show_disclosures(
+    console: Console,
+    prepared: "Prepared",
+    disclosures: "Sequence[Disclosure]",
+    *,
+    work: Mapping[str, float],
+    rate: float,
+) -> None:
+    """Print the clients' records and, for each arm, what leaves a member, who sees it and what stays.
+
+    Args:
+        console: where to.
+        prepared: the run.
+        disclosures: of its arms.
+        work: its phases, in tokens read.
+        rate: tokens that are read in a second here.
+    """
+    records = Table("client", "training", "+ canaries", "= learnt from", "held out", "notes", title="Records")
     for member in prepared.members:
         notes = ", ".join(f"{count:,} {what}" for what, count in prepared.notes[member.name].items())
         held_out = len(prepared.held_out[member.name])
         planted = sum(canary.copies for canary in prepared.canaries if canary.inserted and canary.client == member.name)
         own = len(member.records) - planted
-        records.add_row(member.name, f"{own:,}", f"{planted:,}", f"{held_out:,}", notes or "none")
+        records.add_row(
+            member.name, f"{own:,}", f"{planted:,}", f"{len(member.records):,}", f"{held_out:,}", notes or "none"
+        )
     console.print(records)
     _show_identifiers(console, prepared)
     for disclosure in disclosures:
@@ -70,6 +91,11 @@ def show_disclosures(console: Console, prepared: "Prepared", disclosures: "Seque
             )
         where = " All records stand in one place: a simulation." if disclosure.simulated_only else ""
         console.print(f"{sent} {disclosure.trainable:,} parameters learn.{where}\n", highlight=False)
+    used = {_HIDDEN if disclosure.masked is not None else _IN_SIGHT for disclosure in disclosures}
+    for words in sorted(used):
+        console.print(f"{words[0].upper()}{words[1:]}: {_MEANING[words]}.", highlight=False)
+    seconds = {phase: tokens / rate for phase, tokens in work.items()}
+    console.print(f"Work: {_times(seconds)}, at the speed that this machine has now.\n", highlight=False)
     console.print("Everything fits; nothing was trained or written. All clients are simulated in this process.")
     for warning in prepared.warnings:
         console.print(f"[yellow]Warning[/yellow] {escape(warning)}", highlight=False)
@@ -131,6 +157,16 @@ def _show_identifiers(console: Console, prepared: "Prepared") -> None:
         words = (f"{kind} {count:,}" for kind, count in counts.items())
         table.add_row(escape(client), ", ".join(words) or "nothing")
     console.print(table)
+
+
+def _times(seconds: Mapping[str, float]) -> str:
+    """`about 9 min (training 6 min, evaluation 1 min, audit 2 min)`."""
+    kinds = {"training": "train ", "evaluation": "evaluate ", "audit": "audit "}
+    parts = {
+        kind: sum(spent for phase, spent in seconds.items() if phase.startswith(start)) for kind, start in kinds.items()
+    }
+    words = ", ".join(f"{kind} {duration(spent)}" for kind, spent in parts.items() if spent)
+    return f"about {duration(sum(seconds.values()))} ({words})"
 
 
 def guarantee(name: str, account: "Account") -> str:

@@ -90,11 +90,11 @@ class _TimeLeft(ProgressColumn):
 
 @contextmanager
 def shown(
-    console: Console, *, onward: str = "", clock: Callable[[], float] = time.monotonic
+    console: Console, *, onward: str = "", run: Path | None = None, clock: Callable[[], float] = time.monotonic
 ) -> Iterator[Callable[[Event], None]]:
     """A listener that shows work on the terminal: a bar where there is a terminal, lines everywhere.
 
-    `onward` says how to go on with a run that was stopped.
+    `onward` says how to go on with a run that was stopped; `run` is its folder, where its report says how far it got.
     """
     work = WorkLeft(clock)
     told = clock()
@@ -129,6 +129,10 @@ def shown(
                     emoji=False,
                     soft_wrap=True,
                 )
+                if run is not None:
+                    console.print(
+                        f"How far it got: {run / 'report.html'}", highlight=False, markup=False, soft_wrap=True
+                    )
             case RunStarted():
                 bar.update(task, total=work.total, description="starting")
             case WorkPlanned():

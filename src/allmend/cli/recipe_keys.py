@@ -47,12 +47,15 @@ def recipe_keys(model: type[BaseModel] = Recipe, section: str = "", prefix: str 
     """All keys that hold values, section by section."""
     schema = Recipe.model_json_schema()
     properties = (schema if model is Recipe else schema["$defs"][model.__name__])["properties"]
+    sections = []
     for name, field in model.model_fields.items():
         if found := _nested(prefix + name, field):
-            yield from recipe_keys(found[1], found[0], f"{prefix}{name}.")
+            sections.append((name, *found))
         else:
             meaning = " ".join((field.description or "").split()).rstrip(".")
             yield RecipeKey(section, name, _values(properties[name]), _default(field), meaning)
+    for name, heading, inner in sections:  # after the section's own keys, as in a TOML file
+        yield from recipe_keys(inner, heading, f"{prefix}{name}.")
 
 
 def _nested(key: str, field: FieldInfo) -> tuple[str, type[BaseModel]] | None:

@@ -108,15 +108,17 @@ def _arms(it: "Standing") -> RenderableType:
 
 
 def _members(it: "Standing", now: float) -> RenderableType:
-    table = Table("member", "rounds", "last", "to it", "from it", "")
-    for member in it.members:
+    present = [_presence(member) for member in it.members]
+    told = any(present)  # nobody is away in a simulation
+    table = Table("member", "rounds", "last", "to it", "from it", *(["now"] if told else []))
+    for member, now_at in zip(it.members, present, strict=True):
         table.add_row(
             escape(member.name),
             f"{member.rounds:,}",
             "" if member.last is None else f"{duration(max(0.0, now - member.last))} ago",
             size(member.sent) if member.sent else "",
             size(member.received) if member.received else "",
-            _presence(member),
+            *([now_at] if told else []),
         )
     return table if it.members else Text("No member is known yet.")
 

@@ -34,6 +34,7 @@ def tune(
     """
     from allmend import life
     from allmend.recipe import load_recipe, located
+    from allmend.workload import reading_rate, work_ahead
 
     console = Console()
     if (recipe is None) == (resume is None):
@@ -42,7 +43,7 @@ def tune(
         if out is not None or dry_run:
             raise UserError("--resume goes with neither --out nor --dry-run", where="allmend tune")
         with (
-            told(console, as_json=as_json, onward=resume_with(resume)) as listen,
+            told(console, as_json=as_json, onward=resume_with(resume), run=resume) as listen,
             board(resume, wanted=tensorboard) as more,
         ):
             run = life.resume(resume, listeners=[listen, *more])
@@ -55,10 +56,16 @@ def tune(
     with located(recipe):
         if dry_run:
             found = life.rehearse(loaded, recipe.parent)
-            print_json(disclosed(*found)) if as_json else show_disclosures(console, *found)
+            if as_json:
+                print_json(disclosed(*found))
+            else:
+                work, rate = work_ahead(found[0]), reading_rate(found[0])
+                show_disclosures(console, *found, work=work, rate=rate)
             return
-        onward = resume_with(folder)
-        with told(console, as_json=as_json, onward=onward) as listen, board(folder, wanted=tensorboard) as more:
+        with (
+            told(console, as_json=as_json, onward=resume_with(folder), run=folder) as listen,
+            board(folder, wanted=tensorboard) as more,
+        ):
             run = life.tune(loaded, folder, base=recipe.parent, listeners=[listen, *more])
     if not as_json:
         show_outcome(console, run)

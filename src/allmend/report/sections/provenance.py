@@ -14,8 +14,8 @@ def state(evidence: Evidence) -> tuple[str, str]:
     match evidence.end:
         case RunFinished():
             return "finished", "finished"
-        case Stopped(cause=cause):
-            return "stopped", f"stopped: {cause}"
+        case Stopped():
+            return "stopped", "stopped"
     return ("unfinished", "running") if evidence.running else ("unfinished", "ended without notice")
 
 
@@ -78,6 +78,7 @@ def missing(evidence: Evidence) -> Html | None:
         onward = text("start it again with the same command")
     else:
         onward = code(f"allmend tune --resume {evidence.run}")
+    stopped = evidence.end if isinstance(evidence.end, Stopped) and not evidence.running else None
     title = "This run is complete, but not everything is here" if kind == "finished" else "This run is not complete"
     title = "This run goes on" if evidence.running else title
     shares = {phase: share for phase, share in evidence.progress.items() if kind != "finished"}
@@ -89,6 +90,7 @@ def missing(evidence: Evidence) -> Html | None:
     return tag(
         "aside",
         tag("h2", title, id="missing-title"),
+        paragraph(f"It stopped: {stopped.cause}.") if stopped else None,
         tag("ul", *(tag("li", lack) for lack in lacks)) if lacks else None,
         paragraph("To go on: ", onward) if onward else None,
         paragraph("Going on would only meet the same end: start a new run.") if hopeless else None,

@@ -1,0 +1,64 @@
+"""What a run says of itself before it starts. Caveats of guarantees are in tests/test_prepare.py."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.test_prepare import recipe, write
+
+from allmend.data.canaries import canary_of
+from allmend.federation.member import Member
+from allmend.federation.privacy import layers
+from allmend.federation.privacy.layers import RecordLayer
+from allmend.prepare import prepare
+
+CANARIES = {"copies": [1], "count": 12, "clients": ["south"]}
+
+
+def warnings(model: Path, folder: Path, **sections: Any) -> tuple[str, ...]:
+    for name in ("north", "south"):
+        write(folder, name, 12)
+    return prepare(recipe(model, canaries=CANARIES, **sections), folder).warnings
+
+
+@pytest.mark.parametrize(
+    ("train", "rounds", "few"),
+    [
+        ({"local_steps": 1}, 1, True),
+        ({"local_steps": 1}, 30, False),
+        ({"local_epochs": 0.2}, 2, True),
+        ({"local_epochs": 1.0}, 1, False),
+    ],
+)
+def test_a_run_that_is_too_short_for_a_pass_over_the_canaries_says_so(
+    train: dict[str, Any], rounds: int, few: bool, tiny_folder: Path, tmp_path: Path
+) -> None:
+    strategy = {"name": "fedavg", "rounds": rounds}
+    said = warnings(tiny_folder, tmp_path, train={"batch_size": 2} | train, strategy=strategy)
+    # north has no canary, and may be as short as it likes
+    assert [("'south'" in one, "may never learn" in one) for one in said] == ([(True, True)] if few else [])
+
+
+def test_an_arm_that_is_not_audited_needs_no_pass(tiny_folder: Path, tmp_path: Path) -> None:
+    assert warnings(tiny_folder, tmp_path, train={"local_steps": 1}, strategy={"name": "local", "rounds": 1}) == ()
+
+
+def test_poisson_sampling_leaves_canaries_out_by_design(tiny_folder: Path, tmp_path: Path) -> None:
+    record = {"epsilon": 8.0, "delta": 0.01, "sampling": "poisson"}
+    said = warnings(tiny_folder, tmp_path, train={"local_steps": 1}, privacy={"record": record})
+    assert not any("learn" in one for one in said)
+
+
+def test_a_layer_that_leaves_nothing_of_a_canary_is_told(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_canaries(members: Sequence[Member], settings: object) -> tuple[list[Member], str]:
+        kept = [[record for record in member.records if canary_of(record.id) is None] for member in members]
+        return [replace(member, records=records) for member, records in zip(members, kept, strict=True)], "all gone"
+
+    layer: RecordLayer[Any] = RecordLayer("deduplicate", lambda settings: "a layer", without_canaries)
+    monkeypatch.setattr(layers, "RECORD_LAYERS", (layer,))
+    (said,) = warnings(tiny_folder, tmp_path, privacy={"deduplicate": {}})
+    assert "leave nothing to learn of" in said
