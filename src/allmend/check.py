@@ -76,7 +76,7 @@ def _strategy_problems(arm: Arm, key: tuple[str, ...], seed: int, clients: Seque
     except UserError as error:  # the members' budget
         return [Problem((*key[:-1], "privacy", "member", "epsilon"), f"{error.what}. {error.hint}")]
     if (layer := arm.privacy.secure_aggregation) is not None:
-        number, drawn = _smallest_round(strategy, arm.strategy.rounds, clients)
+        number, drawn = smallest_round(strategy, arm.strategy.rounds, clients)
         if drawn < layer.fewest:
             what = (
                 f"a sum is over {layer.fewest} clients or more, and round {number} of arm {arm.name!r} has "
@@ -86,7 +86,7 @@ def _strategy_problems(arm: Arm, key: tuple[str, ...], seed: int, clients: Seque
     return []
 
 
-def _smallest_round(strategy: Strategy, rounds: int, clients: Sequence[str]) -> tuple[int, int]:
+def smallest_round(strategy: Strategy, rounds: int, clients: Sequence[str]) -> tuple[int, int]:
     """The round that the fewest clients are drawn for, and how many they are.
 
     Coins that the operating system tosses fall otherwise in the run: of these it is the number that is expected, so

@@ -11,7 +11,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from tests.consortium.processes import Federation, Machine
 
-from allmend.consortium.coordinator import Patience, coordinate
+from allmend.consortium.coordinator import coordinate
+from allmend.consortium.gathering import Patience
 from allmend.consortium.member import MemberSide
 from allmend.federation.engines.flower.exchange import Exchange
 from allmend.recipe import Recipe, make_recipe

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from allmend.consortium.coordinator import TELL_AGAIN, WaitLog
+from allmend.consortium.gathering import TELL_AGAIN, WaitLog
 from allmend.consortium.member import FEWEST_SCORED, MemberSide
 from allmend.consortium.offer import Offer
 from allmend.errors import UserError
@@ -514,3 +514,13 @@ def test_a_run_took_as_long_as_all_its_sessions(make_place: MakePlace, monkeypat
     monkeypatch.setattr("allmend.consortium.coordinator.sessions", lambda run: [Session(1, 1000.0)])
     finished = [event for event in place.coordinate().history() if isinstance(event, RunFinished)]
     assert finished[-1].seconds > 1000
+
+
+def test_rounds_that_draw_fewer_members_than_must_answer_are_told_before_anything_begins(
+    make_place: MakePlace,
+) -> None:
+    place = make_place(strategy={"name": "fedavg", "rounds": 2, "participation": 0.4}, compare={}, canaries=None)
+    with pytest.raises(UserError, match="round 1 of arm 'fedavg' has 1 of 3 members, and 2 are the fewest"):
+        place.coordinate()
+    assert not (place.folder / "run").exists()
+    place.coordinate(fewest=1)

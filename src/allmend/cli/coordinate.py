@@ -40,6 +40,7 @@ def coordinate(
     check_installed()
     from allmend.consortium import coordinator
     from allmend.consortium.coordinator_end import open_door
+    from allmend.consortium.gathering import Patience
     from allmend.federation.engines.flower.door import Listen, address, check_free
     from allmend.federation.keys import fingerprint, read_members
     from allmend.federation.pki import Files
@@ -70,7 +71,7 @@ def coordinate(
                 listen=where,
                 on_open=lambda port: console.print(f"Door    {host}:{port}", highlight=False),
             ),
-            patience=coordinator.Patience(join=join_within, leg=answer_within, fewest=fewest),
+            patience=Patience(join=join_within, leg=answer_within, fewest=fewest),
             listeners=[listen_to],
         )
     if not as_json:

@@ -8,11 +8,10 @@ import contextlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,38 +19,37 @@ import allmend
 from allmend.audit_runs.guarantees import privacy_table
 from allmend.audit_runs.learnt import write_learnt
 from allmend.audit_runs.runs import audit_arms, design_digest, write_cards
+from allmend.check import smallest_round
+from allmend.consortium.gathering import Patience, WaitLog, fewest_of, gather
 from allmend.consortium.member import planned
 from allmend.consortium.offer import Offer, among, hiding
+from allmend.consortium.questions import Questions
 from allmend.consortium.scoring import Moments, Paired
 from allmend.data.canaries import write_canaries
 from allmend.errors import UserError
 from allmend.events import (
     ArmStarted,
     Event,
-    Joined,
-    Offered,
     PhaseDone,
     RunFinished,
     RunStarted,
-    Waiting,
     Warned,
 )
 from allmend.federation.arm import Outcomes, Training, save_outcomes, strategy_of, trainable_of
 from allmend.federation.checkpoint import Checkpoint, Checkpoints
 from allmend.federation.engines.flower.engine import FlowerEngine
 from allmend.federation.engines.flower.exchange import FACTS, Exchange
-from allmend.federation.engines.wire import error_of, parse_reply
 from allmend.federation.keys import public_line
 from allmend.federation.privacy.layers import in_words, noisy
 from allmend.federation.privacy.ledger import open_ledger
 from allmend.federation.rounds import run_rounds
-from allmend.models.tensors import Tensors, dump, nbytes, parse
+from allmend.models.tensors import Tensors, nbytes
 from allmend.prepare import Prepared, check_prefixes, prepare_model, threads
 from allmend.recipe import Arm, Recipe
 from allmend.results import BASE, UtilityTable
 from allmend.run import EventLog, RunFolder, write_atomic
 from allmend.session import machine, reported, sessions, versions
-from allmend.strategy import Reply, Strategy, grouped
+from allmend.strategy import Reply, Strategy
 
 REPLY = 4
 """Times the size of what learns: room for a strategy that sends more than one tensor for each."""
@@ -61,51 +59,7 @@ GOODBYE = 15.0
 
 Listener = Callable[[Event], None]
 
-ASK_AGAIN = 15.0
-"""Seconds after which members are asked anew while somebody has declined: those who have come back hear of it."""
-
-TELL_AGAIN = 60.0
-"""Seconds after which the log tells again who is waited for, while nothing has changed."""
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How long a coordinator waits, and for how many.
-
-    Attributes:
-        join: seconds for members to agree.
-        leg: seconds for a leg of a round.
-        fewest: members that must agree, and answer in each round.
-    """
-
-    join: float = 3600.0
-    leg: float = 3600.0
-    fewest: int = 2
-
-
-def fewest_of(recipe: Recipe, patience: Patience) -> int:
-    """Members that a run needs: as many as are asked for, and as a sum needs that nobody looks behind."""
-    layers = (arm.privacy.secure_aggregation for arm in recipe.arms().values())
-    return max([patience.fewest, *(layer.fewest for layer in layers if layer is not None)])
-
-
-@dataclass
-class WaitLog:
-    """Tells the log who is waited for, as seldom as a reader can do with."""
-
-    log: EventLog
-    clock: Callable[[], float] = time.monotonic
-    _away: Sequence[str] = ()
-    _told: float = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._told = self.clock()
-
-    def __call__(self, waiting: list[str], away: list[str]) -> None:
-        now = self.clock()
-        if away != list(self._away) or now - self._told >= TELL_AGAIN:
-            self._away, self._told = away, now
-            self.log.emit(Waiting(members=waiting, away=away))
+PATIENT = Patience()
 
 
 @dataclass
@@ -129,7 +83,10 @@ class Coordination:
     exchange: Exchange
     patience: Patience
     log: EventLog
-    names: Sequence[str] = ()
+    questions: Questions = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.questions = Questions(self.exchange, self.offer.digest, self.patience.leg)
 
     @property
     def offer(self) -> Offer:
@@ -169,55 +126,6 @@ class Coordination:
         """Whether anything is still to be asked; members leave when nothing is."""
         return not all(self._sums(model).exists() for model in (BASE, *self.recipe.arms()))
 
-    def gather(self) -> None:
-        """Offer the run to all members, and wait for their consent.
-
-        Raises:
-            UserError: too few agree in time; the message says what came of each.
-        """
-        offer = self.offer
-        self.log.emit(Offered(digest=offer.digest, members=self._everybody))
-        question = dump({}, {"ask": "offer", **offer.about})
-        told = dict.fromkeys(self._everybody, "did not come")
-        joined, declined, waiting, pause = list[str](), set[str](), set(self._everybody), 1.0
-        end = self.exchange.clock() + self.patience.join
-        # who has declined may think again, as long as others are waited for or too few have joined
-        while (waiting or (declined and len(joined) < self.fewest)) and (left := end - self.exchange.clock()) > 0:
-            left = min(left, ASK_AGAIN) if declined else left
-            for name, reply in self._ask(dict.fromkeys(waiting | declined, question), seconds=left):
-                if reply is None:
-                    continue
-                if not isinstance(reply, Reply):  # it may come again, with what was amiss put right
-                    if told[name] != reply:
-                        self.log.emit(Warned(message=f"{name}: {reply}"))
-                    told[name] = reply
-                    continue
-                waiting.discard(name)
-                if reply.seen_facts.get("accepted") == offer.digest:
-                    declined.discard(name)
-                    joined.append(name)
-                    del told[name]
-                elif name not in declined:
-                    declined.add(name)
-                    told[name] = "declined"
-                    self.log.emit(Warned(message=f"{name}: declined; it may join as long as others are waited for"))
-            self.exchange.sleep(pause)
-            pause = min(60.0, 2 * pause)
-        joined.sort()
-        reasons = [f"{name}: {words}" for name, words in told.items()]
-        for name in told:
-            if told[name] == "did not come":  # other reasons were told when they came
-                self.log.emit(Warned(message=f"{name}: {told[name]}"))
-        if len(joined) < self.fewest:
-            raise UserError(
-                f"{len(joined)} of {len(self._everybody)} members have joined, and {self.fewest} are the "
-                f"fewest" + "".join(f"\n  {words}" for words in reasons),
-                where=self.run.path,
-                hint="Run the same command again: it goes on where it stopped.",
-            )
-        self.names = joined
-        self.log.emit(Joined(members=joined))
-
     def arms(self) -> None:
         """Everything after that: score, train, audit, report."""
         self._score(BASE, {})
@@ -228,12 +136,8 @@ class Coordination:
         if self.prepared.canaries:
             audit_arms(self.run, self.prepared, self.log, self.recipe.audit)
         write_cards(self.run, self.recipe)
-        for _ in self._ask(dict.fromkeys(self._everybody, self._question("end", {}, {})), seconds=GOODBYE):
-            pass
-
-    @property
-    def _everybody(self) -> list[str]:
-        return [client.name for client in self.recipe.clients]
+        everybody = [client.name for client in self.recipe.clients]
+        self.questions.tell(dict.fromkeys(everybody, self.questions.question("end")), seconds=GOODBYE)
 
     def _arm(self, arm: Arm) -> None:
         if self._sums(arm.name).exists():
@@ -258,7 +162,7 @@ class Coordination:
             )
             engine = FlowerEngine(
                 self.exchange,
-                self.names,
+                self.questions.names,
                 arm.name,
                 run=self.offer.digest,
                 seconds=self.patience.leg,
@@ -293,13 +197,13 @@ class Coordination:
         training = Training({}, counts, in_words(arm.privacy))
         write_learnt(self.run, arm.name, self.prepared.canaries, training)
         own = {} if shared else engine.counted
-        self._all(self._questions("keep", {"arm": arm.name}, shared or {}, own))
+        self.questions.tell(self.questions.to_each("keep", {"arm": arm.name}, shared or {}, own))
         self._score(arm.name, shared or {}, own)
 
     def _learnt(self, arm: Arm, counted: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
         """Steps and tokens that each canary had, as its member tells."""
         counts: dict[str, tuple[int, int]] = {}
-        for name, reply in self._ask(self._questions("learnt", {"arm": arm.name}, {}, counted)):
+        for name, reply in self.questions.ask(self.questions.to_each("learnt", {"arm": arm.name}, {}, counted)):
             if not isinstance(reply, Reply):
                 words = f"client {name!r} does not say what it learnt from: {reply or 'no answer'}"
                 self.log.emit(Warned(message=words))
@@ -323,10 +227,10 @@ class Coordination:
             return
         began = time.perf_counter()
         others = [other for other in (BASE, *self.recipe.arms()) if self._sums(other).exists()]
-        questions = self._questions("score", {"model": model, "others": others}, tensors, own)
+        questions = self.questions.to_each("score", {"model": model, "others": others}, tensors, own)
         total: dict[str, float] = {}
         answered = 0
-        for name, reply in self._ask(questions):
+        for name, reply in self.questions.ask(questions):
             if not isinstance(reply, Reply):
                 self.log.emit(Warned(message=f"client {name!r} has not scored {model!r}: {reply or 'no answer'}"))
                 continue
@@ -362,37 +266,6 @@ class Coordination:
         differences = [difference for difference in found if difference is not None]
         return UtilityTable(rows=tuple(rows), differences=tuple(differences), seed=self.recipe.seed)
 
-    def _questions(
-        self, ask: str, about: Mapping[str, Any], tensors: Tensors, own: Mapping[str, tuple[int, int]]
-    ) -> dict[str, bytes]:
-        """A question to all that have joined: one for all, or with the state of each that is meant."""
-        if own:
-            found = {name: {**about, "counted": own.get(name)} for name in self.names}
-            return {name: self._question(ask, facts, tensors) for name, facts in found.items()}
-        return dict.fromkeys(self.names, self._question(ask, about, tensors))
-
-    def _question(self, ask: str, about: Mapping[str, Any], tensors: Tensors) -> bytes:
-        return dump(grouped("model", tensors), {"ask": ask, "run": self.offer.digest, **about})
-
-    def _all(self, questions: Mapping[str, bytes]) -> None:
-        """Tell all that have joined; it does no harm where one does not answer."""
-        for _ in self._ask(questions, seconds=min(60.0, self.patience.leg)):
-            pass
-
-    def _ask(
-        self, questions: Mapping[str, bytes], *, seconds: float | None = None
-    ) -> Iterator[tuple[str, Reply | str | None]]:
-        """Replies by member; words where it tells of an error, None where it does not answer."""
-        for name, data in self.exchange.ask(questions, seconds=self.patience.leg if seconds is None else seconds):
-            if data is None:
-                yield name, None
-                continue
-            try:
-                error = error_of(parse(data, where=f"client {name!r}")[1])
-                yield name, parse_reply(data)[0] if error is None else error
-            except UserError as error:
-                yield name, str(error)
-
 
 def _largest_reply(strategy: Strategy, initial: Tensors) -> int:
     """Bytes: room for what is summed in float64, and for a few tensors of each that learns that are seen."""
@@ -407,7 +280,7 @@ def coordinate(
     *,
     base: Path,
     open_exchange: Callable[[Path], contextlib.AbstractContextManager[Exchange]],
-    patience: Patience = Patience(),
+    patience: Patience = PATIENT,
     listeners: Sequence[Listener] = (),
 ) -> RunFolder:
     """Carry out a recipe among organisations, or go on with a run that stopped; a finished one is left as it is.
@@ -482,6 +355,15 @@ def coordinate(
             where="members",
             hint="Register more, or lower --fewest and privacy.secure_aggregation.fewest.",
         )
+    for name, arm in recipe.arms().items():
+        strategy = strategy_of(arm, seed=recipe.seed)
+        number, drawn = smallest_round(strategy, arm.strategy.rounds, sorted(members))
+        if drawn < fewest:
+            raise UserError(
+                f"round {number} of arm {name!r} has {drawn} of {len(members)} members, and {fewest} are the fewest",
+                where="strategy.participation",
+                hint="Raise it, register more members, or lower --fewest.",
+            )
     with run.lock(), threads(recipe):
         resumed = run.marker.exists()
         finished = resumed and any(isinstance(event, RunFinished) for event in run.history())
@@ -504,7 +386,7 @@ def _live(it: Coordination, *, resumed: bool) -> None:
         if it.prepared.canaries and not it.run.canaries.exists():
             write_canaries(it.run.canaries, list(it.prepared.canaries))
         if it.needs_members:
-            it.gather()
+            it.questions.names = gather(it.offer, it.questions, fewest=it.fewest, seconds=it.patience.join, log=it.log)
         it.arms()
         it.log.emit(RunFinished(seconds=before + time.perf_counter() - began))
 
