@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from allmend.optim import LionA, liona
+from allmend.optim import LionA, blocks
 from allmend.optim.closed_forms import direction_scale
 from allmend.optim.ramp import RAMPS, ramp_factor
 
@@ -73,7 +73,7 @@ def test_it_is_lion_with_one_momentum_at_another_scale(nesterov: bool) -> None:
 def test_how_it_is_cut_into_blocks_changes_no_bit(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, parts = parameter(30, 20), parameter(30, 20)
     run(LionA([whole], lr=0.01), 5)
-    monkeypatch.setattr(liona, "BLOCK", size)
+    monkeypatch.setattr(blocks, "BLOCK", size)
     run(LionA([parts], lr=0.01), 5)
     assert torch.equal(whole, parts)
 

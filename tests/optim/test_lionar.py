@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.optim.test_liona import noise, parameter, run
 
-from allmend.optim import LionA, LionAR, liona
+from allmend.optim import LionA, LionAR, blocks
 from allmend.optim.closed_forms import direction_scale
 
 
@@ -55,7 +55,7 @@ def test_rows_do_not_know_of_each_other(monkeypatch: pytest.MonkeyPatch) -> None
     run(LionAR([whole], lr=0.02), 6)
     run(LionAR([turned], lr=0.02), 6, gradient=lambda like, step: noise(like, step)[order])
     assert torch.equal(whole.detach()[order], turned.detach())
-    monkeypatch.setattr(liona, "BLOCK", 1)
+    monkeypatch.setattr(blocks, "BLOCK", 1)
     parts = parameter(12, 9)
     run(LionAR([parts], lr=0.02), 6)
     assert torch.equal(whole, parts)
@@ -136,6 +136,7 @@ def test_the_ramp_makes_the_first_angles_smaller() -> None:
 # --- what cannot turn
 
 
+@pytest.mark.filterwarnings("ignore:.*rows of a matrix")
 def test_zero_rows_vectors_and_rows_of_one_element_step_as_under_liona() -> None:
     matrix, vector, column = parameter(5, 6), parameter(6), parameter(5, 1)
     with torch.no_grad():

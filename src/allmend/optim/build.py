@@ -1,4 +1,4 @@
-"""An optimiser by name, over a model's parameters in groups: ours, torch's, and one of a package that may be there."""
+"""An optimiser by name, over a model's parameters in groups: ours, torch's, and two of packages that may be there."""
 
 import difflib
 from collections.abc import Callable
@@ -23,8 +23,8 @@ def build_optimizer(
     """An optimiser over what learns in a model; vectors have no weight decay.
 
     Args:
-        name: `adamw`, `radam`, `sgd`, `liona`, `lionar`, `muon` (for the weights of linear layers; AdamW for the rest),
-            or `schedulefree` (AdamW of the package of this name).
+        name: `adamw`, `radam`, `sgd`, `liona`, `lionar`, `muon` (for the weights of linear layers; AdamW for the rest);
+            `lion` and `schedulefree` (AdamW) are those of the packages `lion-pytorch` and `schedulefree`.
         model: any module.
         lr: of all groups.
         weight_decay: of matrices.
@@ -76,17 +76,28 @@ def _muon(model: nn.Module, *, lr: float, weight_decay: float, **options: Any) -
     return Together(muon, torch.optim.AdamW(rest, lr=lr)) if rest else muon
 
 
+def _lion(model: nn.Module, *, lr: float, weight_decay: float, **options: Any) -> torch.optim.Optimizer:
+    found: torch.optim.Optimizer = _of("lion_pytorch", "Lion")(_plain(model, weight_decay), lr=lr, **options)
+    return found
+
+
 def _schedulefree(model: nn.Module, *, lr: float, weight_decay: float, **options: Any) -> torch.optim.Optimizer:
-    if find_spec("schedulefree") is None:
-        raise ValueError("schedulefree is not installed: `pip install schedulefree`")
-    adamw = import_module("schedulefree").AdamWScheduleFree
+    adamw = _of("schedulefree", "AdamWScheduleFree")
     found: torch.optim.Optimizer = adamw(_plain(model, weight_decay), lr=lr, **options)
     return found
+
+
+def _of(package: str, name: str) -> Any:
+    """An optimiser of a package that may be there."""
+    if find_spec(package) is None:
+        raise ValueError(f"{package} is not installed: `pip install {package.replace('_', '-')}`")
+    return getattr(import_module(package), name)
 
 
 BUILDERS: dict[str, Builder] = {
     "adamw": _adamw,
     "radam": _radam,
+    "lion": _lion,
     "sgd": _sgd,
     "liona": _liona,
     "lionar": _lionar,

@@ -119,9 +119,11 @@ def compensation(signal: float, batch_size: float) -> float:
     """ρ = √((1 + Φ/B) / (1 + Φ)), in [1/√B, 1]: the factor that undoes what aligned gradients do to representations.
 
     Args:
-        signal: Φ = B φ, signal over noise of a batch's gradient, 0 or more.
+        signal: Φ = B φ, signal over noise of a batch's gradient, 0 or more; infinite for no noise.
         batch_size: B.
     """
+    if math.isinf(signal):
+        return 1 / math.sqrt(batch_size)
     return math.sqrt((1 + signal / batch_size) / (1 + signal))
 
 
