@@ -17,6 +17,7 @@ from allmend.events import (
     RunStarted,
     StepDone,
     Stopped,
+    UpdateSeen,
     Warned,
     WorkDone,
     dump_event,
@@ -41,6 +42,8 @@ VALUES: dict[Any, st.SearchStrategy[Any]] = {
     dict[str, str]: st.dictionaries(text, text, max_size=3),
     dict[str, int]: st.dictionaries(text, integers, max_size=3),
     dict[str, float]: st.dictionaries(text, finite, max_size=3),
+    UpdateSeen | None: st.none()
+    | st.builds(UpdateSeen, length=finite, angle=st.none() | finite, farthest=text, far=integers, matrices=integers),
     dict[str, dict[str, int]]: st.dictionaries(text, st.dictionaries(text, integers, max_size=2), max_size=2),
 }
 

@@ -10,8 +10,12 @@ from allmend.federation.member import Member
 from allmend.federation.privacy.layers import protected
 from allmend.federation.privacy.ledger import open_ledger
 from allmend.learn.schedule import steps_per_round
+from allmend.optim.ramp import ramp_factor
 from allmend.recipe import Arm
 from allmend.results import MEMBERS
+
+RAMP_STEPS = 20
+"""Steps after which a momentum of 0.9 has grown to 0.88: 2 / (1 − β)."""
 
 if TYPE_CHECKING:
     from allmend.prepare import Prepared
@@ -20,6 +24,8 @@ if TYPE_CHECKING:
 def caveats(prepared: "Prepared") -> Iterator[str]:
     """Sentences about the guarantees and the audit of each arm; opening the ledgers also shows that one round fits."""
     yield from _of_guarantees(prepared)
+    for arm in prepared.recipe.arms().values():
+        yield from _of_optimizer(prepared, arm)
     if prepared.canaries:
         for name in audited(prepared.recipe):
             yield from _of_canaries(prepared, prepared.recipe.arms()[name])
@@ -52,6 +58,23 @@ def _of_guarantees(prepared: "Prepared") -> Iterator[str]:
             yield f"arm {arm.name!r}: records' gradients are clipped without noise, which guarantees nothing"
         if arm.privacy.member and arm.privacy.member.noise_multiplier == 0:
             yield f"arm {arm.name!r}: members' updates are clipped without noise, which guarantees nothing"
+
+
+def _of_optimizer(prepared: "Prepared", arm: Arm) -> Iterator[str]:
+    """What an optimiser does not do here."""
+    if arm.train.optimizer == "lionar" and arm.adapter.kind == "lora":
+        yield (
+            f"arm {arm.name!r}: lionar turns whole weights, and LoRA's factors are none: it steps as liona does. Take "
+            "liona, or full fine-tuning"
+        )
+    members, arm = prepared.parties(arm)
+    fewest = min(steps_per_round(len(member.records), arm.train) for member in members)
+    if arm.train.optimizer_state == "ramp" and fewest < RAMP_STEPS:
+        share = sum(ramp_factor("mean", 0.9, step) for step in range(1, fewest + 1)) / fewest
+        yield (
+            f"arm {arm.name!r}: rounds of {fewest} steps end before a ramp does: steps have {share:.0%} of their "
+            "length on average. A higher learning rate makes up for it"
+        )
 
 
 def _of_canaries(prepared: "Prepared", arm: Arm) -> Iterator[str]:

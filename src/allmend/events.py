@@ -57,6 +57,18 @@ class ArmStarted(_Event):
     """Parameters that learn, and therefore travel where the strategy sends them."""
 
 
+class UpdateSeen(BaseModel):
+    """The size of an optimiser step; see `allmend.learn.updates.UpdateSize`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    length: float
+    angle: float | None
+    farthest: str
+    far: int
+    matrices: int
+
+
 class StepDone(_Event):
     """One optimiser step of a client."""
 
@@ -72,6 +84,8 @@ class StepDone(_Event):
     gradient_norm: float
     tokens: int
     """Tokens that went through the model in this step."""
+    update: UpdateSeen | None = None
+    """How large the step was, where that is logged and this one was looked at."""
 
 
 class RoundDone(_Event):

@@ -589,7 +589,7 @@ def _fails_in_round_2(self: Any, state: Any, turn: Any, sums: Any, seen: Any) ->
     [
         (("tune",), ("either a recipe or --resume",)),
         (("tune", "recipe.toml", "--resume", "runs/tiny"), ("either a recipe or --resume",)),
-        (("tune", "--resume", "runs/tiny", "--dry-run"), ("--resume goes with neither",)),
+        (("tune", "--resume", "runs/tiny", "--dry-run"), ("--resume goes on with the run",)),
         (("tune", "--resume", "nowhere"), ("nowhere", "no run is here", "allmend tune")),
         (("tune", "--resume", "recipe.toml"), ("recipe.toml", "no run is here")),
         (("tune", "recipe.toml"), ("runs/tiny", "a run here already", "--resume runs/tiny", "--out")),

@@ -11,7 +11,22 @@ from rich.console import Console
 from rich.text import Text
 
 import allmend
-from allmend.cli import audit, coordinate, demo, doctor, join, member, model, pki, privacy, recipe, report, status, tune
+from allmend.cli import (
+    audit,
+    coordinate,
+    demo,
+    doctor,
+    join,
+    member,
+    model,
+    optim,
+    pki,
+    privacy,
+    recipe,
+    report,
+    status,
+    tune,
+)
 from allmend.errors import UserError
 
 app = typer.Typer(
@@ -28,6 +43,7 @@ app.command("report")(report.report)
 app.command("doctor")(doctor.doctor)
 app.add_typer(audit.app, name="audit")
 app.add_typer(privacy.app, name="privacy")
+app.add_typer(optim.app, name="optim")
 app.add_typer(recipe.app, name="recipe")
 app.add_typer(model.app, name="model")
 app.add_typer(pki.app, name="pki")

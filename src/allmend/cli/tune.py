@@ -21,6 +21,14 @@ def tune(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and show what would leave whom; train nothing.")
     ] = False,
+    optimizer: Annotated[str | None, typer.Option(help="train.optimizer, otherwise than in the recipe.")] = None,
+    optimizer_state: Annotated[
+        str | None, typer.Option(help="train.optimizer_state: reset, persist or ramp.", show_default=False)
+    ] = None,
+    warmup: Annotated[int | None, typer.Option(min=0, help="train.warmup_steps.")] = None,
+    log_updates: Annotated[
+        bool, typer.Option("--log-updates", help="Log how large steps are, for `allmend optim inspect`.")
+    ] = False,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write RUN/tensorboard too.")] = False,
     as_json: EventLines = False,
 ) -> None:
@@ -39,9 +47,14 @@ def tune(
     console = Console()
     if (recipe is None) == (resume is None):
         raise UserError("give either a recipe or --resume RUN", where="allmend tune")
+    given = {"optimizer": optimizer, "optimizer_state": optimizer_state, "warmup_steps": warmup}
+    changed = {key: value for key, value in given.items() if value is not None}
+    changed |= {"log_updates": True} if log_updates else {}
     if resume is not None:
-        if out is not None or dry_run:
-            raise UserError("--resume goes with neither --out nor --dry-run", where="allmend tune")
+        if out is not None or dry_run or changed:
+            raise UserError(
+                "--resume goes on with the run as it was begun, and takes no other option", where="allmend tune"
+            )
         with (
             told(console, as_json=as_json, onward=resume_with(resume), run=resume) as listen,
             board(resume, wanted=tensorboard) as more,
@@ -51,7 +64,7 @@ def tune(
             show_outcome(console, run)
         return
     assert recipe is not None
-    loaded = load_recipe(recipe)
+    loaded = load_recipe(recipe, train=changed)
     folder = out or Path("runs") / loaded.name
     with located(recipe):
         if dry_run:

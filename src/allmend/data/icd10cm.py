@@ -149,6 +149,16 @@ def build_icd10cm(
     ]
 
 
+def category_texts() -> list[str]:
+    """Every category of the classification as a text: its title, and its terms with their codes, one a line."""
+    known = _terminology()
+    lines: dict[str, list[str]] = {category: [title] for category, title in known.titles.items()}
+    for term in known.terms:
+        if term.code != term.category:
+            lines[term.category].append(f"{term.code} {term.text}")
+    return ["\n".join(some) for some in lines.values()]
+
+
 def _apportion(total: int, shares: Mapping[str, float]) -> dict[str, int]:
     """Whole numbers that add up to `total`, in proportion to `shares` (largest remainders)."""
     counts = {name: int(total * share) for name, share in shares.items()}

@@ -3,11 +3,11 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
 
-from allmend.events import ArmStarted, Event, StepDone
+from allmend.events import ArmStarted, Event, StepDone, UpdateSeen
 from allmend.federation.checkpoint import Checkpoint, Checkpoints
 from allmend.federation.engines import Engine
 from allmend.federation.engines.hiding import HidingEngine
@@ -289,6 +289,7 @@ class _Watch:
                     learning_rate=step.learning_rate,
                     gradient_norm=step.gradient_norm,
                     tokens=step.tokens,
+                    update=None if step.update is None else UpdateSeen(**asdict(step.update)),
                 )
             )
         self.meter.add(step.tokens)

@@ -14,10 +14,13 @@ from allmend.learn.schedule import steps_per_round
 from allmend.models.adapters import Trainable, first_components, with_components
 from allmend.models.tensors import Tensors
 from allmend.recipe import Train
-from allmend.strategy import State, Trained, Turn
+from allmend.strategy import State, Trained, Turn, grouped, of_group
 
 LEARNT = "client/learnt"
 """Name, in a member's state, of what was learnt from each of its records (`Outcome.learnt`), over all rounds."""
+
+OPTIMIZER = "client/optimizer"
+"""Group, in a member's state, of its optimiser's state, where that goes on from round to round."""
 
 OnStep = Callable[[str, Turn, Step], None]
 """Told the member's name, the turn and the step, after each optimiser step."""
@@ -94,6 +97,9 @@ class MemberClient:
         self.trainable.load(start if rank is None else first_components(start, rank))
         steps = steps_per_round(self.examples, self.settings)
         taken = int(self.state.facts.get("steps", 0))
+        kept = self.settings.optimizer_state == "persist" and optimizer is None
+        if kept:
+            optimizer = of_group(OPTIMIZER, self.state.tensors) or None
         try:
             outcome = train(
                 self.trainable,
@@ -117,6 +123,8 @@ class MemberClient:
         self.state.facts["steps"] = taken + steps
         before = self.state.tensors.get(LEARNT, torch.zeros_like(outcome.learnt))
         self.state.tensors = self.state.tensors | {LEARNT: before + outcome.learnt}
+        if kept:
+            self.state.tensors = self.state.tensors | grouped(OPTIMIZER, outcome.optimizer)
         tokens = sum(step.tokens for step in outcome.steps)
         # without noise of its own, the loss would be a release that no guarantee covers
         loss = mean_loss(outcome.steps) if self.member.noise is None else None

@@ -1,4 +1,4 @@
-"""The local training loop: AdamW over packed batches, the same for every strategy.
+"""The local training loop: an optimiser over packed batches, the same for every strategy.
 
 A step's gradient is that of the mean negative log-likelihood over all targets of its records, or over the records of
 each one's mean, however they are packed into passes; or a private estimate of the latter. Everything that happens
@@ -19,6 +19,7 @@ from allmend.learn.optimizer import Descent
 from allmend.learn.per_example import record_loss, separable_rows
 from allmend.learn.private import RecordNoise, poisson_batches, private_gradient
 from allmend.learn.schedule import batches, learning_rate
+from allmend.learn.updates import UpdateSize
 from allmend.models.adapters import Trainable
 from allmend.models.tensors import Tensors, is_finite
 from allmend.recipe import Train
@@ -45,6 +46,7 @@ class Step:
         gradient_norm: with noise, before the gradient is scaled down to `clip_norm`.
         tokens: that went through the model.
         targets: tokens under the loss.
+        update: how large the step was, where that is logged and this one was looked at.
     """
 
     number: int
@@ -53,6 +55,7 @@ class Step:
     gradient_norm: float
     tokens: int
     targets: int
+    update: UpdateSize | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Outcome:
 
     Attributes:
         tensors: the parameters.
-        optimizer: AdamW's state.
+        optimizer: the optimiser's state.
         steps: in order.
         learnt: for each of the N records given, the steps that saw it, and its targets under the loss, summed over
             these steps; int64 [N, 2].
@@ -105,7 +108,7 @@ def train(
         schedule_step: the step (from 0) of the learning rate's schedule to start at.
         total_steps: steps of the whole schedule.
         seed: of data order, dropout and seeded noise.
-        optimizer: AdamW's state from an earlier call; fresh when None.
+        optimizer: the optimiser's state from an earlier call; fresh when None.
         proximal: μ of a term (μ / 2) ‖w − w₀‖² beside the loss, with w₀ the parameters at the start. The losses that
             are told are without it, the gradient norms with it.
         noise: makes every step private for each record; the loss is the mean over records then, and nothing is
@@ -122,7 +125,7 @@ def train(
         raise UserError("no record has a token to learn from", hint="Look at data.max_tokens and the response fields.")
     parameters = trainable.parameters()
     device = next(iter(parameters.values())).device
-    descent = Descent(parameters, settings.weight_decay, optimizer)
+    descent = Descent(trainable.model, parameters, settings, optimizer)
     start = {name: parameter.detach().clone() for name, parameter in parameters.items()} if proximal else {}
     size: int | None = None
     if noise is not None and noise.sampling == "poisson":
@@ -152,11 +155,12 @@ def train(
                 norm = descent.clip(settings.clip_norm)
                 # what a step tells is noisy then, and so must be what an error tells
                 _check_finite(number, loss if noise is None else None, norm, rate)
-                descent.step(rate)
+                update = descent.step(rate)
                 owners = torch.cat([torch.zeros(0, dtype=torch.int64), *(row.owner for row in rows)])
                 targets = owners.bincount(minlength=len(batch))
                 learnt[batch] += torch.stack([targets > 0, targets], dim=1)
-                done.append(Step(number + 1, loss, rate, norm, sum(row.tokens for row in rows), int(targets.sum())))
+                tokens = sum(row.tokens for row in rows)
+                done.append(Step(number + 1, loss, rate, norm, tokens, int(targets.sum()), update))
                 on_step(done[-1])
     finally:
         descent.forget()

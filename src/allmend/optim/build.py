@@ -34,11 +34,20 @@ def build_optimizer(
         ValueError: there is no such optimiser, its package is missing, or nothing in the model learns.
         TypeError: it has no such option.
     """
+    check_name(name)
+    return BUILDERS[name](model, lr=lr, weight_decay=weight_decay, **options)
+
+
+def check_name(name: str) -> None:
+    """Raise unless there is such an optimiser.
+
+    Raises:
+        ValueError: there is none; the message has the nearest name.
+    """
     if name not in BUILDERS:
         near = difflib.get_close_matches(name, BUILDERS, n=1)
         meant = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(f"there is no optimiser {name!r} (there are {', '.join(BUILDERS)}){meant}")
-    return BUILDERS[name](model, lr=lr, weight_decay=weight_decay, **options)
 
 
 def _plain(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

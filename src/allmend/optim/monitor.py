@@ -178,6 +178,16 @@ class UpdateMonitor(Hooked):
         self._before.clear()
         self._inputs.clear()
 
+    @property
+    def newest(self) -> tuple[Update, ...]:
+        """The updates of the step that was just taken; empty where it was not looked at."""
+        return tuple(one for one in self.updates[-len(self._names) :] if one.step == self._step)
+
+    def equilibrium(self, name: str) -> float | None:
+        """The angle (radians) that this optimiser comes to with a matrix, where its form is known."""
+        group = next(group for group, parameter in self._parameters() if self._names[id(parameter)] == name)
+        return _equilibrium(self._optimizer, group)
+
     def report(self) -> Report:
         """What was seen so far."""
         by_name: dict[str, list[Update]] = {}
@@ -200,7 +210,6 @@ class UpdateMonitor(Hooked):
 
     def _tensor(self, updates: list[Update]) -> Tensor:
         first, later = updates[0], updates[1:] or updates
-        group = next(g for g, p in self._parameters() if self._names[id(p)] == first.name)
         angles = [one.angle for one in later if one.angle is not None]
         changes = [one.output_change for one in updates if one.output_change is not None]
         return Tensor(
@@ -209,7 +218,7 @@ class UpdateMonitor(Hooked):
             later=median(one.length for one in later),
             first_angle=first.angle,
             later_angle=median(angles) if angles else None,
-            equilibrium=_equilibrium(self._optimizer, group) if angles else None,
+            equilibrium=self.equilibrium(first.name) if angles else None,
             output_change=max(changes, default=None),
         )
 

@@ -17,12 +17,13 @@ AT_MEMBER = "(at the member)"
 """What stands for the path of a client's data in a recipe among organisations."""
 
 
-def load_recipe(path: Path | str, *, members: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: Path | str, *, members: Sequence[str] = (), train: Mapping[str, Any] = {}) -> Recipe:
     """Read and check a recipe file.
 
     Args:
         path: of the file.
         members: the clients of a recipe that names none, where they are known otherwise.
+        train: keys of `[train]` that are otherwise than in the file.
 
     Raises:
         UserError: the file is absent or not TOML.
@@ -40,15 +41,15 @@ def load_recipe(path: Path | str, *, members: Sequence[str] = ()) -> Recipe:
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", where=path, hint="Name a TOML file.") from error
     try:
-        return parse_recipe(text, members=members)
+        return parse_recipe(text, members=members, train=train)
     except RecipeError as error:
         raise locate(error, text, path) from None
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"is not valid TOML: {error}", where=path) from error
 
 
-def parse_recipe(text: str, *, members: Sequence[str] = ()) -> Recipe:
-    """A recipe from TOML text; `members` as in `load_recipe`.
+def parse_recipe(text: str, *, members: Sequence[str] = (), train: Mapping[str, Any] = {}) -> Recipe:
+    """A recipe from TOML text; `members` and `train` as in `load_recipe`.
 
     Raises:
         RecipeError: everything that is wrong with it.
@@ -57,6 +58,8 @@ def parse_recipe(text: str, *, members: Sequence[str] = ()) -> Recipe:
     values = tomllib.loads(text)
     if members and "clients" not in values:
         values["clients"] = [{"name": name, "data": AT_MEMBER} for name in members]
+    if train and isinstance(own := values.setdefault("train", {}), dict):
+        own |= train
     return make_recipe(values)
 
 

@@ -116,8 +116,14 @@ class Adapter(Section):
 
 
 class Train(Section):
+    optimizer: Literal["adamw", "radam", "sgd", "liona", "lionar"] = "adamw"
+    """`liona` and `lionar` are [made to need no warmup](optim.md); `lionar` is for full fine-tuning, `sgd` has a
+    momentum of 0.9."""
+    optimizer_state: Literal["reset", "persist", "ramp"] = "reset"
+    """A client's optimiser in a round: `reset` begins anew, `persist` goes on where it stopped, `ramp` begins anew
+    with short steps that grow with its momentum."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    """Of AdamW, when it is highest."""
+    """When it is highest."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """`cosine` falls to 0 over all rounds of the run."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -129,7 +135,7 @@ class Train(Section):
     local_steps: Annotated[int, Field(ge=1)] | None = None
     """Optimiser steps in a round, instead of `local_epochs`."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Of AdamW, decoupled from the gradient."""
+    """Decoupled from the gradient, but for `sgd`."""
     clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=True)] = 1.0
     """Gradients are scaled down to this norm; `inf` leaves them as they are. With `[privacy.record]` this comes
     after the noise."""
@@ -142,6 +148,8 @@ class Train(Section):
     tokens_per_pass: Annotated[int, Field(ge=16)] = 512
     """Tokens of packed records that go through the model at once; a larger batch accumulates gradients over
     passes."""
+    log_updates: bool = False
+    """Log how large optimiser steps are: the first three of each round, and every tenth."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
