@@ -62,3 +62,21 @@ def test_a_layer_that_leaves_nothing_of_a_canary_is_told(
     monkeypatch.setattr(layers, "RECORD_LAYERS", (layer,))
     (said,) = warnings(tiny_folder, tmp_path, privacy={"deduplicate": {}})
     assert "leave nothing to learn of" in said
+
+
+@pytest.mark.parametrize(
+    ("train", "words"),
+    [
+        ({"optimizer": "lionar"}, "it steps as liona does"),
+        ({"optimizer_state": "ramp", "local_steps": 5, "learning_rate": 0.01}, "steps have 26% of their length"),
+        ({"optimizer_state": "ramp", "local_steps": 40}, None),
+        ({"optimizer": "liona"}, None),
+    ],
+)
+def test_what_an_optimiser_does_not_do_is_told(
+    train: dict[str, Any], words: str | None, tiny_folder: Path, tmp_path: Path
+) -> None:
+    write(tmp_path, "north", 12)
+    said = prepare(recipe(tiny_folder, "north", train=train), tmp_path).warnings
+    assert len(said) == (words is not None)
+    assert words is None or words in said[0]

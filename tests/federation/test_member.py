@@ -9,7 +9,7 @@ import torch
 
 from allmend.data.chat import Encoded
 from allmend.errors import UserError
-from allmend.federation.member import LEARNT, Member, MemberClient, change
+from allmend.federation.member import LEARNT, OPTIMIZER, Member, MemberClient, change
 from allmend.learn.loop import DivergedError, Step
 from allmend.learn.private import RecordNoise
 from allmend.models.adapters import add_lora
@@ -194,3 +194,27 @@ def test_a_rank_above_the_adapters_changes_nothing(
         for rank in (None, 99)
     )
     assert all(torch.equal(free.tensors[name], limited.tensors[name]) for name in initial)
+
+
+@pytest.mark.parametrize("name", ["adamw", "liona"])
+def test_an_optimiser_that_persists_goes_on_in_the_next_round(
+    name: str, make_member: Callable[..., Any], make_trainable: Callable[..., Any], settings: Train
+) -> None:
+    """Two rounds of two steps, each from where the last ended, are one of four."""
+    few = settings.model_copy(update={"optimizer": name, "optimizer_state": "persist", "local_steps": 2})
+    trainable = make_trainable()
+    client = MemberClient(make_member("a"), trainable, few, trainable.state())
+    middle = client.train(client.initial, Turn(1, 0, 2))
+    parts = client.train(middle.tensors, Turn(2, 0, 2))
+    assert any(key.startswith(f"{OPTIMIZER}/exp_avg/") for key in client.state.tensors)
+    whole_settings = few.model_copy(update={"local_steps": 4})
+    other = MemberClient(make_member("a"), make_trainable(), whole_settings, client.initial)
+    whole = other.train(client.initial, Turn(1, 0, 1))
+    assert all(torch.equal(whole.tensors[key], parts.tensors[key]) for key in whole.tensors)
+    anew = MemberClient(
+        make_member("a"), make_trainable(), few.model_copy(update={"optimizer_state": "reset"}), client.initial
+    )
+    anew.train(client.initial, Turn(1, 0, 2))
+    assert not any(key.startswith(OPTIMIZER) for key in anew.state.tensors)
+    again = anew.train(middle.tensors, Turn(2, 0, 2))
+    assert not all(torch.equal(again.tensors[key], parts.tensors[key]) for key in parts.tensors)
