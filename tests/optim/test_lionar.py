@@ -36,6 +36,26 @@ def test_every_row_turns_by_the_angle_and_keeps_its_norm(lr: float, beta: float)
     assert torch.allclose(one.detach().norm(dim=1), norms, rtol=1e-5)  # no drift
 
 
+def test_in_double_precision_angle_and_norm_are_exact_over_a_thousand_steps() -> None:
+    one = parameter(6, 40, dtype=torch.float64)
+    norms = one.detach().norm(dim=1)
+    optimizer = LionAR([one], lr=0.02, norm="fixed")
+    for step in range(1000):
+        before = one.detach().clone()
+        run(optimizer, 1, gradient=lambda like, _, step=step: noise(like, step))
+        found = angles(before, one.detach())
+        assert torch.allclose(found, torch.full_like(found, expected_angle(0.02, 0.1, 0.9)), rtol=1e-9)
+    assert torch.allclose(one.detach().norm(dim=1), norms, rtol=1e-12)
+
+
+@pytest.mark.parametrize("factor", [0.3, 7.0])
+def test_other_factors_of_weights_and_gradients_change_rounding_only(factor: float) -> None:
+    one, other = parameter(5, 8), torch.nn.Parameter(parameter(5, 8).detach() * factor)
+    run(LionAR([one], lr=0.02), 5)
+    run(LionAR([other], lr=0.02), 5, gradient=lambda like, step: noise(like, step) * factor)
+    assert torch.allclose(one.detach() * factor, other.detach(), rtol=1e-4, atol=1e-6)
+
+
 def test_it_turns_towards_the_sign_of_the_momentum() -> None:
     """By brute force: of all directions in the plane of weight and sign, the one that goes down."""
     one = parameter(1, 40)
@@ -105,9 +125,10 @@ def test_the_angle_follows_the_learning_rate(power: float, share: float) -> None
     run(optimizer, 1)
     assert angles(before, one.detach()).mean().item() == pytest.approx(share * expected_angle(0.02, 0.1, 0.9), rel=1e-4)
     optimizer.param_groups[0]["lr"] = 0.0
-    before = one.detach().clone()
+    before, momentum = one.detach().clone(), optimizer.state[one]["exp_avg"].clone()
     run(optimizer, 1)
-    assert torch.allclose(one, before, rtol=1e-6)
+    assert torch.equal(one, before)
+    assert not torch.equal(optimizer.state[one]["exp_avg"], momentum)
 
 
 def test_the_peak_is_kept_by_the_state_and_by_schedulers() -> None:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -81,6 +82,59 @@ def test_transformers_trainer_takes_it_with_a_schedule_without_warmup(
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert sum(losses[-3:]) < sum(losses[:3])
+
+
+@pytest.mark.parametrize("kind", [LionA, LionAR])
+def test_the_trainer_builds_it_from_a_class_and_arguments(
+    kind: type[LionA], make_tiny_model: Callable[..., LlamaForCausalLM], tmp_path: Path
+) -> None:
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=4, report_to=[], use_cpu=True, save_strategy="no",
+        disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(
+        make_tiny_model(), arguments, train_dataset=Random(), optimizer_cls_and_kwargs=(kind, {"lr": 0.01})
+    )
+    trainer.train()
+    assert isinstance(trainer.optimizer.optimizer, kind)  # inside accelerate's
+
+
+SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
+    "one cycle": lambda it: torch.optim.lr_scheduler.OneCycleLR(it, max_lr=0.02, total_steps=20, cycle_momentum=False),
+    "warmup, stable, decay": lambda it: get_wsd_schedule(
+        it, num_warmup_steps=2, num_decay_steps=5, num_training_steps=20
+    ),
+    "plateau": lambda it: torch.optim.lr_scheduler.ReduceLROnPlateau(it, factor=0.5, patience=1),
+}
+
+
+@pytest.mark.filterwarnings("ignore:LionAR begins")
+@pytest.mark.parametrize("kind", [LionA, LionAR])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedulers_drive_it(name: str, kind: type[LionA]) -> None:
+    one = torch.nn.Parameter(torch.randn(6, 50, generator=torch.Generator().manual_seed(0)))
+    optimizer = kind([one], lr=0.02, weight_decay=0.1)
+    scheduler = SCHEDULERS[name](optimizer)
+    for step in range(12):
+        before, lr = one.detach().clone(), optimizer.param_groups[0]["lr"]
+        one.grad = torch.randn(one.shape, generator=torch.Generator().manual_seed(step))
+        optimizer.step()
+        scheduler.step(*([1.0] if name == "plateau" else []))
+        moved = (one.detach() - before).norm().item()
+        assert (moved == 0) == (lr == 0)
+    rates = {group["lr"] for group in optimizer.param_groups}
+    assert rates != {0.02}
+
+
+def test_a_scaler_of_gradients_steps_it() -> None:
+    model = torch.nn.Linear(4, 3)
+    optimizer = LionAR(parameter_groups(model), lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    before = model.weight.detach().clone()
+    scaler.scale(model(torch.randn(5, 4)).square().sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert not torch.equal(model.weight, before)
 
 
 def test_accelerate_prepares_it() -> None:

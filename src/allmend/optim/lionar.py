@@ -236,6 +236,9 @@ class LionAR(SignOptimizer):
         factor, lr = self._factor(state, gradient, group), float(group["lr"])
         weight = state.get("master", parameter)
         w, m, g = (_rows(local(tensor), group) for tensor in (weight, state["exp_avg"], gradient))
+        if lr == 0:
+            toward(group).follow(m, g)  # no motion at all, not even that of rounding
+            return
         norm, gain, radial = (local(state[name]) for name in ("row_norm", "gain", "radial_exp_avg"))
         turn = Turn(
             angle=self.angle(group) * factor,
