@@ -24,7 +24,7 @@ from allmend.learn.per_example import (
     _layer,
     _norm,
     _records,
-    _watched,
+    by_layer,
     clipped_sum,
     record_loss,
     separable_rows,
@@ -103,7 +103,7 @@ def left(trainable: Trainable) -> Tensors:
 
 
 def watched(trainable: Trainable, row: Row) -> dict[str, _Layer]:
-    with _watched(trainable, list(_records(row).values())) as layers:
+    with by_layer(trainable, list(_records(row).values()), _layer) as layers:
         _gradients(trainable, row)
     return layers
 
@@ -328,6 +328,6 @@ def test_no_hook_stays_behind(make_tiny_model: MakeModel) -> None:
     trainable = TRAINABLES["q/v"](make_tiny_model)
     (row,) = pack(RECORDS, 1000)
     clipped_sum(trainable, [row], 1.0)
-    with pytest.raises(IndexError), _watched(trainable, [1]):
+    with pytest.raises(IndexError), by_layer(trainable, [1], _layer):
         raise IndexError
     assert not any(module._forward_hooks for module in trainable.model.modules())

@@ -10,10 +10,10 @@ learns takes a pass for each record.
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -82,7 +82,7 @@ def _clipped_whole(trainable: Trainable, row: Row, clip: float) -> tuple[Tensors
 
 
 def _clipped_factors(trainable: Trainable, row: Row, clip: float) -> tuple[Tensors, float]:
-    with _watched(trainable, list(_records(row).values())) as layers:
+    with by_layer(trainable, list(_records(row).values()), _layer) as layers:
         gradients, loss = _gradients(trainable, row)
     if unwatched := gradients.keys() - layers.keys():
         raise ValueError(f"{min(unwatched)} is no linear layer's weight, so records cannot be told apart in it")
@@ -121,6 +121,9 @@ def _factors(norms: Sequence[torch.Tensor], clip: float) -> torch.Tensor:
     """min(1, C / ‖g‖), float64 on the CPU, from the norms of g's parts."""
     whole = torch.linalg.vector_norm(torch.stack([norm.cpu() for norm in norms]), dim=0)
     return torch.clamp(clip * (1 - ROUNDING) / whole, max=1)
+
+
+Made = TypeVar("Made")
 
 
 class _Layer(Protocol):
@@ -179,10 +182,21 @@ def _by_record(x: torch.Tensor, delta: torch.Tensor, lengths: list[int]) -> Iter
 
 
 @contextlib.contextmanager
-def _watched(trainable: Trainable, lengths: list[int]) -> Iterator[dict[str, _Layer]]:
-    """What the backward pass of a row in this context tells of the layers that learn, by the names of their weights."""
+def by_layer(
+    trainable: Trainable, lengths: list[int], make: Callable[[torch.Tensor, torch.Tensor, list[int]], Made]
+) -> Iterator[dict[str, Made]]:
+    """What the backward pass of a row in this context tells of the layers that learn, by the names of their weights.
+
+    Args:
+        trainable: whose linear layers are watched.
+        lengths: tokens of each of the row's records, in their order.
+        make: of inputs x [T, in], gradients δ [T, out] of the outputs, and `lengths`, whatever is to be kept.
+
+    Raises:
+        ValueError: in the backward pass, where a layer does not see each token once.
+    """
     names = {id(parameter): name for name, parameter in trainable.parameters().items()}
-    found: dict[str, _Layer] = {}
+    found: dict[str, Made] = {}
 
     def forward(name: str, layer: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
         output.register_hook(partial(backward, name, inputs[0].detach()))  # type: ignore[no-untyped-call]
@@ -190,7 +204,7 @@ def _watched(trainable: Trainable, lengths: list[int]) -> Iterator[dict[str, _La
     def backward(name: str, x: torch.Tensor, delta: torch.Tensor) -> None:
         if name in found or x.shape[:-1] != (1, sum(lengths)):
             raise ValueError(f"records cannot be told apart in {name}: it does not see each token once")
-        found[name] = _layer(x[0], delta[0], lengths)
+        found[name] = make(x[0], delta[0], lengths)
 
     handles = [
         module.register_forward_hook(partial(forward, names[id(module.weight)]))

@@ -1,0 +1,177 @@
+"""Gradients of single records, a few records at a time: what every method of influence is made of.
+
+The loss of a record is the sum over its targets. The gradient of a layer's weight is a matrix [r, d] with its wide side
+last: a LoRA factor A as it is stored, B transposed, so that r is the rank of the adapter in both.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from allmend.data.chat import Encoded
+from allmend.data.packing import Row
+from allmend.errors import UserError
+from allmend.learn.objective import log_likelihood
+from allmend.learn.per_example import by_layer, separable_rows
+from allmend.models.adapters import Trainable
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Gradients of n records.
+
+    Attributes:
+        places: of the records among all, n of them.
+        gradients: by module, float [n, r, d].
+        losses: of the records, summed over their targets (nats), float64 [n].
+    """
+
+    places: tuple[int, ...]
+    gradients: Mapping[str, torch.Tensor]
+    losses: torch.Tensor
+
+
+class Source(Protocol):
+    """Records whose gradients can be gone through as often as one likes, the same each time."""
+
+    def __len__(self) -> int:
+        """Records."""
+        ...
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Each record once, in any order."""
+        ...
+
+
+@dataclass(frozen=True)
+class Given:
+    """Gradients that are in memory already, [n, r, d] by module."""
+
+    gradients: Mapping[str, torch.Tensor]
+    losses: torch.Tensor | None = None
+    batch: int = 64
+
+    def __len__(self) -> int:
+        return len(next(iter(self.gradients.values())))
+
+    def __iter__(self) -> Iterator[Batch]:
+        losses = torch.zeros(len(self), dtype=torch.float64) if self.losses is None else self.losses
+        for start in range(0, len(self), self.batch):
+            some = slice(start, start + self.batch)
+            places = tuple(range(len(self)))[some]
+            yield Batch(places, {name: one[some] for name, one in self.gradients.items()}, losses[some])
+
+
+@dataclass(frozen=True)
+class OfRecords:
+    """Gradients of records under a model with an adapter; no more than a packed row's are in memory.
+
+    Attributes:
+        trainable: the model and what of it counts.
+        records: encoded as in training.
+        modules: a regular expression that names of weights must match somewhere; all that learn when None.
+        tokens_per_pass: capacity of a packed row.
+        on_tokens: told the tokens of each pass.
+    """
+
+    trainable: Trainable
+    records: Sequence[Encoded]
+    modules: str | None = None
+    tokens_per_pass: int = 512
+    on_tokens: Callable[[int], None] = lambda tokens: None
+
+    def __post_init__(self) -> None:
+        if self.trainable.kind != "lora":
+            raise UserError(
+                "influence is about the factors of a LoRA adapter, and here everything learns",
+                hint="Name an adapter.",
+            )
+        if not self.names:
+            raise UserError(
+                f"no weight that learns matches {self.modules!r}",
+                where="modules",
+                hint=f"There are {', '.join(list(self.trainable.parameters())[:2])} …",
+            )
+
+    @property
+    def names(self) -> list[str]:
+        """The weights that count."""
+        return [name for name in self.trainable.parameters() if self.modules is None or re.search(self.modules, name)]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __iter__(self) -> Iterator[Batch]:
+        names = set(self.names)
+        silent = [place for place, record in enumerate(self.records) if not record.learns]
+        if silent:
+            raise UserError(
+                f"{len(silent)} records have no token to learn from, the first of them {self.records[silent[0]].id!r}",
+                hint="Look at data.max_tokens and the response fields.",
+            )
+        for row in separable_rows(self.trainable, self.records, self.tokens_per_pass):
+            yield self._batch(row, names)
+            self.on_tokens(row.tokens)
+
+    def _batch(self, row: Row, names: set[str]) -> Batch:
+        parameters = self.trainable.parameters()
+        for parameter in parameters.values():
+            parameter.grad = None
+        device = next(iter(parameters.values())).device
+        lengths = Counter(row.record.tolist())
+        training = self.trainable.model.training
+        self.trainable.model.eval()  # dropout would make another loss of each pass
+        try:
+            with by_layer(self.trainable, list(lengths.values()), _each) as found:
+                losses = -log_likelihood(self.trainable.model, row.to(device))
+                losses.sum().backward()  # type: ignore[no-untyped-call]
+        finally:
+            self.trainable.model.train(training)
+            for parameter in parameters.values():
+                parameter.grad = None
+        places = tuple(lengths)
+        of = {place: index for index, place in enumerate(places)}
+        owner = torch.tensor([of[place] for place in row.owner.tolist()])
+        summed = torch.zeros(len(places), dtype=torch.float64)
+        summed.index_add_(0, owner, losses.detach().double().cpu())
+        gradients = {name: _wide(name, one) for name, one in found.items() if name in names}
+        return Batch(places, gradients, summed)
+
+
+def _each(x: torch.Tensor, delta: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """δᵀx of each record, [n, out, in], float32 whatever went through the model."""
+    pairs = zip(x.split_with_sizes(lengths), delta.split_with_sizes(lengths), strict=True)
+    return torch.stack([(d.T @ one).float() if d.dtype != torch.float64 else d.T @ one for one, d in pairs])
+
+
+def _wide(name: str, gradients: torch.Tensor) -> torch.Tensor:
+    return gradients.mT if ".lora_B." in name else gradients
+
+
+def mean_gradient(source: Source, groups: Sequence[str] | None = None) -> tuple[list[str], dict[str, torch.Tensor]]:
+    """Mean gradients of groups of records: v of each target, by module [q, r, d], and the groups' names in order.
+
+    Args:
+        source: the target records.
+        groups: the group of each record; all in one, called `all`, when None.
+
+    Raises:
+        ValueError: there are no records.
+    """
+    if not len(source):
+        raise ValueError("there is no target record")
+    of = ["all"] * len(source) if groups is None else list(groups)
+    names = sorted(set(of))
+    place = {name: index for index, name in enumerate(names)}
+    counts = Counter(of)
+    sums: dict[str, torch.Tensor] = {}
+    for batch in source:
+        for module, g in batch.gradients.items():
+            total = sums.setdefault(module, g.new_zeros(len(names), *g.shape[1:]))
+            total.index_add_(0, torch.tensor([place[of[i]] for i in batch.places], device=g.device), g)
+    sizes = torch.tensor([counts[name] for name in names])
+    return names, {module: total / sizes.to(total).view(-1, 1, 1) for module, total in sums.items()}
