@@ -35,8 +35,9 @@ from allmend.prepare import Prepared, differs, prepare, read_frozen, threads
 from allmend.recipe import Arm, Recipe
 from allmend.results import BASE
 from allmend.run import EventLog, RunFolder
-from allmend.session import machine, reported, sessions, versions
+from allmend.session import machine, reported, sessions
 from allmend.strategy import Declaration
+from allmend.versions import versions
 from allmend.workload import checkpoints_of, work_ahead
 
 Listener = Callable[[Event], None]

@@ -3,9 +3,8 @@
 import contextlib
 import os
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import metadata
 
 import torch
 
@@ -13,13 +12,6 @@ from allmend.errors import UserError
 from allmend.events import RunFinished, RunStarted, Stopped
 from allmend.report.page import write_report
 from allmend.run import EventLog, RunFolder
-
-PACKAGES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "datasets")
-
-
-def versions(more: Sequence[str] = ()) -> dict[str, str]:
-    """Versions of Python and of the packages that decide what a run comes to."""
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in (*PACKAGES, *more)}
 
 
 def machine(device: torch.device) -> str:

@@ -63,12 +63,15 @@ def test_both_factors_have_their_rank_in_front(trainable: Trainable, make_record
 
 def test_the_mean_of_a_group_is_the_mean(trainable: Trainable, make_records: MakeRecords) -> None:
     records = make_records(5, 1)
-    names, means = mean_gradient(OfRecords(trainable, records), ["x", "y", "x", "x", "y"])
+    names, means = mean_gradient(
+        OfRecords(trainable, records), [("x", "all"), ("y", "all"), ("x", "all"), ("x", "all"), ("y", "all")]
+    )
     each = [alone(trainable, record)[0] for record in records]
-    assert names == ["x", "y"]
+    assert names == ["all", "x", "y"]
     for module, mean in means.items():
-        assert torch.allclose(mean[0], (each[0][module] + each[2][module] + each[3][module]) / 3, atol=2e-5)
-        assert torch.allclose(mean[1], (each[1][module] + each[4][module]) / 2, atol=2e-5)
+        assert torch.allclose(mean[0], torch.stack([one[module] for one in each]).mean(0), atol=2e-5)
+        assert torch.allclose(mean[1], (each[0][module] + each[2][module] + each[3][module]) / 3, atol=2e-5)
+        assert torch.allclose(mean[2], (each[1][module] + each[4][module]) / 2, atol=2e-5)
 
 
 def test_scores_of_packed_records_are_those_of_records_one_by_one(

@@ -87,7 +87,7 @@ def test_how_records_are_batched_and_ordered_does_not_matter(name: str) -> None:
 def test_several_targets_at_once_are_each_by_itself(name: str) -> None:
     train, target = made(12), made(6, seed=1)
     groups = ["x", "y", "x", "y", "y", "x"]
-    found = influence(train, target, METHODS[name](), groups=groups)
+    found = influence(train, target, METHODS[name](), groups=[(one,) for one in groups])
     assert found.targets == ("x", "y")
     for place, group in enumerate(found.targets):
         chosen = torch.tensor([one == group for one in groups])

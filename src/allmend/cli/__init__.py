@@ -12,6 +12,7 @@ from rich.text import Text
 
 import allmend
 from allmend.cli import (
+    attribute,
     audit,
     coordinate,
     demo,
@@ -42,6 +43,7 @@ app.command("status")(status.status)
 app.command("report")(report.report)
 app.command("doctor")(doctor.doctor)
 app.add_typer(audit.app, name="audit")
+app.add_typer(attribute.app, name="attribute")
 app.add_typer(privacy.app, name="privacy")
 app.add_typer(optim.app, name="optim")
 app.add_typer(recipe.app, name="recipe")

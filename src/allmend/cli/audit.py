@@ -6,28 +6,18 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from typer.core import TyperGroup
 
 from allmend.cli.as_json import AsJson, print_json, silent
 from allmend.cli.comparison import show_comparison
 from allmend.cli.outcome import show_audit
 from allmend.cli.own import show_own
 from allmend.cli.progress import shown
+from allmend.cli.unless_named import RunUnlessNamed
 from allmend.errors import UserError
 from allmend.run import RunFolder, write_atomic
 
-
-class _AuditUnlessNamed(TyperGroup):
-    """`allmend audit RUN` is `allmend audit run RUN`."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
-            args = ["run", *args]
-        return super().parse_args(ctx, args)
-
-
 app = typer.Typer(
-    cls=_AuditUnlessNamed,
+    cls=RunUnlessNamed,
     help="What models memorised. `allmend audit RUN` is short for `allmend audit run RUN`.",
     no_args_is_help=True,
 )

@@ -48,8 +48,9 @@ from allmend.prepare import Prepared, check_prefixes, prepare_model, threads
 from allmend.recipe import Arm, Recipe
 from allmend.results import BASE, UtilityTable
 from allmend.run import EventLog, RunFolder, write_atomic
-from allmend.session import machine, reported, sessions, versions
+from allmend.session import machine, reported, sessions
 from allmend.strategy import Reply, Strategy
+from allmend.versions import versions
 
 REPLY = 4
 """Times the size of what learns: room for a strategy that sends more than one tensor for each."""

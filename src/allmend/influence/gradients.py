@@ -6,7 +6,7 @@ last: a LoRA factor A as it is stored, B transposed, so that r is the rank of th
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -152,26 +152,28 @@ def _wide(name: str, gradients: torch.Tensor) -> torch.Tensor:
     return gradients.mT if ".lora_B." in name else gradients
 
 
-def mean_gradient(source: Source, groups: Sequence[str] | None = None) -> tuple[list[str], dict[str, torch.Tensor]]:
+def mean_gradient(
+    source: Source, groups: Sequence[Collection[str]] | None = None
+) -> tuple[list[str], dict[str, torch.Tensor]]:
     """Mean gradients of groups of records: v of each target, by module [q, r, d], and the groups' names in order.
 
     Args:
         source: the target records.
-        groups: the group of each record; all in one, called `all`, when None.
+        groups: the groups of each record, which may be in several; all in one, called `all`, when None.
 
     Raises:
         ValueError: there are no records.
     """
     if not len(source):
         raise ValueError("there is no target record")
-    of = ["all"] * len(source) if groups is None else list(groups)
-    names = sorted(set(of))
-    place = {name: index for index, name in enumerate(names)}
-    counts = Counter(of)
+    of = [("all",)] * len(source) if groups is None else [tuple(some) for some in groups]
+    counts = Counter(name for some in of for name in some)
+    names = sorted(counts)
+    member = torch.tensor([[float(name in some) for some in of] for name in names], dtype=torch.float64)  # [q, n]
     sums: dict[str, torch.Tensor] = {}
     for batch in source:
         for module, g in batch.gradients.items():
             total = sums.setdefault(module, g.new_zeros(len(names), *g.shape[1:]))
-            total.index_add_(0, torch.tensor([place[of[i]] for i in batch.places], device=g.device), g)
+            total += torch.einsum("qn,nrd->qrd", member[:, list(batch.places)].to(g), g)
     sizes = torch.tensor([counts[name] for name in names])
     return names, {module: total / sizes.to(total).view(-1, 1, 1) for module, total in sums.items()}

@@ -1,6 +1,6 @@
 """Scores of records: how much each moved a model towards a target, by any method, in a pass of its own."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,14 +44,16 @@ def score(train: Source, directions: Directions) -> tuple[torch.Tensor, torch.Te
     return values, losses
 
 
-def influence(train: Source, target: Source, method: Method, *, groups: Sequence[str] | None = None) -> Scores:
+def influence(
+    train: Source, target: Source, method: Method, *, groups: Sequence[Collection[str]] | None = None
+) -> Scores:
     """Scores of training records for target records.
 
     Args:
         train: the training records' gradients.
         target: the target records'.
         method: how curvature comes in.
-        groups: the group of each target record; all in one when None.
+        groups: the groups of each target record; all in one, called `all`, when None.
 
     Raises:
         ValueError: there are no records.

@@ -269,6 +269,28 @@ def applied(model: PreTrainedModel, folder: Path) -> Iterator[PeftModel]:
         wrapped.unload()
 
 
+@contextlib.contextmanager
+def learning_adapter(model: PreTrainedModel, folder: Path) -> Iterator[Trainable]:
+    """`model` with the PEFT adapter of a folder as what learns; afterwards the bare base is back.
+
+    Raises:
+        UserError: the folder holds no adapter, one for another model, or one that is no plain LoRA.
+    """
+    with applied(model, folder) as wrapped:
+        parameters = {
+            name.replace(f".{_ADAPTER}.", "."): parameter
+            for name, parameter in wrapped.named_parameters()
+            if f".{_ADAPTER}." in name
+        }
+        if strange := [name for name in parameters if not name.endswith((".lora_A.weight", ".lora_B.weight"))]:
+            raise UserError(
+                f"has weights that are no factors of LoRA ({strange[0]})", where=folder, hint="Name a plain LoRA."
+            )
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        yield Trainable(wrapped, "lora", dict(sorted(parameters.items())))
+
+
 def check_adapter(folder: Path) -> None:
     """Raise unless a folder holds a PEFT adapter; PEFT itself would look for its name on the Hub.
 
