@@ -15,7 +15,7 @@ import allmend
 from allmend.audit.likelihood import Reading
 from allmend.audit.memorisation import Findings
 from allmend.errors import UserError
-from allmend.models.tensors import read_tensors, write_tensors
+from allmend.models.tensors import JSON, Tensors, read_tensors, write_tensors
 from allmend.probes import read_probes, write_probes
 from allmend.results import Discoverable, EpsilonBound, Exposure, Extraction, LikelihoodGap, Membership, Table
 
@@ -81,14 +81,14 @@ class KeptFindings:
             UserError: the operating system refused.
         """
         rows = _Rows(**{name: getattr(found, name) for name in _Rows.model_fields})
-        tensors = {}
+        tensors: Tensors = {}
         for place, reading in enumerate(found.readings):
             tensors |= {f"canaries/{place}/{name}": getattr(reading, name) for name in READING}
         for group, readings in enumerate(found.group_readings):
             for place, reading in enumerate(readings):
                 tensors |= {f"groups/{group}/{place}/{name}": getattr(reading, name) for name in READING}
         write_probes(self.folder / f"{found.model}.parquet", found.probes)
-        facts = {
+        facts: dict[str, JSON] = {
             "key": self._key(found.model),
             "rows": rows.model_dump(mode="json"),
             "canaries": len(found.readings),

@@ -34,7 +34,7 @@ class Questions:
 
     def question(self, ask: str, about: Mapping[str, Any] = {}, tensors: Mapping[str, torch.Tensor] = {}) -> bytes:
         """One question: what is asked, facts that belong to it, and a model."""
-        return dump(grouped("model", tensors), {"ask": ask, "run": self.run, **about})
+        return dump(grouped("model", dict(tensors)), {"ask": ask, "run": self.run, **about})
 
     def to_each(
         self, ask: str, about: Mapping[str, Any], tensors: Tensors, own: Mapping[str, tuple[int, int]] = {}

@@ -13,7 +13,7 @@ import torch
 
 from allmend.errors import UserError
 from allmend.influence.gradients import Source
-from allmend.models.tensors import read_tensors, write_tensors
+from allmend.models.tensors import JSON, read_tensors, write_tensors
 
 Side: TypeAlias = Literal["wide", "rank"]
 
@@ -78,7 +78,7 @@ class FisherBlocks:
         Raises:
             UserError: the operating system refused.
         """
-        facts = {
+        facts: dict[str, JSON] = {
             "count": dict(self.count),
             "records": self.records,
             "side": self.side,

@@ -43,7 +43,8 @@ def eigen(matrices: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     values, vectors = torch.linalg.eigh(_symmetric(matrices))
     if not bool((values > 0).all()):
         raise NotInvertedError("a matrix is not positive definite", hint="Raise the damping.")
-    return vectors @ ((vectors.mT @ right) / values.unsqueeze(-1))
+    found: torch.Tensor = vectors @ ((vectors.mT @ right) / values.unsqueeze(-1))
+    return found
 
 
 @dataclass(frozen=True)

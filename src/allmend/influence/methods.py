@@ -121,7 +121,7 @@ def solve(
                 raise NotInvertedError(f"{name}: {error.what}", hint=error.hint) from None
             notes.append(f"{name}: {error.what}; Cholesky's factors were taken")
             solved = cholesky(matrix[None], wide)
-        back = solved[0].unflatten(1, (len(v), -1)).transpose(0, 1)
+        back = solved[0].reshape(len(matrix), len(v), -1).transpose(0, 1)
         found[name] = back.mT if blocks.side == "wide" else back
     return Solved(found, lambdas, tuple(sorted(silent & targets.keys())), tuple(notes))
 

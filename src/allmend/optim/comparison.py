@@ -275,7 +275,7 @@ def _batches(sequences: int, size: int, steps: int, seed: int) -> Iterator[torch
     order = torch.randperm(sequences, generator=generator)
     while len(order) < steps * size:
         order = torch.cat([order, torch.randperm(sequences, generator=generator)])
-    return iter(order[: steps * size].split(size))
+    return iter(torch.split(order[: steps * size], size))
 
 
 def _mode(optimizer: Any, name: str) -> None:

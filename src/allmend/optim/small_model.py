@@ -100,7 +100,9 @@ def make_model(shape: Shape, seed: int) -> LlamaForCausalLM:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config).float().train()
+        made = LlamaForCausalLM(config)
+    made.train()
+    return made
 
 
 def loss_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -113,6 +115,6 @@ def loss_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
 def held_out_loss(model: Any, ids: torch.Tensor, batch: int) -> float:
     """The same over many sequences, in evaluation mode."""
     model.eval()
-    total = sum(loss_of(model, some).item() * len(some) for some in ids.split(batch))
+    total = sum(loss_of(model, some).item() * len(some) for some in torch.split(ids, batch))
     model.train()
     return total / len(ids)

@@ -123,9 +123,9 @@ class Recipe(Section):
                 arms[name] = Arm(name, **sections)
         for name, arm in arms.items():
             if arm.train.optimizer == "lionar" and arm.adapter.kind == "full" and not arm.train.weight_decay:
-                key = ("train", "weight_decay") if name == self.strategy.name else ("compare", name, "train")
+                where: Key = ("train", "weight_decay") if name == self.strategy.name else ("compare", name, "train")
                 what = "lionar turns weights by an angle that weight decay sets: set it above 0, such as 0.1"
-                problems.append(Problem(key, what))
+                problems.append(Problem(where, what))
             if arm.privacy.record and arm.adapter.dropout:
                 key = ("adapter", "dropout") if name == self.strategy.name else ("compare", name, "adapter", "dropout")
                 what = "what one record changes cannot be bounded with dropout: set it to 0, or remove privacy.record"
