@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from allmend import life
-from allmend.attribution.folders import Settings, attribute_folder
+from allmend.attribution.folders import attribute_folder
+from allmend.attribution.settings import Settings
 from allmend.errors import UserError
 from allmend.events import PhaseDone, WorkPlanned
 from allmend.influence.methods import Gfim

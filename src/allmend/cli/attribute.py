@@ -15,6 +15,7 @@ from allmend.cli.unless_named import RunUnlessNamed
 
 if TYPE_CHECKING:
     from allmend.attribution.folders import Attributed
+    from allmend.attribution.review import Review
     from allmend.influence.table import Row
 
 SHOWN = 10
@@ -56,7 +57,8 @@ def attribute(
 
     allmend attribute MODEL --adapter DIR --train a.jsonl --train b.jsonl --target c.jsonl --targets group:kind --out X
     """
-    from allmend.attribution.folders import Settings, attribute_folder
+    from allmend.attribution.folders import attribute_folder
+    from allmend.attribution.settings import Settings
     from allmend.errors import UserError
     from allmend.recipe import Fields
 
@@ -84,18 +86,17 @@ def attribute(
     if as_json:
         print_json({"table": found.table, "rows": found.rows})
         return
-    show_influence(Console(), found, _texts(train, fields))
+    show_influence(Console(), found)
     if out is not None:
         Console().print(f"Written to {escape(str(out))}", highlight=False, soft_wrap=True)
 
 
-def show_influence(console: Console, found: "Attributed", texts: dict[tuple[str, str], str]) -> None:
+def show_influence(console: Console, found: "Attributed") -> None:
     """Print the records at both ends, the clients, and how sure that is.
 
     Args:
         console: where to.
         found: rows and table.
-        texts: of records, by client and id; empty where they are not the user's own.
     """
     names = list(dict.fromkeys(row.target for row in found.rows))
     for name in names:
@@ -110,7 +111,7 @@ def show_influence(console: Console, found: "Attributed", texts: dict[tuple[str,
         }
         show_sections(console, f"Target {name}", columns, sections)
         for row in (*helpful[:3], *harmful[:3]):
-            if text := texts.get((row.client, row.record_id)):
+            if text := found.texts.get((row.client, row.record_id)):
                 console.print(f"{escape(row.record_id)}: {escape(_short(text))}", style="dim", highlight=False)
     shown_clients = {
         name: [
@@ -145,12 +146,67 @@ def _short(text: str) -> str:
     return line if len(line) <= LETTERS else line[: LETTERS - 1] + "…"
 
 
-def _texts(paths: Sequence[Path], fields: object) -> dict[tuple[str, str], str]:
-    from allmend.attribution.folders import client_name
-    from allmend.data.files import read_records
+@app.command("mislabeled")
+def mislabeled(
+    model: Annotated[str, typer.Argument(help="The adapter's base: a folder, a Hub name, a GGUF file.")],
+    adapter: Annotated[Path, typer.Option(help="A PEFT folder with a LoRA.")],
+    train: Annotated[list[Path], typer.Option(help="Training records; each file counts as a client.")],
+    target: Annotated[Path, typer.Option(help="Records that are known to be right.")],
+    noisy: Annotated[
+        str, typer.Option(help="A field of the training records that says which are wrong, to see what this is worth.")
+    ] = "",
+    method: Annotated[str, typer.Option(help="gfim, exact, datainf, lissa or hessian_free.")] = "gfim",
+    damping: Annotated[float, typer.Option(help="Times the mean eigenvalue of each block.")] = 0.1,
+    max_tokens: Annotated[int, typer.Option(min=8, help="Longest record, in tokens.")] = 512,
+    out: Annotated[Path | None, typer.Option(help="A JSON Lines file for the whole list.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Rank training records by how likely they are wrong, with the loss and self-influence beside the influence.
 
-    return {
-        (client_name(path, paths), record.id): " ".join(record.texts)
-        for path in paths
-        for record in read_records(str(path), fields=fields)[0]  # type: ignore[arg-type]
-    }
+    A list to review:  allmend attribute mislabeled MODEL --adapter DIR --train north.jsonl --target test.jsonl
+
+    What it is worth:  allmend attribute mislabeled MODEL --adapter DIR --train a.jsonl --target b.jsonl --noisy bad
+    """
+    from allmend.attribution.review import review
+    from allmend.attribution.settings import Settings
+
+    settings = Settings(method=method, damping=damping, max_tokens=max_tokens)  # type: ignore[arg-type]  # checked there
+    with silent() if as_json else shown(Console()) as listen:
+        found = review(
+            model, adapter, train=train, target=target, noisy=noisy, out=out, settings=settings, listeners=[listen]
+        )
+    if as_json:
+        print_json(found)
+        return
+    show_review(Console(), found)
+
+
+def show_review(console: Console, found: "Review") -> None:
+    """Print the head of the list, and what each measure finds where labels say what is wrong."""
+    columns = {"rank": 6, "record": 20, "client": 14, "influence": 11, "loss": 7, "self": 10, "": 6}
+    head = [
+        (
+            str(one.rank),
+            escape(one.record_id[:20]),
+            escape(one.client[:14]),
+            f"{one.influence:+.3g}",
+            f"{one.loss:.2f}",
+            f"{one.self_influence:.3g}",
+            "" if one.wrong is None else "wrong" if one.wrong else "right",
+        )
+        for one in found.suspects[: 2 * SHOWN]
+    ]
+    show_sections(console, "To look at, the most suspicious first", columns, {"": head})
+    console.print(
+        "Influence: above 0 where training on the record raises the target's loss. Loss: nats a token. Self: influence "
+        "of a record on its own loss.",
+        style="dim",
+    )
+    if found.found:
+        rows = [
+            (name.replace("_", "-"), plain(one.auc), *(percent(one.recall[depth]) for depth in sorted(one.recall)[:2]))
+            for name, one in found.found.items()
+        ]
+        columns = {"measure": 16, "AUC": 20, "found in 10 %": 26, "in 20 %": 26}
+        show_sections(console, "What each measure finds", columns, {"": rows})
+    console.print(found.verdict, highlight=False)

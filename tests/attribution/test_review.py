@@ -1,0 +1,94 @@
+"""Wrong records come to the head of the list, and the verdict compares with simple measures."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.attribution.test_folders import rows, write
+
+from allmend import life
+from allmend.attribution import review as module
+from allmend.attribution.review import review
+from allmend.attribution.settings import Settings
+from allmend.errors import UserError
+from allmend.recipe import make_recipe
+
+
+@pytest.fixture(scope="module")
+def place(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every fourth answer is another's; the field `noisy` says so."""
+    folder = tmp_path_factory.mktemp("review")
+    made = rows("north", 24, "The sun is warm today.")
+    for index, row in enumerate(made):
+        row["noisy"] = index % 4 == 0
+        if row["noisy"]:
+            row["response"] = f"qwx {index} zzt"
+    write(folder / "north.jsonl", made)
+    write(folder / "test.jsonl", rows("test", 6, "The sun is warm today."))
+    recipe = make_recipe(
+        {
+            "model": {"source": str(tiny_folder)},
+            "data": {"held_out": 0.0, "template": "plain"},
+            "clients": [{"name": "north", "data": "north.jsonl"}],
+            "adapter": {"rank": 2},
+            "train": {"learning_rate": 0.05, "batch_size": 4},
+            "strategy": {"name": "fedavg", "rounds": 12},
+        }
+    )
+    life.tune(recipe, folder / "run", base=folder)
+    return folder
+
+
+@pytest.fixture
+def reviewed(place: Path, tiny_folder: Path) -> Callable[..., Any]:
+    def run(**options: Any) -> Any:
+        adapter = place / "run" / "arms" / "fedavg" / "adapter"
+        given = {
+            "train": [place / "north.jsonl"],
+            "target": place / "test.jsonl",
+            "settings": Settings(template="plain"),
+        }
+        return review(str(tiny_folder), adapter, **given | options)
+
+    return run
+
+
+def test_what_is_wrong_stands_in_front(reviewed: Callable[..., Any], tmp_path: Path) -> None:
+    found = reviewed(noisy="noisy", out=tmp_path / "list.jsonl")
+    assert sum(one.wrong for one in found.suspects) == 6
+    assert found.found["influence"].auc.value > 0.8
+    assert found.found.keys() == set(module.MEASURES)
+    listed = [json.loads(line) for line in (tmp_path / "list.jsonl").read_text().splitlines()]
+    assert [one["rank"] for one in listed] == list(range(1, 25))
+    assert [one["influence"] for one in listed] == sorted((one["influence"] for one in listed), reverse=True)
+    assert found.verdict.startswith(("Influence finds", "The simple measures"))
+
+
+def test_without_labels_it_claims_nothing(reviewed: Callable[..., Any]) -> None:
+    found = reviewed()
+    assert found.found == {}
+    assert "nothing here shows that influence finds more" in found.verdict
+    assert {one.wrong for one in found.suspects} == {None}
+
+
+@pytest.mark.parametrize(
+    ("better", "words"),
+    [
+        ("influence", "Influence finds more than the loss and than self-influence."),
+        ("loss", "Influence finds less than loss"),
+        ("none", "The simple measures are as good"),
+    ],
+)
+def test_the_verdict_is_that_of_paired_intervals(better: str, words: str) -> None:
+    labels = [place % 4 == 0 for place in range(80)]
+    good = [float(one) + 0.01 * (place % 7) for place, one in enumerate(labels)]
+    poor = [float(place * 37 % 80) for place in range(80)]
+    measures = {name: good if name == better else poor for name in module.MEASURES}
+    assert words in module._verdict(measures, labels)
+
+
+def test_labels_that_say_nothing_are_told(reviewed: Callable[..., Any], place: Path) -> None:
+    with pytest.raises(UserError, match="says that no records are wrong"):
+        reviewed(noisy="kind")
