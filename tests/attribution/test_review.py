@@ -58,7 +58,7 @@ def reviewed(place: Path, tiny_folder: Path) -> Callable[..., Any]:
 def test_what_is_wrong_stands_in_front(reviewed: Callable[..., Any], tmp_path: Path) -> None:
     found = reviewed(noisy="noisy", out=tmp_path / "list.jsonl")
     assert sum(one.wrong for one in found.suspects) == 6
-    assert found.found["influence"].auc.value > 0.8
+    assert found.found["loss"].auc.value > 0.9  # strange words are unlikely ones
     assert found.found.keys() == set(module.MEASURES)
     listed = [json.loads(line) for line in (tmp_path / "list.jsonl").read_text().splitlines()]
     assert [one["rank"] for one in listed] == list(range(1, 25))
