@@ -210,3 +210,36 @@ def show_review(console: Console, found: "Review") -> None:
         columns = {"measure": 16, "AUC": 20, "found in 10 %": 26, "in 20 %": 26}
         show_sections(console, "What each measure finds", columns, {"": rows})
     console.print(found.verdict, highlight=False)
+
+
+@app.command("select")
+def select(
+    scores: Annotated[Path, typer.Argument(help="A folder that `allmend attribute --out` has written.")],
+    train: Annotated[list[Path], typer.Option(help="The files that were scored.")],
+    out: Annotated[Path, typer.Option(help="A folder for chosen/ and random/.")],
+    keep: Annotated[float, typer.Option(help="Share of the records.")] = 0.5,
+    target: Annotated[str | None, typer.Option(help="Whose scores count, where there are several.")] = None,
+    per_client: Annotated[bool, typer.Option("--per-client", help="The share of each client, not of all.")] = False,
+    balance: Annotated[str, typer.Option(help="A field of whose every value the share is kept.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Keep the records that helped most, and as many random ones to compare with.
+
+    Half of all records:  allmend attribute select found --train north.jsonl --train south.jsonl --out less
+    """
+    from allmend.attribution import selection
+
+    found = selection.select(
+        scores, train=train, keep=keep, out=out, target=target, per_client=per_client, balance=balance
+    )
+    if as_json:
+        print_json(found)
+        return
+    console = Console()
+    rows = [(escape(one.client), f"{one.kept:,} of {one.records:,}", escape(str(one.chosen))) for one in found]
+    show_sections(console, "Kept", {"client": 18, "records": 18, "file": 40}, {"": rows})
+    console.print(
+        f"As many random records lie in {escape(str(out / 'random'))}. Less data are fewer steps in an epoch: to see "
+        "what the choice is worth, train on both, and on everything, with the same train.local_steps.",
+        highlight=False,
+    )
