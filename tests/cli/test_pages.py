@@ -112,7 +112,9 @@ def test_pages_that_begin_with_nothing(page: str, place: Path, allmend: Allmend)
     assert follow(ROOT / page, allmend, after=fill_in) >= 5
 
 
-@pytest.mark.parametrize("page", ["docs/audit.md", "docs/privacy.md", "docs/federation.md", "docs/optim.md", "docs/influence.md"])
+@pytest.mark.parametrize(
+    "page", ["docs/audit.md", "docs/privacy.md", "docs/federation.md", "docs/optim.md", "docs/influence.md"]
+)
 def test_pages_that_begin_with_a_run(page: str, runs: Path, allmend: Allmend) -> None:
     assert follow(ROOT / page, allmend) >= 2
 
