@@ -1,15 +1,10 @@
 """Probes: one row for each question that an audit put to a model, kept as Parquet for whoever wants to look closer."""
 
-import io
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from allmend.errors import UserError
-from allmend.run import write_atomic
+from allmend.parquet import read_rows, write_rows
 
 
 @dataclass(frozen=True)
@@ -48,11 +43,7 @@ class Probe:
 
 def write_probes(path: Path, probes: Sequence[Probe]) -> None:
     """Write the rows as Parquet, the whole file or nothing."""
-    names = [field.name for field in fields(Probe)]
-    table = pa.table({name: [getattr(probe, name) for probe in probes] for name in names})
-    data = io.BytesIO()
-    pq.write_table(table, data)
-    write_atomic(path, data.getvalue())
+    write_rows(path, Probe, probes)
 
 
 def read_probes(path: Path) -> tuple[Probe, ...]:
@@ -61,12 +52,4 @@ def read_probes(path: Path) -> tuple[Probe, ...]:
     Raises:
         UserError: the file is missing or no such table.
     """
-    hint = "Audit the run again: `allmend audit RUN`."
-    if not path.is_file():
-        raise UserError("there is no such file", where=path, hint=hint)
-    names = [field.name for field in fields(Probe)]
-    try:
-        table = pq.read_table(path, columns=names)
-        return tuple(map(Probe, *(table.column(name).to_pylist() for name in names)))
-    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-        raise UserError(f"is not a table of probes of this version: {error}", where=path, hint=hint) from error
+    return read_rows(path, Probe, what="a table of probes", hint="Audit the run again: `allmend audit RUN`.")

@@ -1,58 +1,29 @@
 """Influence on a model and adapter made elsewhere: what was learnt from a record is found at that record."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.attribution.conftest import ADAPTER, rows, write
 
-from allmend import life
 from allmend.attribution.folders import attribute_folder
 from allmend.attribution.settings import Settings
 from allmend.errors import UserError
 from allmend.events import PhaseDone, WorkPlanned
 from allmend.influence.methods import Gfim
-from allmend.influence.table import ABOUT, ROWS, InfluenceTable, read_rows
-from allmend.recipe import make_recipe
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def rows(client: str, count: int, answer: str = "") -> list[dict[str, Any]]:
-    return [
-        {
-            "id": f"{client}-{i}",
-            "prompt": f"{client} {i}?",
-            "response": answer or f"It is {7 * i}.",
-            "kind": "ab"[i % 2],
-        }
-        for i in range(count)
-    ]
+from allmend.influence.table import ABOUT, ROWS, InfluenceTable, read_scores
 
 
 @pytest.fixture(scope="module")
-def place(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(adapt: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two clients, a target that is like the second one's records, and an adapter that was trained on both."""
     folder = tmp_path_factory.mktemp("attribution")
     write(folder / "north.jsonl", rows("north", 10))
     write(folder / "south.jsonl", rows("south", 10, "The sun is warm today."))
     write(folder / "test.jsonl", rows("test", 6, "The sun is warm today."))
-    recipe = make_recipe(
-        {
-            "model": {"source": str(tiny_folder)},
-            "data": {"held_out": 0.0, "template": "plain"},
-            "clients": [{"name": name, "data": f"{name}.jsonl"} for name in ("north", "south")],
-            "adapter": {"rank": 2},
-            "train": {"learning_rate": 0.02, "batch_size": 4},
-            "strategy": {"name": "fedavg", "rounds": 3},
-        }
-    )
-    life.tune(recipe, folder / "run", base=folder)
+    adapt(folder, "north", "south", rate=0.02, rounds=3)
     return folder
 
 
@@ -65,7 +36,7 @@ def attribute(place: Path, tiny_folder: Path) -> Callable[..., Any]:
             "target": place / "test.jsonl",
             "settings": settings,
         }
-        return attribute_folder(str(tiny_folder), place / "run" / "arms" / "fedavg" / "adapter", **given | options)
+        return attribute_folder(str(tiny_folder), place / ADAPTER, **given | options)
 
     return run
 
@@ -83,7 +54,7 @@ def test_records_like_the_target_help_more(method: str, attribute: Callable[...,
 def test_figures_and_files_say_the_same(attribute: Callable[..., Any], tmp_path: Path) -> None:
     events: list[Any] = []
     found = attribute(out=tmp_path / "out", listeners=[events.append])
-    assert read_rows(tmp_path / "out" / ROWS) == list(found.rows)
+    assert read_scores(tmp_path / "out" / ROWS) == found.rows
     table = InfluenceTable.model_validate_json((tmp_path / "out" / ABOUT).read_bytes())
     assert table == found.table
     assert (table.records, table.target_records) == (20, 6)

@@ -6,18 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.attribution.test_folders import rows, write
+from tests.attribution.conftest import ADAPTER, rows, write
 
-from allmend import life
 from allmend.attribution import review as module
 from allmend.attribution.review import review
 from allmend.attribution.settings import Settings
 from allmend.errors import UserError
-from allmend.recipe import make_recipe
 
 
 @pytest.fixture(scope="module")
-def place(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(adapt: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every fourth answer is another's; the field `noisy` says so."""
     folder = tmp_path_factory.mktemp("review")
     made = rows("north", 24, "The sun is warm today.")
@@ -27,24 +25,14 @@ def place(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             row["response"] = f"qwx {index} zzt"
     write(folder / "north.jsonl", made)
     write(folder / "test.jsonl", rows("test", 6, "The sun is warm today."))
-    recipe = make_recipe(
-        {
-            "model": {"source": str(tiny_folder)},
-            "data": {"held_out": 0.0, "template": "plain"},
-            "clients": [{"name": "north", "data": "north.jsonl"}],
-            "adapter": {"rank": 2},
-            "train": {"learning_rate": 0.05, "batch_size": 4},
-            "strategy": {"name": "fedavg", "rounds": 12},
-        }
-    )
-    life.tune(recipe, folder / "run", base=folder)
+    adapt(folder, "north", rate=0.05, rounds=12)
     return folder
 
 
 @pytest.fixture
 def reviewed(place: Path, tiny_folder: Path) -> Callable[..., Any]:
     def run(**options: Any) -> Any:
-        adapter = place / "run" / "arms" / "fedavg" / "adapter"
+        adapter = place / ADAPTER
         given = {
             "train": [place / "north.jsonl"],
             "target": place / "test.jsonl",

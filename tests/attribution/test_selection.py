@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.attribution.test_folders import write
+from tests.attribution.conftest import write
 
 from allmend.attribution.selection import select
 from allmend.data.files import read_records
 from allmend.errors import UserError
-from allmend.influence.table import ROWS, Row, write_rows
+from allmend.influence.table import ROWS, Row, write_scores
 from allmend.recipe import Fields
 
 
@@ -24,7 +24,7 @@ def place(tmp_path: Path) -> Path:
         ]
         write(tmp_path / f"{client}.jsonl", made)
         rows += [Row(str(i), client, "mean", float(base + i), 0, 1.0, "gfim") for i in range(10)]
-    write_rows(tmp_path / "found" / ROWS, rows)
+    write_scores(tmp_path / "found" / ROWS, rows)
     return tmp_path
 
 

@@ -12,7 +12,7 @@ from allmend.errors import UserError
 from allmend.events import Event, WorkPlanned, to_all
 from allmend.influence.reliability import agreement, halves
 from allmend.influence.scores import Scores, influence
-from allmend.influence.table import ABOUT, ROWS, ClientInfluence, InfluenceTable, Row, write_rows
+from allmend.influence.table import ABOUT, ROWS, ClientInfluence, InfluenceTable, Row, write_scores
 from allmend.intervals import mean, share
 from allmend.meter import Meter
 from allmend.recipe import Fields
@@ -93,7 +93,7 @@ def attribute_folder(
         seed=settings.seed,
     )
     if out is not None:
-        write_rows(Path(out) / ROWS, rows)
+        write_scores(Path(out) / ROWS, rows)
         write_atomic(Path(out) / ABOUT, table.model_dump_json(indent=1).encode())
     texts = {
         (owner, record.id): " ".join(record.texts)

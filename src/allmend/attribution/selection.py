@@ -11,7 +11,7 @@ from allmend.attribution.subject import client_name
 from allmend.data.files import read_records
 from allmend.data.records import Record
 from allmend.errors import UserError
-from allmend.influence.table import ROWS, read_rows
+from allmend.influence.table import ROWS, read_scores
 from allmend.recipe import Fields
 from allmend.run import write_atomic
 
@@ -65,7 +65,7 @@ def select(
         raise UserError(f"a share to keep lies between 0 and 1, got {keep}", where="keep")
     fields = fields or Fields()
     fields = fields.model_copy(update={"kind": balance}) if balance else fields
-    rows = read_rows(Path(scores) / ROWS)
+    rows = read_scores(Path(scores) / ROWS)
     names = sorted({row.target for row in rows})
     if target is None and len(names) > 1:
         raise UserError(f"there are scores for {len(names)} targets", where="target", hint=f"Name one: {names[0]} …")

@@ -1,16 +1,11 @@
 """The table of influence: a row for each record and target as Parquet, and what it was made with as JSON beside it."""
 
-import io
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from allmend.errors import UserError
+from allmend.parquet import read_rows, write_rows
 from allmend.results import Estimate, Table
-from allmend.run import write_atomic
 
 ROWS, ABOUT = "influence.parquet", "influence.json"
 
@@ -89,27 +84,15 @@ class InfluenceTable(Table):
     seed: int
 
 
-def write_rows(path: Path, rows: Sequence[Row]) -> None:
+def write_scores(path: Path, rows: Sequence[Row]) -> None:
     """Write as Parquet, the whole file or nothing."""
-    names = [field.name for field in fields(Row)]
-    table = pa.table({name: [getattr(row, name) for row in rows] for name in names})
-    data = io.BytesIO()
-    pq.write_table(table, data)
-    write_atomic(path, data.getvalue())
+    write_rows(path, Row, rows)
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a file that `write_rows` has written.
+def read_scores(path: Path) -> tuple[Row, ...]:
+    """The rows of a file that `write_scores` has written.
 
     Raises:
         UserError: the file is missing or no such table.
     """
-    names = [field.name for field in fields(Row)]
-    hint = "Make one with `allmend attribute`."
-    if not path.is_file():
-        raise UserError("there is no such file", where=path, hint=hint)
-    try:
-        table = pq.read_table(path, columns=names)
-        return list(map(Row, *(table.column(name).to_pylist() for name in names)))
-    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-        raise UserError(f"is not a table of influence: {error}", where=path, hint=hint) from error
+    return read_rows(path, Row, what="a table of influence", hint="Make one with `allmend attribute`.")
