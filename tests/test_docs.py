@@ -284,7 +284,7 @@ def test_every_command_on_the_pages_exists(page: Path) -> None:
         while words and hasattr(command, "commands"):
             if words[0].startswith("-"):
                 break
-            if command.name == "audit" and words[0] not in command.commands:
+            if command.name in ("audit", "attribute") and words[0] not in command.commands:
                 words.insert(0, "run")  # `allmend audit RUN` is short for it
             assert words[0] in command.commands, f"{page.name}: {line!r}: there is no command {words[0]!r}"
             command = command.commands[words.pop(0)]

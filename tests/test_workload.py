@@ -11,11 +11,12 @@ from allmend.run import RunFolder
 from allmend.workload import reading_rate, work_ahead
 
 SECTIONS: dict[str, Any] = {
+    "data": {"held_out": 0.4},
     "train": {"batch_size": 4},
     "strategy": {"name": "fedavg", "rounds": 2},
     "canaries": {"copies": [1], "count": 8},
     "audit": {"prefix_tokens": [20], "exposure": [], "membership_records": 0},
-    "compare": {"local": {}},
+    "compare": {"alone": {"strategy": {"name": "local"}}},
 }
 
 

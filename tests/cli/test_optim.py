@@ -82,7 +82,7 @@ def test_a_run_s_steps_are_inspected(allmend: Allmend, workplace: Path) -> None:
     (first, second) = json.loads(allmend("optim", "inspect", "runs/tiny", "--json").out)
     assert (first["arm"], second["arm"]) == ("fedavg", "ours")
     assert first["rounds"] >= 1
-    assert "lora_A" in first["matrix"]
+    assert "lora_" in first["matrix"]
 
 
 def test_a_run_without_sizes_says_how_to_have_them(allmend: Allmend, workplace: Path) -> None:

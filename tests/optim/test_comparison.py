@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from allmend.optim.closed_forms import first_step_spike
 from allmend.optim.comparison import Gap, Method, Training, compare, gaps, rows, train_once
 from allmend.optim.small_model import Sequences, Shape, encode, held_out_loss, loss_of, make_model
 
@@ -25,14 +24,10 @@ def data() -> Sequences:
 def test_every_tenth_document_is_held_out_and_nothing_of_it_is_learnt() -> None:
     texts = [f"{'x' if place % 10 == 0 else 'y'} " * 40 for place in range(60)]
     found = encode(texts, TINY)
-    (x,), (y,) = ({int(i) for i in part.unique()} - shared for part, shared in _only(found))
-    assert x != y
+    train, held_out = ({int(i) for i in part.unique()} for part in (found.train, found.held_out))
+    assert train - held_out
+    assert held_out - train
     assert found.train.shape[1] == found.held_out.shape[1] == TINY.positions
-
-
-def _only(found: Sequences) -> list[tuple[torch.Tensor, set[int]]]:
-    shared = {int(i) for i in found.train.unique()} & {int(i) for i in found.held_out.unique()}
-    return [(found.held_out, shared), (found.train, shared)]
 
 
 def test_too_little_text_is_told() -> None:
@@ -72,7 +67,7 @@ def test_a_seed_has_the_same_weights_and_batches_for_every_method(data: Sequence
     assert len(table) == 4
     assert all(set(row.losses) == {0, 1} for row in table)
     by = {(row.method, row.warmup): row for row in table}
-    assert by["adamw", 0.0].spike == pytest.approx(first_step_spike(0.9), rel=0.5)
+    assert by["adamw", 0.0].spike > 10 * by["adamw", 0.5].spike  # whose first step is one of length 0
     (adamw, _) = gaps(table)
     expected = [by["adamw", 0.0].losses[seed] - by["adamw", 0.5].losses[seed] for seed in (0, 1)]
     assert adamw.by_seed == pytest.approx(expected)

@@ -90,7 +90,7 @@ def test_the_trainer_builds_it_from_a_class_and_arguments(
 ) -> None:
     arguments = TrainingArguments(
         str(tmp_path), max_steps=2, per_device_train_batch_size=4, report_to=[], use_cpu=True, save_strategy="no",
-        disable_tqdm=True,
+        disable_tqdm=True, weight_decay=0.1,
     )  # fmt: skip
     trainer = Trainer(
         make_tiny_model(), arguments, train_dataset=Random(), optimizer_cls_and_kwargs=(kind, {"lr": 0.01})
@@ -114,16 +114,16 @@ SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
 def test_schedulers_drive_it(name: str, kind: type[LionA]) -> None:
     one = torch.nn.Parameter(torch.randn(6, 50, generator=torch.Generator().manual_seed(0)))
     optimizer = kind([one], lr=0.02, weight_decay=0.1)
-    scheduler = SCHEDULERS[name](optimizer)
-    for step in range(12):
+    scheduler, rates = SCHEDULERS[name](optimizer), set[float]()
+    for step in range(19):
         before, lr = one.detach().clone(), optimizer.param_groups[0]["lr"]
         one.grad = torch.randn(one.shape, generator=torch.Generator().manual_seed(step))
         optimizer.step()
         scheduler.step(*([1.0] if name == "plateau" else []))
         moved = (one.detach() - before).norm().item()
         assert (moved == 0) == (lr == 0)
-    rates = {group["lr"] for group in optimizer.param_groups}
-    assert rates != {0.02}
+        rates.add(lr)
+    assert len(rates) > 2
 
 
 def test_a_scaler_of_gradients_steps_it() -> None:

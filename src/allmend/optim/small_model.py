@@ -59,9 +59,9 @@ def encode(texts: Sequence[str], shape: Shape) -> Sequences:
         ValueError: there are too few for a batch of each.
     """
     step = round(1 / HELD_OUT)
+    if len(texts) < step:
+        raise ValueError(f"{len(texts)} documents are too few: {step} or more leave some to measure on")
     parts = [[text for place, text in enumerate(texts) if (place % step == 0) == held] for held in (False, True)]
-    if not all(parts):
-        raise ValueError(f"{len(texts)} documents are too few: ten or more leave some to measure on")
     bare = Tokenizer(models.BPE())
     bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bare.decoder = decoders.ByteLevel()
