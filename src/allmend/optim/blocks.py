@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import torch
 
-BLOCK = 1 << 18
-"""Elements that are updated together: few enough that a block and its scratch stay in a CPU's cache."""
+BLOCK = 1 << 20
+"""Elements that are updated together: few enough to stay in a CPU's caches, and enough for what each call costs."""
 
 
 def blocks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from allmend.optim.blocks import blocks
 from allmend.optim.closed_forms import adamw_angle, first_step_spike, lion_angle, sgdm_angle
 from allmend.optim.hooked import Hooked
 
@@ -131,7 +132,7 @@ class Report:
 class UpdateMonitor(Hooked):
     """Looks at an optimiser's steps, every so often, through its hooks. Use it as a context, or call `close`.
 
-    A step that is looked at takes a copy of what learns, and passes over each tensor in double precision.
+    A step that is looked at takes a copy of what learns, and passes over each tensor a few times.
 
     Args:
         model: its parameters' names, and its layers' inputs.
@@ -256,36 +257,56 @@ class UpdateMonitor(Hooked):
             self._said = None
 
     def _measured(self, group: dict[str, Any], after: torch.Tensor, before: torch.Tensor) -> Update:
-        change = after.double() - before.double()
         decay = float(group["lr"]) * group.get("weight_decay", 0.0) if _decoupled(self._optimizer, group) else 0.0
-        rows = angle_between_rows(before, after) if after.dim() >= 2 else None
+        sums = torch.zeros(3, dtype=torch.float64)  # ‖Δ‖², ⟨w, Δ⟩, ‖w‖²
+        angles: list[torch.Tensor] = []
+        for old, new in blocks(before, after):  # whole tensors would leave the caches
+            rows = row_sums(old, new)
+            sums += torch.stack([one.sum() for one in rows]).cpu()
+            if after.dim() >= 2:
+                angles.append(_angles(*rows))
+        changed, along, size = sums.tolist()
+        undecayed = max(0.0, changed + 2 * decay * along + decay**2 * size)
         output = None
         if id(after) in self._inputs:
             x = self._inputs[id(after)].to(before.dtype)
-            output = _relative(x @ change.to(before.dtype).T, x @ before.T)
+            output = _relative(x @ (after - before).T, x @ before.T)
+        turned = torch.cat(angles) if angles else None
         return Update(
             step=self._step,
             name=self._names[id(after)],
-            length=change.norm().item(),
-            without_decay=(change + decay * before.double()).norm().item(),
-            angle=None if rows is None else rows.square().mean().sqrt().item(),
-            largest_angle=None if rows is None else rows.max().item(),
-            norm=before.double().norm().item(),
+            length=math.sqrt(changed),
+            without_decay=math.sqrt(undecayed),
+            angle=None if turned is None else turned.square().mean().sqrt().item(),
+            largest_angle=None if turned is None else turned.max().item(),
+            norm=math.sqrt(size),
             output_change=output,
         )
 
 
 def angle_between_rows(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """Angles (radians, float64) between the rows of two matrices; 0 for rows that are 0 on either side.
+    """Angles (radians, float64) between the rows of two matrices; 0 for rows that are 0 on either side."""
+    return _angles(*row_sums(before, after))
 
-    2 atan2(‖a − b‖, ‖a + b‖) of unit vectors: the arc cosine loses everything below 3e-4 in single precision.
+
+def row_sums(before: torch.Tensor, after: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """‖Δ‖², ⟨w, Δ⟩ and ‖w‖² of each row w of a matrix (of each element of a vector) and its change Δ, float64.
+
+    Products are in single precision where the weights are: the difference of two near numbers is exact in it.
     """
-    a, b = (tensor.double().flatten(0, -2) for tensor in (before, after))
-    na, nb = a.norm(dim=-1, keepdim=True), b.norm(dim=-1, keepdim=True)
-    known = ((na > 0) & (nb > 0)).squeeze(-1)
-    a, b = a / na.clamp_min(1e-300), b / nb.clamp_min(1e-300)
-    found = 2 * torch.atan2((a - b).norm(dim=-1), (a + b).norm(dim=-1))
-    return torch.where(known, found, 0.0)
+    wide = torch.promote_types(before.dtype, torch.float32)
+    w = before.to(wide)
+    change = after.to(wide) - w
+    w, change = (one.flatten(0, -2) if one.dim() >= 2 else one.view(-1, 1) for one in (w, change))
+    norms = (torch.linalg.vector_norm(one, dim=-1).double().square() for one in (change, w))
+    return next(norms), (w * change).sum(-1).double(), next(norms)
+
+
+def _angles(changed: torch.Tensor, along: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+    """atan2(‖w‖ ‖w′‖ sin, ‖w‖ ‖w′‖ cos) of w and w′ = w + Δ: an arc cosine loses what is below 3e-4 in float32."""
+    sine = (changed * size - along.square()).clamp_min(0).sqrt()
+    zero = (size == 0) | (changed + 2 * along + size <= 0)
+    return torch.where(zero, 0.0, torch.atan2(sine, size + along))
 
 
 def _relative(change: torch.Tensor, of: torch.Tensor) -> float:
