@@ -62,7 +62,8 @@ def one(data: Sequences, training: Training, what: tuple[Method, float, int]) ->
 
 
 def length_at(trial: Trial, step: int) -> float:
-    return trial.report.whole[step]
+    """‖Δ‖ over attention's query, key and value matrices."""
+    return trial.attention[step]
 
 
 def main() -> None:

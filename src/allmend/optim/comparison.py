@@ -1,6 +1,7 @@
 """Optimisers side by side, each with and without warmup, on a small model from scratch: does a method need one?"""
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -85,6 +86,7 @@ class Trial:
         loss: on held-out sequences at the end (nats a token); infinite where training came to numbers that are none.
         curve: training loss of each step (nats a token).
         report: of the sizes of updates.
+        attention: ‖Δ‖ over attention's query, key and value matrices, by step that was looked at.
     """
 
     method: str
@@ -94,6 +96,7 @@ class Trial:
     loss: float
     curve: tuple[float, ...]
     report: Report
+    attention: dict[int, float]
 
 
 def train_once(
@@ -132,7 +135,11 @@ def train_once(
     )
     curve = []
     order = _batches(len(data.train), shape.batch, training.steps, seed)
-    with UpdateMonitor(model, optimizer, every=LOOK, outputs=training.outputs) as monitor:
+    with (
+        UpdateMonitor(model, optimizer, every=LOOK, outputs=training.outputs) as monitor,
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", "LionAR begins at")  # with a warmup is one of the ways that are tried
         if method.ramp:
             MomentumRamp(optimizer)
         _mode(optimizer, "train")
@@ -150,7 +157,9 @@ def train_once(
         _mode(optimizer, "eval")
         last = held_out_loss(model, data.held_out, shape.batch)
         found = last if math.isfinite(last) and math.isfinite(curve[-1]) else math.inf
-        return Trial(str(method), method.lr, warmup, seed, found, tuple(curve), monitor.report())
+        return Trial(
+            str(method), method.lr, warmup, seed, found, tuple(curve), monitor.report(), _of_attention(monitor)
+        )
 
 
 def compare(
@@ -276,6 +285,14 @@ def _batches(sequences: int, size: int, steps: int, seed: int) -> Iterator[torch
     while len(order) < steps * size:
         order = torch.cat([order, torch.randperm(sequences, generator=generator)])
     return iter(torch.split(order[: steps * size], size))
+
+
+def _of_attention(monitor: UpdateMonitor) -> dict[int, float]:
+    found: dict[int, float] = {}
+    for one in monitor.updates:
+        if any(part in one.name for part in ("q_proj", "k_proj", "v_proj")):
+            found[one.step] = math.hypot(found.get(one.step, 0.0), one.length)
+    return found
 
 
 def _mode(optimizer: Any, name: str) -> None:
