@@ -73,7 +73,7 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="one seed, 40 steps: the sizes of updates only")
+    parser.add_argument("--quick", action="store_true", help="40 steps without cooldown: the sizes of updates only")
     parser.add_argument("--out", type=Path, help="a file for all trials, as JSON")
     parser.add_argument("--figure", type=Path, help="an SVG file for the sizes of updates over a training")
     options = parser.parse_args()
@@ -91,8 +91,8 @@ def main() -> None:
         options.figure.write_text(draw(trajectories(data, seed=options.seeds[0])), encoding="utf-8")
         print(f"{options.figure}")
         return
-    seeds = options.seeds[:1] if options.quick else options.seeds
-    training = replace(Training(), steps=40) if options.quick else Training()
+    seeds = options.seeds
+    training = replace(Training(), steps=40, cooldown=0.0) if options.quick else Training()
     found: list[Trial] = []
     with mp.get_context("spawn").Pool(options.processes) as pool:
         for trial in pool.imap(partial(one, data, training), list(trials(seeds))):

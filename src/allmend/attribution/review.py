@@ -111,7 +111,9 @@ def review(
         Suspect(
             subject.records[place].id,
             subject.owners[place],
-            *(measures[name][place] for name in MEASURES),
+            influence=measures["influence"][place],
+            loss=measures["loss"][place],
+            self_influence=measures["self_influence"][place],
             rank=rank,
             wrong=None if labels is None else labels[place],
         )

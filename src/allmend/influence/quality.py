@@ -68,7 +68,8 @@ def _resampled(values: "np.ndarray", labels: "np.ndarray", seed: int) -> "np.nda
     wrong, right = (generator.choice(values[kind], (DRAWS, int(kind.sum()))) for kind in (labels, ~labels))
     ranks = stats.rankdata(np.concatenate([wrong, right], axis=1), axis=1)
     n, m = wrong.shape[1], right.shape[1]
-    return (ranks[:, :n].sum(1) - n * (n + 1) / 2) / (n * m)
+    found: np.ndarray = (ranks[:, :n].sum(1) - n * (n + 1) / 2) / (n * m)
+    return found
 
 
 def linear_datamodeling_score(scores: "np.ndarray", subsets: Sequence[Sequence[int]], losses: "np.ndarray") -> Estimate:
