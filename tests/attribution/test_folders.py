@@ -110,6 +110,8 @@ def test_files_that_cannot_be_used_are_told(
         attribute(target=tmp_path / "nothing.jsonl")
     with pytest.raises(UserError, match="no adapter is here"):
         attribute_folder(str(tiny_folder), tmp_path, train=[place / "north.jsonl"], target=place / "test.jsonl")
+    with pytest.raises(UserError, match="is named twice"):
+        attribute(train=[place / "north.jsonl", place / "north.jsonl"])
     write(tmp_path / "plain.jsonl", [{"id": "1", "prompt": "a", "response": "b"}])
     with pytest.raises(UserError, match="no label"):
         attribute(target=tmp_path / "plain.jsonl", settings={"targets": "kind"})

@@ -96,3 +96,11 @@ def test_what_has_no_factors_or_nothing_to_learn_is_told(
     silent = replace(first, target=torch.zeros_like(first.target))
     with pytest.raises(UserError, match="1 records have no token to learn from"):
         list(OfRecords(trainable, [silent, *rest]))
+
+
+def test_a_model_that_gives_no_numbers_is_told_with_the_record(trainable: Trainable, make_records: MakeRecords) -> None:
+    state = trainable.state()
+    name = min(state)
+    trainable.load(state | {name: torch.full_like(state[name], float("nan"))})
+    with pytest.raises(UserError, match=r"the loss of record '1-[0-9]' is not finite"):
+        list(OfRecords(trainable, make_records(3, 1)))

@@ -87,6 +87,8 @@ def read_subject(
     check_adapter(Path(adapter))
     if not train:
         raise UserError("no training records are named", where="train")
+    if twice := [str(path) for place, path in enumerate(train) if path in list(train)[:place]]:
+        raise UserError("is named twice", where=twice[0], hint="Name each file once.")
     sources = {client_name(Path(path), train): _read(path, fields) for path in train}
     asked = _read(target, fields)
     loaded = load_model(model)

@@ -133,6 +133,12 @@ class OfRecords:
             self.trainable.model.train(training)
             for parameter in parameters.values():
                 parameter.grad = None
+        if not bool(losses.isfinite().all()):
+            strange = self.records[int(row.owner[losses.detach().cpu().isfinite().logical_not()][0])]
+            raise UserError(
+                f"the loss of record {strange.id!r} is not finite",
+                hint="The model or the adapter holds NaN or infinity.",
+            )
         places = tuple(lengths)
         of = {place: index for index, place in enumerate(places)}
         owner = torch.tensor([of[place] for place in row.owner.tolist()])
