@@ -38,7 +38,7 @@ WAYS = {
     "adamw-ramp": {"optimizer": "adamw", "optimizer_state": "ramp"},
     "liona-ramp": {"optimizer": "liona", "optimizer_state": "ramp"},
 }
-GRID = (4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 1.28e-1)
+GRID = (4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 1.28e-1, 2.56e-1)
 ROUNDS = {5: 12, 20: 3}
 BETA = 0.9
 
