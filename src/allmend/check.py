@@ -3,6 +3,7 @@
 What is wrong with the recipe by itself is found by `allmend.recipe`; what the data hold, by `allmend.prepare`.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ def check(recipe: Recipe, base: Path, *, model: LoadedModel | None = None) -> No
             arm, ("strategy",) if name == recipe.strategy.name else ("compare", name, "strategy"), recipe.seed, names
         )
     problems += _audit_problems(recipe)
+    problems += _influence_problems(recipe, base)
     for index, client in enumerate(recipe.clients):
         if client.data == AT_MEMBER:
             continue
@@ -121,6 +123,48 @@ def audited(recipe: Recipe) -> list[str]:
     if recipe.audit.models is not None:
         return list(recipe.audit.models)
     return [arm.name for arm in recipe.arms().values() if STRATEGIES[arm.strategy.name].shares]
+
+
+def influenced(recipe: Recipe) -> list[str]:
+    """Arms whose influence is measured, as far as the recipe alone tells."""
+    if recipe.influence is not None and recipe.influence.arms is not None:
+        return list(recipe.influence.arms)
+    return [name for name, arm in recipe.arms().items() if not _no_influence(arm)]
+
+
+def _no_influence(arm: Arm) -> str:
+    """Why the influence of records on an arm's model is not measured; empty where it can be."""
+    if arm.adapter.kind != "lora":
+        return "learns everything, and influence is about the factors of a LoRA adapter"
+    if arm.strategy.name in STRATEGIES and not STRATEGIES[arm.strategy.name].shares:
+        return "ends with a model for each client, and influence is about one that all share"
+    if arm.strategy.name in STRATEGIES and STRATEGIES[arm.strategy.name].pooled:
+        return "has all records in one place, and belongs to no client"
+    if arm.privacy.record or arm.privacy.member:
+        return "promises differential privacy, which what influence sums would not keep"
+    return ""
+
+
+def _influence_problems(recipe: Recipe, base: Path) -> list[Problem]:
+    settings, problems = recipe.influence, list[Problem]()
+    if settings is None:
+        return problems
+    arms = recipe.arms()
+    for name in settings.arms or ():
+        if why := _no_influence(arms[name]):
+            problems.append(Problem(("influence", "arms"), f"arm {name!r} {why}"))
+    if settings.arms is None and not influenced(recipe):
+        reasons = "; ".join(f"{name} {_no_influence(arm)}" for name, arm in arms.items())
+        problems.append(Problem(("influence",), f"there is no arm to measure: {reasons}"))
+    if settings.target != "held_out" and not (base / Path(settings.target).expanduser()).is_file():
+        what = f"{base / settings.target} is no file (paths start from the recipe's folder), nor held_out"
+        problems.append(Problem(("influence", "target"), what))
+    if settings.modules is not None:
+        try:
+            re.compile(settings.modules)
+        except re.error as error:
+            problems.append(Problem(("influence", "modules"), f"is no regular expression: {error}"))
+    return problems
 
 
 def _same_model(recipe: Recipe, base: Path, model: LoadedModel | None) -> None:

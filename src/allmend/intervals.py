@@ -59,6 +59,22 @@ def mean(values: Sequence[float], *, bounds: tuple[float, float] = (-math.inf, m
     return Estimate(value=centre, low=max(bounds[0], centre - half), high=min(bounds[1], centre + half), n=n)
 
 
+def mean_of_sums(total: float, squares: float, n: int) -> Estimate:
+    """`mean` of n values from their sum and the sum of their squares.
+
+    Raises:
+        ValueError: no values.
+    """
+    if n == 0:
+        raise ValueError("no values have no mean")
+    centre = total / n
+    spread = squares - n * centre**2
+    if n == 1 or spread <= ROUNDING * squares:
+        return Estimate(value=centre, n=n)
+    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1)) * math.sqrt(spread / (n - 1) / n)
+    return Estimate(value=centre, low=centre - half, high=centre + half, n=n)
+
+
 def mean_share(shares: Sequence[float]) -> Estimate:
     """The mean of independent shares, such as of each text's secrets, with its t interval; n counts the shares.
 

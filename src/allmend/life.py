@@ -10,9 +10,14 @@ from pathlib import Path
 import torch
 
 import allmend
+from allmend.attribution.legs import codes_of
+from allmend.attribution.legs import strategy_of as influence_of
+from allmend.attribution.runs import TABLE as INFLUENCE
+from allmend.attribution.runs import attribute_arms
 from allmend.audit_runs.guarantees import privacy_table
 from allmend.audit_runs.learnt import NeverLearntError, write_learnt
 from allmend.audit_runs.runs import VIEWS, audit_arms, design_digest, write_cards
+from allmend.check import influenced
 from allmend.data.canaries import write_canaries
 from allmend.events import (
     Event,
@@ -22,7 +27,7 @@ from allmend.events import (
 )
 from allmend.federation.arm import Outcomes, save_outcomes, strategy_of, train_arm, trainable_of
 from allmend.federation.privacy.layers import protected
-from allmend.federation.privacy.ledger import Ledger, open_ledger
+from allmend.federation.privacy.ledger import NO_LEDGER, Ledger, open_ledger
 from allmend.federation.privacy.vectors import VectorCode
 from allmend.learn.compare import ModelScores, utility_table
 from allmend.learn.evaluate import score
@@ -33,10 +38,10 @@ from allmend.models.load import LoadedModel
 from allmend.models.tensors import Tensors, nbytes, write_tensors
 from allmend.prepare import Prepared, differs, prepare, read_frozen, threads
 from allmend.recipe import Arm, Recipe
-from allmend.results import BASE
+from allmend.results import BASE, InfluenceByMember
 from allmend.run import EventLog, RunFolder
 from allmend.session import machine, reported, sessions
-from allmend.strategy import Declaration
+from allmend.strategy import Declaration, Strategy
 from allmend.versions import versions
 from allmend.workload import checkpoints_of, work_ahead
 
@@ -135,17 +140,13 @@ def rehearse(recipe: Recipe, base: Path | str = ".") -> tuple[Prepared, list[Dis
         ledger = open_ledger(whole, members)
         with trainable_of(prepared.model, arm.adapter, seed=recipe.seed) as trainable:
             initial = trainable.state()
-            sizes: dict[str, int] = {}
-            for tensor, shape in strategy.layout(initial).items():
-                group = tensor.partition("/")[0]
-                sizes[group] = sizes.get(group, 0) + 4 * shape.numel()  # members send float32
             disclosures.append(
                 Disclosure(
                     arm.name,
                     strategy.declare(),
                     trainable.count,
                     nbytes(initial),
-                    sizes,
+                    _sizes(strategy, initial),
                     simulated_only=strategy.pooled,
                     ledger=ledger,
                     layers=layers,
@@ -154,7 +155,40 @@ def rehearse(recipe: Recipe, base: Path | str = ".") -> tuple[Prepared, list[Dis
                     else VectorCode.of(strategy, initial, arm.privacy.secure_aggregation, len(members)).nbytes,
                 )
             )
+    if recipe.influence is not None:
+        disclosures += [_of_influence(prepared, name) for name in influenced(recipe)]
     return prepared, disclosures
+
+
+def _of_influence(prepared: Prepared, name: str) -> Disclosure:
+    """What would leave a member when influence is measured in an arm."""
+    recipe = prepared.recipe
+    assert recipe.influence is not None
+    arm = recipe.arms()[name]
+    hidden = arm.privacy.secure_aggregation is not None
+    strategy = influence_of(recipe.influence, hidden=hidden)
+    with trainable_of(prepared.model, arm.adapter, seed=recipe.seed) as trainable:
+        initial = trainable.state()
+        codes = codes_of(strategy, initial, len(prepared.members))
+        return Disclosure(
+            f"{name}, influence",
+            strategy.declare(),
+            trainable.count,
+            nbytes(initial),
+            _sizes(strategy, initial),
+            simulated_only=False,
+            ledger=NO_LEDGER,
+            masked=sum(code.nbytes for code in codes) if hidden else None,
+        )
+
+
+def _sizes(strategy: Strategy, initial: Tensors) -> dict[str, int]:
+    """Bytes of each group that is summed; members send float32."""
+    sizes: dict[str, int] = {}
+    for tensor, shape in strategy.layout(initial).items():
+        group = tensor.partition("/")[0]
+        sizes[group] = sizes.get(group, 0) + 4 * shape.numel()
+    return sizes
 
 
 _FACTS = {
@@ -197,6 +231,8 @@ def _live(run: RunFolder, prepared: Prepared, listeners: Sequence[Listener], *, 
         run.write_table("privacy", privacy_table(run, prepared))
         if prepared.canaries:
             audit_arms(run, prepared, log, prepared.recipe.audit)
+        if prepared.recipe.influence is not None and run.read_table(INFLUENCE, InfluenceByMember) is None:
+            attribute_arms(run, prepared, log)
         write_cards(run, prepared.recipe)
         before = sum(session.seconds for session in earlier)
         log.emit(RunFinished(seconds=before + time.perf_counter() - began))
@@ -216,7 +252,8 @@ _OTHER_THREADS = (
 def _finished(run: RunFolder, recipe: Recipe) -> bool:
     """Whether all was done once and is still there."""
     scores = [run.scores(name) for name in (BASE, *recipe.arms())]
-    tables = [run.path / "results" / f"{name}.json" for name in ("utility", "audit")[: 2 if recipe.canaries else 1]]
+    names = ["utility", *(["audit"] if recipe.canaries else []), *([INFLUENCE] if recipe.influence else [])]
+    tables = [run.path / "results" / f"{name}.json" for name in names]
     there = all(path.exists() for path in (*scores, *tables, run.path / "report.html"))
     return there and any(isinstance(event, RunFinished) for event in run.history())
 

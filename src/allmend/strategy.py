@@ -207,7 +207,7 @@ class Declaration:
     Attributes:
         sent: what the coordinator sends a member in a round; empty if nothing.
         summed: group of tensors or name of a number → what it is.
-        seen: group of tensors or name of a scalar → why it must be looked at one by one.
+        seen: group of tensors or of scalars → why it must be looked at one by one.
         kept: what stays at the member.
         numbers: which of the names above are single numbers; the others have the size of what learns.
         seen_by: who looks at what is seen.
@@ -223,7 +223,7 @@ class Declaration:
     def undeclared(self, reply: Reply) -> list[str]:
         """Names in a reply that were not declared in their group, sorted."""
         summed = {name.partition("/")[0] for name in reply.summed} | set(reply.summed_facts)
-        seen = {name.partition("/")[0] for name in reply.seen} | set(reply.seen_facts)
+        seen = {name.partition("/")[0] for name in (*reply.seen, *reply.seen_facts)}
         return sorted((summed - set(self.summed)) | (seen - set(self.seen)))
 
 

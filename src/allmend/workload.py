@@ -4,6 +4,7 @@ import time
 
 import torch
 
+from allmend.attribution.runs import TABLE, planned_influence
 from allmend.audit_runs.runs import planned_work
 from allmend.check import audited
 from allmend.data.packing import pack
@@ -12,7 +13,7 @@ from allmend.federation.checkpoint import Checkpoints
 from allmend.learn.objective import log_likelihood
 from allmend.prepare import Prepared
 from allmend.recipe import Recipe
-from allmend.results import BASE
+from allmend.results import BASE, InfluenceByMember
 from allmend.run import RunFolder
 
 TRAIN_COST = 2.7
@@ -40,6 +41,8 @@ def work_ahead(prepared: Prepared, run: RunFolder | None = None) -> dict[str, fl
             work[f"evaluate {name}"] = asked * (1 if strategy.shares else len(prepared.members))
     if prepared.canaries:
         work |= planned_work(prepared, [BASE, *audited(recipe)], recipe.audit, run)
+    if run is None or run.read_table(TABLE, InfluenceByMember) is None:
+        work |= planned_influence(prepared)
     return work
 
 

@@ -1,18 +1,21 @@
 """`allmend attribute`: the ends of the list, clients, how sure it is; for programs, JSON."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from tests.cli.conftest import Allmend
 
 ADAPTER = "runs/tiny/arms/fedavg/adapter"
-GIVEN = ("--adapter", ADAPTER, "--train", "north.jsonl", "--train", "south.jsonl", "--target", "north.jsonl")
+GIVEN = ("--adapter", ADAPTER, "--train", "north.jsonl", "--train", "south.jsonl", "--target", "test.jsonl")
 
 
 @pytest.fixture
 def run(allmend: Allmend, workplace: Path) -> Path:
     assert allmend("tune", "recipe.toml").code == 0
+    rows = [{"id": f"test-{i}", "prompt": f"north: {i} plus 1?", "response": f"{i + 1}"} for i in range(2, 8)]
+    Path("test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return workplace
 
 
@@ -27,6 +30,7 @@ def test_records_clients_and_their_sureness_are_shown(allmend: Allmend, run: Pat
         "training on the record lowers the target's loss",
         "Damping 0.1",
         "halves of the target records",
+        "Curvature comes from 15 records, fewer than 32.",
         "Written to found",
     ):
         assert words in text
@@ -35,6 +39,37 @@ def test_records_clients_and_their_sureness_are_shown(allmend: Allmend, run: Pat
     found = json.loads(allmend("attribute", "run", "model", *GIVEN, "--json").out)
     assert {row["client"] for row in found["rows"]} == {"north", "south"}
     assert found["table"]["method"] == "gfim"
+    assert found["table"]["inverse"] == "cholesky"
+    scored = [line for line in shown.out.splitlines() if re.match(r"\d+ +(north|south)-", line)]
+    assert scored
+    assert all(re.search(r"[+-][\d.e-]+ \?", line) for line in scored), "the mark stands beside every score"
+
+
+def test_other_dampings_are_shown_with_what_they_do_not_tell(allmend: Allmend, run: Path) -> None:
+    shown = allmend("attribute", "model", *GIVEN, "--damping-sweep", "--out", "found")
+    assert (shown.code, shown.err) == (0, "")
+    text = " ".join(shown.out.split())
+    assert "Under other dampings" in text
+    assert "No validation target exists in general" in text
+    rows = json.loads(Path("found/influence.json").read_text())["sweep"]
+    assert [row["damping"] for row in rows] == [0.001, 0.01, 0.1, 1.0, 10.0]
+    assert rows[2]["agreement"] == pytest.approx(1)
+    shown = allmend("attribute", "model", *GIVEN, "--damping-sweep", "--method", "hessian_free")
+    assert shown.code == 2
+    assert "hessian_free has no damping to vary" in shown.err
+
+
+def test_a_target_record_that_is_a_training_record_is_refused_or_left_out(allmend: Allmend, run: Path) -> None:
+    both = Path("test.jsonl").read_text() + Path("north.jsonl").read_text().splitlines()[3] + "\n"
+    Path("both.jsonl").write_text(both)
+    given = (*GIVEN[:-1], "both.jsonl")
+    for command in ("run", "mislabeled"):
+        shown = allmend("attribute", command, "model", *given)
+        assert shown.code == 2
+        assert "1 of 7 target records are training records too: north-3" in shown.err
+        shown = allmend("attribute", command, "model", *given, "--drop-overlap")
+        assert (shown.code, shown.err) == (0, "")
+        assert "1 target record is among the training records, and left out." in " ".join(shown.out.split())
 
 
 @pytest.mark.parametrize(
@@ -51,3 +86,32 @@ def test_what_cannot_be_is_told(words: tuple[str, ...], told: str, allmend: Allm
     shown = allmend("attribute", "model", *GIVEN, *words)
     assert shown.code == 2
     assert told in shown.err
+
+
+def test_inverses_are_timed_and_the_verdict_decides_what_auto_takes(
+    allmend: Allmend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from allmend.influence import inverse_table
+
+    monkeypatch.setenv("ALLMEND_CACHE", str(tmp_path))
+    shown = allmend("attribute", "inverse", "--size", 16, "--batch", 3, "--device", "cpu")
+    assert (shown.code, shown.err) == (0, "")
+    text = " ".join(shown.out.split())
+    for words in ("3 × 16, condition", "Cholesky's factors, 8 right sides", "hyperpower to 1e-4", "DataInf's error"):
+        assert words in text
+    assert max(map(len, shown.out.splitlines())) <= 100
+    assert "`--inverse auto` goes by the usual sizes" in text
+    assert not list(tmp_path.iterdir()), "sizes of one's own decide nothing"
+
+    monkeypatch.setattr(inverse_table, "SIZES", ((2, 8), (1, 12)))
+    monkeypatch.setattr("allmend.cli.attribute_inverse.SIMULATED", 12)
+    shown = allmend("attribute", "inverse", "--device", "cpu")
+    assert (shown.code, shown.err) == (0, "")
+    (kept,) = json.loads((tmp_path / "inverses.json").read_text()).values()
+    assert f"takes {kept['inverse']} on this device" in " ".join(shown.out.split())
+    found = json.loads(allmend("attribute", "inverse", "--device", "cpu", "--json").out)
+    assert found.keys() == {"simulation", "timings", "verdict", "machine"}
+    assert [(one["batch"], one["size"]) for one in found["timings"]] == [(2, 8), (1, 12)]
+    shown = allmend("attribute", "inverse", "--size", 16, "--size", 8, "--batch", 3)
+    assert shown.code == 2
+    assert "1 batch for 2 sizes" in shown.err

@@ -31,7 +31,6 @@ NAMES = {
     "MODEL": "model",
     "DIR": f"{RUN}/arms/fedavg/adapter",
     "canaries.jsonl": f"{RUN}/canaries.jsonl",
-    "my.jsonl": "north.jsonl",
 }
 """What a page's placeholders stand for here."""
 
@@ -67,6 +66,7 @@ def place(workplace: Path) -> Path:
     """A folder as the pages suppose it, with two runs."""
     Path("recipe.toml").unlink()
     shutil.copytree(ROOT / "examples", "examples")
+    Path("my.jsonl").write_text(Path("north.jsonl").read_text().replace("plus", "and"))  # of nobody's training
     small("examples/privacy.toml")
     return workplace
 

@@ -41,15 +41,16 @@ def test_the_mean_eigenvalue_is_the_mean_square_of_a_gradient_s_entries() -> Non
             assert float(values.mean()) == pytest.approx(blocks.mean_eigenvalue(name), rel=1e-9)
 
 
-def test_what_does_not_belong_together_is_not_added() -> None:
+def test_what_does_not_belong_together_is_not_added_and_both_values_are_told() -> None:
     train = made(5)
     one = fisher_blocks(train, weights="x")
-    for other in (
-        fisher_blocks(train, weights="y"),
-        fisher_blocks(train, side="rank", weights="x"),
-        fisher_blocks(Given({"a": train.gradients["a"]}), weights="x"),
+    for other, words in (
+        (fisher_blocks(train, weights="y"), "of other weights, x and y"),
+        (fisher_blocks(train, side="rank", weights="x"), "of other sides, wide and rank"),
+        (fisher_blocks(Given({"a": train.gradients["a"]}), weights="x"), "first alone has b, the second alone no mod"),
+        (fisher_blocks(made(5, d=4), weights="x"), "a is 5 × 5 and 4 × 4"),
     ):
-        with pytest.raises(UserError, match="different weights, modules or sides"):
+        with pytest.raises(UserError, match=words):
             one + other
 
 

@@ -1,6 +1,6 @@
 """The influence of records on a model and an adapter that were made elsewhere."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,14 +10,18 @@ from allmend.attribution.settings import PASSES, Settings
 from allmend.attribution.subject import Subject, read_subject
 from allmend.errors import UserError
 from allmend.events import Event, WorkPlanned, to_all
-from allmend.influence.reliability import agreement, halves
+from allmend.influence.conditioning import cautions
+from allmend.influence.damping_sweep import SWEEP, sweep
+from allmend.influence.reliability import agreement, halves, rank_correlation
 from allmend.influence.scores import Scores, influence
-from allmend.influence.table import ABOUT, ROWS, ClientInfluence, InfluenceTable, Row, write_scores
+from allmend.influence.table import ABOUT, ROWS, ClientInfluence, InfluenceTable, Row, UnderDamping, write_scores
 from allmend.intervals import mean, share
 from allmend.meter import Meter
 from allmend.recipe import Fields
 from allmend.run import write_atomic
 from allmend.versions import versions
+
+UNTRAINED = "The adapter is untrained (all its factors B are 0): only the B side has gradients."
 
 
 @dataclass(frozen=True)
@@ -67,14 +71,28 @@ def attribute_folder(
     groups = _groups(subject)
     emit = to_all(listeners)
     of_train, of_target = subject.tokens
-    phase, tokens = "attribute", PASSES[settings.method] * of_train + of_target
+    dampings = sorted({*SWEEP, settings.damping}) if settings.sweep else [settings.damping]
+    again = 1 if settings.method == "gfim" else len(dampings)
+    phase, tokens = "attribute", PASSES[settings.method] * again * of_train + of_target
     emit(WorkPlanned(work={phase: tokens}))
     meter = Meter(emit, phase, tokens)
+    split = halves(groups, seed=settings.seed)
     with subject.sources(meter) as (source, aim):
-        found = influence(source, aim, method, groups=halves(groups, seed=settings.seed))
+        if settings.method == "gfim":
+            subject.check_room(source)
+        untrained = (UNTRAINED,) if source.untrained else ()
+        if settings.sweep:
+            swept = sweep(source, aim, method, dampings, groups=split)
+        else:
+            swept = {settings.damping: influence(source, aim, method, groups=split)}
     meter.done()
+    found = swept[settings.damping]
     names = sorted(set(groups))
-    rows = _rows(found, names, subject)
+    careful = cautions(found.solved.figures, len(subject.records)) if settings.method != "hessian_free" else ()
+    rows = _rows(found, names, subject, " ".join(careful))
+    silent: dict[str, list[str]] = {}
+    for owner, record in subject.silent:
+        silent.setdefault(owner, []).append(record.id)
     table = InfluenceTable(
         method=settings.method,
         damping=settings.damping,
@@ -87,18 +105,21 @@ def attribute_folder(
         clients=tuple(_clients(rows, names, subject.clients)),
         reliability={name: one for name in names if (one := agreement(found.targets, found.values, name)) is not None},
         lambdas=dict(found.solved.damping),
+        inverse=settings.solver,
+        silent={owner: tuple(ids) for owner, ids in silent.items()},
         skipped=found.solved.skipped,
-        notes=found.solved.notes,
+        blocks=dict(found.solved.figures),
+        sweep=tuple(_swept(swept, names, settings.damping)) if settings.sweep else (),
+        cautions=careful,
+        notes=(*subject.notes, *untrained, *found.solved.notes),
         versions=versions(),
         seed=settings.seed,
     )
     if out is not None:
         write_scores(Path(out) / ROWS, rows)
         write_atomic(Path(out) / ABOUT, table.model_dump_json(indent=1).encode())
-    texts = {
-        (owner, record.id): " ".join(record.texts)
-        for owner, record in zip(subject.owners, subject.records, strict=True)
-    }
+    everyone = (*zip(subject.owners, subject.records, strict=True), *subject.silent)
+    texts = {(owner, record.id): " ".join(record.texts) for owner, record in everyone}
     return Attributed(tuple(rows), table, texts)
 
 
@@ -113,7 +134,7 @@ def _groups(subject: Subject) -> list[str]:
     return ["mean"] * len(subject.asked)
 
 
-def _rows(found: Scores, names: Sequence[str], subject: Subject) -> list[Row]:
+def _rows(found: Scores, names: Sequence[str], subject: Subject, caution: str) -> list[Row]:
     rows = []
     losses = per_token(found.losses, subject)
     for name in names:
@@ -121,12 +142,29 @@ def _rows(found: Scores, names: Sequence[str], subject: Subject) -> list[Row]:
         ranks = torch.empty(len(values), dtype=torch.int64)
         ranks[values.argsort(descending=True, stable=True)] = torch.arange(1, len(values) + 1)
         rows += [
-            Row(record.id, owner, name, float(value), int(rank), float(loss), found.method)
+            Row(record.id, owner, name, float(value), int(rank), float(loss), found.method, caution)
             for record, owner, value, rank, loss in zip(
                 subject.records, subject.owners, values, ranks, losses, strict=True
             )
         ]
+        rows += [
+            Row(record.id, owner, name, None, rank, None, found.method, caution)
+            for rank, (owner, record) in enumerate(subject.silent, start=len(values) + 1)
+        ]
     return rows
+
+
+def _swept(swept: Mapping[float, Scores], names: Sequence[str], default: float) -> Iterator[UnderDamping]:
+    of_default = swept[default]
+    for name in names:
+        place = of_default.targets.index(name)
+        for damping, scores in swept.items():
+            yield UnderDamping(
+                target=name,
+                damping=damping,
+                agreement=rank_correlation(scores.values[:, place], of_default.values[:, place]),
+                reliability=agreement(scores.targets, scores.values, name),
+            )
 
 
 def per_token(losses: torch.Tensor, subject: Subject) -> torch.Tensor:
@@ -137,7 +175,8 @@ def per_token(losses: torch.Tensor, subject: Subject) -> torch.Tensor:
 def _clients(rows: Sequence[Row], names: Sequence[str], clients: Sequence[str]) -> Iterator[ClientInfluence]:
     for name in names:
         for client in clients:
-            scores = [row.score for row in rows if (row.client, row.target) == (client, name)]
+            of_client = (row.score for row in rows if (row.client, row.target) == (client, name))
+            scores = [score for score in of_client if score is not None]
             if scores:
                 yield ClientInfluence(
                     client=client,

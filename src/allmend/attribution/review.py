@@ -11,6 +11,7 @@ from allmend.attribution.settings import PASSES, Settings
 from allmend.attribution.subject import read_subject
 from allmend.errors import UserError
 from allmend.events import Event, WorkPlanned, to_all
+from allmend.influence.inverses import INVERSES
 from allmend.influence.quality import Detection, detection, difference
 from allmend.influence.scores import influence, self_influence
 from allmend.meter import Meter
@@ -53,12 +54,14 @@ class Review:
     Attributes:
         suspects: in the order in which to look at them.
         found: by measure.
+        notes: what a reader should know of the records.
         verdict: whether influence finds more than the simpler measures.
     """
 
     suspects: tuple[Suspect, ...]
     found: dict[str, Detection]
     verdict: str
+    notes: tuple[str, ...] = ()
 
 
 def review(
@@ -98,8 +101,9 @@ def review(
     emit(WorkPlanned(work={phase: tokens}))
     meter = Meter(emit, phase, tokens)
     with subject.sources(meter) as (source, aim):
+        subject.check_room(source)
         scores = influence(source, aim, method)
-        own = self_influence(source, damping=settings.damping, side=settings.side)
+        own = self_influence(source, damping=settings.damping, side=settings.side, inverse=INVERSES[settings.solver])
     meter.done()
     measures = {
         "influence": (-scores.values[:, 0]).tolist(),
@@ -125,7 +129,7 @@ def review(
         for one in suspects:
             text.write(json.dumps(asdict(one)) + "\n")
         write_atomic(Path(out), text.getvalue().encode())
-    return Review(suspects, found, _verdict(measures, labels))
+    return Review(suspects, found, _verdict(measures, labels), (*subject.notes, *scores.solved.notes))
 
 
 def _verdict(measures: dict[str, list[float]], labels: list[bool] | None) -> str:

@@ -1,6 +1,7 @@
 """Data that influence chose, and as much that chance chose, for an honest comparison of the two."""
 
 import json
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,7 +71,10 @@ def select(
     if target is None and len(names) > 1:
         raise UserError(f"there are scores for {len(names)} targets", where="target", hint=f"Name one: {names[0]} …")
     name = target or names[0]
-    score = {(row.client, row.record_id): row.score for row in rows if row.target == name}
+    # a record without a token to learn from helps nothing: it comes after all others
+    score = {
+        (row.client, row.record_id): -math.inf if row.score is None else row.score for row in rows if row.target == name
+    }
     if not score:
         raise UserError(f"there is no target {name!r}", where="target", hint=f"There are {', '.join(names)}.")
     clients = {client_name(Path(path), train): read_records(str(path), fields=fields)[0] for path in train}

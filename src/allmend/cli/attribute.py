@@ -8,26 +8,35 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from allmend.cli import attribute_inverse
 from allmend.cli.as_json import AsJson, print_json, silent
-from allmend.cli.figures import percent, plain, show_sections
+from allmend.cli.figures import ABSENT, percent, plain, show_sections
 from allmend.cli.progress import counted, shown
 from allmend.cli.unless_named import RunUnlessNamed
 
 if TYPE_CHECKING:
     from allmend.attribution.folders import Attributed
     from allmend.attribution.review import Review
-    from allmend.influence.table import Row
+    from allmend.influence.table import InfluenceTable, Row
 
 SHOWN = 10
 """Records shown at either end."""
 
 LETTERS = 80
 
+MARK = "?"
+"""Beside a score that is to be taken with care."""
+
+DropOverlap = Annotated[
+    bool, typer.Option("--drop-overlap", help="Leave target records out that are training records too.")
+]
+
 app = typer.Typer(
     cls=RunUnlessNamed,
     help="Which records moved a model. `allmend attribute MODEL` is short for `allmend attribute run MODEL`.",
     no_args_is_help=True,
 )
+app.command("inverse")(attribute_inverse.inverse)
 
 
 @app.command("run")
@@ -39,11 +48,20 @@ def attribute(
     method: Annotated[str, typer.Option(help="gfim, exact, datainf, lissa or hessian_free.")] = "gfim",
     damping: Annotated[float, typer.Option(help="Times the mean eigenvalue of each block.")] = 0.1,
     side: Annotated[str, typer.Option(help="wide or rank, of gfim.")] = "wide",
-    inverse: Annotated[str, typer.Option(help="cholesky, eigen or hyperpower, of gfim.")] = "cholesky",
+    inverse: Annotated[
+        str,
+        typer.Option(
+            help="cholesky, eigen or hyperpower, of gfim; auto: what `allmend attribute inverse` found on this device."
+        ),
+    ] = "auto",
     modules: Annotated[str | None, typer.Option(help="A regular expression for names of weights.")] = None,
     targets: Annotated[str, typer.Option(help="mean, each, or group:FIELD for one by label.")] = "mean",
     max_tokens: Annotated[int, typer.Option(min=8, help="Longest record, in tokens.")] = 512,
     template: Annotated[str, typer.Option(help="auto, chat or plain, as in training.")] = "auto",
+    drop_overlap: DropOverlap = False,
+    damping_sweep: Annotated[
+        bool, typer.Option("--damping-sweep", help="Show what other dampings, 0.001 to 10, make of the order.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="A folder for influence.parquet and influence.json.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -77,6 +95,8 @@ def attribute(
         targets="kind" if kind == "group" else "each" if kind == "each" else "mean",
         max_tokens=max_tokens,
         template="chat" if template == "chat" else "plain" if template == "plain" else "auto",
+        drop_overlap=drop_overlap,
+        sweep=damping_sweep,
     )
     fields = Fields(kind=label) if label else Fields()
     with silent() if as_json else shown(Console()) as listen:
@@ -101,10 +121,11 @@ def show_influence(console: Console, found: "Attributed") -> None:
     names = list(dict.fromkeys(row.target for row in found.rows))
     for name in names:
         rows = sorted((row for row in found.rows if row.target == name), key=lambda row: row.rank)
-        columns = {"rank": 6, "record": 20, "client": 14, "score": 10, "loss": 6}
+        rows = [row for row in rows if row.score is not None]
+        columns = {"rank": 6, "record": 20, "client": 14, "score": 12, "loss": 6}
         some = min(SHOWN, (len(rows) + 1) // 2)
-        helpful = [row for row in rows[:some] if row.score > 0]
-        harmful = [row for row in reversed(rows[-some:]) if row.score < 0]
+        helpful = [row for row in rows[:some] if (row.score or 0) > 0]
+        harmful = [row for row in reversed(rows[-some:]) if (row.score or 0) < 0]
         sections = {
             "Most helpful": [_cells(row) for row in helpful] or [("", "none helped", "", "", "")],
             "Most harmful": [_cells(row) for row in harmful] or [("", "none hurt", "", "", "")],
@@ -124,6 +145,8 @@ def show_influence(console: Console, found: "Attributed") -> None:
     show_sections(console, "By client", {"client": 18, "mean score": 34, "below 0": 26}, shown_clients)
     table = found.table
     console.print(f"Score {table.sign}. Damping {table.damping:g} of each block's mean eigenvalue.", highlight=False)
+    for words in table.cautions:
+        console.print(f"[yellow]{MARK}[/yellow] {escape(words)}", highlight=False)
     for name, agrees in table.reliability.items():
         sure = (
             "two halves of the target records give about the same order"
@@ -133,12 +156,39 @@ def show_influence(console: Console, found: "Attributed") -> None:
         console.print(f"{escape(name)}: {sure} (Spearman {plain(agrees)}).", highlight=False)
     if table.skipped:
         console.print(f"{counted(len(table.skipped), 'module')} without a gradient left out.", highlight=False)
+    for client, ids in table.silent.items():
+        more = " …" if len(ids) > SHOWN else ""
+        console.print(f"Without a score, {escape(client)}: {escape(', '.join(ids[:SHOWN]))}{more}", highlight=False)
     for note in table.notes:
         console.print(escape(note), highlight=False)
+    if table.sweep:
+        _show_sweep(console, table)
+
+
+def _show_sweep(console: Console, table: "InfluenceTable") -> None:
+    from allmend.influence.damping_sweep import NO_TARGET
+
+    columns = {"damping": 9, f"order as with {table.damping:g}": 20, "order of two halves": 30}
+    sections = {
+        name: [
+            (
+                f"{one.damping:g}",
+                ABSENT if one.agreement is None else f"{one.agreement:.3f}",
+                plain(one.reliability),
+            )
+            for one in table.sweep
+            if one.target == name
+        ]
+        for name in dict.fromkeys(one.target for one in table.sweep)
+    }
+    show_sections(console, "Under other dampings", columns, sections)
+    console.print(f"Spearman's correlations. {NO_TARGET}", highlight=False)
 
 
 def _cells(row: "Row") -> Sequence[str]:
-    return (str(row.rank), escape(row.record_id[:20]), escape(row.client[:14]), f"{row.score:+.3g}", f"{row.loss:.2f}")
+    mark = f" {MARK}" if row.caution else ""
+    score, loss = f"{row.score or 0:+.3g}{mark}", f"{row.loss or 0:.2f}"
+    return (str(row.rank), escape(row.record_id[:20]), escape(row.client[:14]), score, loss)
 
 
 def _short(text: str) -> str:
@@ -158,6 +208,7 @@ def mislabeled(
     method: Annotated[str, typer.Option(help="gfim, exact, datainf, lissa or hessian_free.")] = "gfim",
     damping: Annotated[float, typer.Option(help="Times the mean eigenvalue of each block.")] = 0.1,
     max_tokens: Annotated[int, typer.Option(min=8, help="Longest record, in tokens.")] = 512,
+    drop_overlap: DropOverlap = False,
     out: Annotated[Path | None, typer.Option(help="A JSON Lines file for the whole list.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -170,7 +221,12 @@ def mislabeled(
     from allmend.attribution.review import review
     from allmend.attribution.settings import Settings
 
-    settings = Settings(method=method, damping=damping, max_tokens=max_tokens)  # type: ignore[arg-type]  # checked there
+    settings = Settings(
+        method=method,  # type: ignore[arg-type]  # checked there
+        damping=damping,
+        max_tokens=max_tokens,
+        drop_overlap=drop_overlap,
+    )
     with silent() if as_json else shown(Console()) as listen:
         found = review(
             model, adapter, train=train, target=target, noisy=noisy, out=out, settings=settings, listeners=[listen]
@@ -210,6 +266,8 @@ def show_review(console: Console, found: "Review") -> None:
         columns = {"measure": 16, "AUC": 20, "found in 10 %": 26, "in 20 %": 26}
         show_sections(console, "What each measure finds", columns, {"": rows})
     console.print(found.verdict, highlight=False)
+    for note in found.notes:
+        console.print(escape(note), highlight=False)
 
 
 @app.command("select")

@@ -161,7 +161,7 @@ def _show_identifiers(console: Console, prepared: "Prepared") -> None:
 
 def _times(seconds: Mapping[str, float]) -> str:
     """`about 9 min (training 6 min, evaluation 1 min, audit 2 min)`."""
-    kinds = {"training": "train ", "evaluation": "evaluate ", "audit": "audit "}
+    kinds = {"training": "train ", "evaluation": "evaluate ", "audit": "audit ", "influence": "influence "}
     parts = {
         kind: sum(spent for phase, spent in seconds.items() if phase.startswith(start)) for kind, start in kinds.items()
     }

@@ -100,7 +100,7 @@ def hiding(offer: Offer, recipe: Recipe, arm: Arm, strategy: Strategy, initial: 
     if layer is None:
         return None
     code = VectorCode.of(strategy, initial, layer, len(recipe.clients))
-    return Hiding(offer.digest, arm.name, offer.keys, code, layer)
+    return Hiding(offer.digest, arm.name, offer.keys, [code] * strategy.legs, layer)
 
 
 @dataclass(frozen=True)

@@ -154,9 +154,4 @@ class Paired(_Losses):
         n = round(self.asked)
         if n == 0:
             return None
-        mean = self.total / n
-        spread = max(0.0, self.squared - n * mean * mean)
-        if n == 1 or spread <= 1e-9:
-            return Estimate(value=mean, n=n)
-        half = float(stats.t.ppf(0.5 + intervals.CONFIDENCE / 2, n - 1)) * math.sqrt(spread / (n - 1) / n)
-        return Estimate(value=mean, low=mean - half, high=mean + half, n=n)
+        return intervals.mean_of_sums(self.total, self.squared, n)

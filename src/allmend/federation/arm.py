@@ -183,7 +183,7 @@ def train_arm(
     carrier = _engine(engine, trainable, members, arm, watch)
     if layer := arm.privacy.secure_aggregation:
         code = VectorCode.of(strategy, trainable.state(), layer, len(members))
-        carrier = HidingEngine(carrier, code, _rounding(arm, seed), layer.fewest)
+        carrier = HidingEngine(carrier, [code] * strategy.legs, _rounding(arm, seed), layer.fewest)
     try:
         last = run_rounds(
             strategy,

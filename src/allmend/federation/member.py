@@ -36,6 +36,7 @@ class Member:
         seed: of their order and of seeded noise; another one for each member.
         noise: makes the member's steps private for each of its records.
         rank: most components of a LoRA adapter that it trains; all where it is None.
+        held_out: records that it does not train on, encoded likewise, where a strategy asks about them.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Member:
     seed: int
     noise: RecordNoise | None = None
     rank: int | None = None
+    held_out: Sequence[Encoded] = ()
 
 
 def change(tensors: Tensors, start: Tensors) -> float:
@@ -86,6 +88,16 @@ class MemberClient:
     @property
     def examples(self) -> int:
         return len(self.member.records)
+
+    @property
+    def records(self) -> Sequence[Encoded]:
+        """What it trains on."""
+        return self.member.records
+
+    @property
+    def held_out(self) -> Sequence[Encoded]:
+        """What it does not."""
+        return self.member.held_out
 
     def train(self, start: Tensors, turn: Turn, *, optimizer: Tensors | None = None, proximal: float = 0.0) -> Trained:
         """One round of local training from `start`.

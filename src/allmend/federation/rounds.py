@@ -53,7 +53,7 @@ def run_rounds(
     state, took_part = start.server, dict(start.took_part)
     engine.restore(start.members)
     for round in range(start.round + 1, rounds + 1):
-        began, traffic = time.perf_counter(), _Traffic()
+        began, traffic = time.perf_counter(), Traffic()
         for leg in range(strategy.legs):
             turn = Turn(round, leg, rounds, len(engine.members))
             tasks = strategy.plan(state, turn, engine.members)
@@ -65,7 +65,7 @@ def run_rounds(
                     took_part[name] = took_part.get(name, 0) + 1
                 if ledger.anew:  # replies of a round that is broken off were seen, and those of its second try will be
                     checkpoints.begin(round, took_part)
-            sums, seen = _leg(strategy, engine, tasks, turn, traffic, observe)
+            sums, seen = play_leg(strategy, engine, tasks, turn, traffic, observe)
             state = strategy.combine(state, turn, sums, seen)
         if observe and (shared := strategy.shared(state)) is not None:
             observe(round, None, shared)
@@ -91,7 +91,7 @@ def run_rounds(
 
 
 @dataclass
-class _Traffic:
+class Traffic:
     """What a round's legs come to.
 
     Attributes:
@@ -110,15 +110,19 @@ class _Traffic:
     loss: float | None = None
 
 
-def _leg(
+def play_leg(
     strategy: Strategy,
     engine: Engine,
     tasks: Mapping[str, Task],
     turn: Turn,
-    traffic: _Traffic,
-    observe: Observer | None,
+    traffic: Traffic,
+    observe: Observer | None = None,
 ) -> tuple[Sums, dict[str, Seen]]:
-    """Have members work on their tasks; gives what `combine` may look at."""
+    """Have members work on their tasks; gives what `combine` may look at, and adds to the traffic.
+
+    Raises:
+        UserError: a reply is not finite, or too few members answer.
+    """
     declaration = strategy.declare()
     sums, seen = Sums(), dict[str, Seen]()
     traffic.members |= set(tasks)

@@ -40,14 +40,13 @@ class FisherBlocks:
         """Of both sets of records.
 
         Raises:
-            UserError: they are of different models, modules or sides.
+            UserError: they are of different models, modules, sides or sizes; the message has both values.
         """
         if not self.sums or not other.sums:
             return other if not self.sums else self
-        if (self.side, self.weights) != (other.side, other.weights) or self.sums.keys() != other.sums.keys():
+        if differs := self._difference(other):
             raise UserError(
-                "blocks of different weights, modules or sides cannot be added",
-                hint="Make both with the same model, adapter and settings.",
+                f"blocks cannot be added: {differs}", hint="Make both with the same model, adapter and settings."
             )
         return FisherBlocks(
             {name: one + other.sums[name] for name, one in self.sums.items()},
@@ -56,6 +55,20 @@ class FisherBlocks:
             self.side,
             self.weights,
         )
+
+    def _difference(self, other: "FisherBlocks") -> str:
+        """What keeps two from being added, with both values; empty where nothing does."""
+        for what, one, two in (("weights", self.weights, other.weights), ("sides", self.side, other.side)):
+            if one != two:
+                return f"of other {what}, {one or '(unknown)'} and {two or '(unknown)'}"
+        if self.sums.keys() != other.sums.keys():
+            only = [sorted(a.keys() - b.keys()) for a, b in ((self.sums, other.sums), (other.sums, self.sums))]
+            one, two = (f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else "".join(names) for names in only)
+            return f"the first alone has {one or 'no module'}, the second alone {two or 'no module'}"
+        for name, tensor in self.sums.items():
+            if (shape := tensor.shape) != (theirs := other.sums[name].shape):
+                return f"{name} is {shape[0]} × {shape[1]} and {theirs[0]} × {theirs[1]}"
+        return ""
 
     def matrix(self, module: str) -> torch.Tensor:
         """M of a module: the sum over what it is divided by, symmetric."""

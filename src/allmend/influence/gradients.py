@@ -6,7 +6,7 @@ last: a LoRA factor A as it is stored, B transposed, so that r is the rank of th
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -100,7 +100,13 @@ class OfRecords:
     @property
     def names(self) -> list[str]:
         """The weights that count."""
-        return [name for name in self.trainable.parameters() if self.modules is None or re.search(self.modules, name)]
+        return names_of(self.trainable.parameters(), self.modules)
+
+    @property
+    def untrained(self) -> bool:
+        """Whether all factors B are zero, as before the first step: then those of A have no gradient."""
+        factors = [parameter for name, parameter in self.trainable.parameters().items() if ".lora_B." in name]
+        return not any(bool(parameter.detach().any()) for parameter in factors)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -144,7 +150,15 @@ class OfRecords:
         owner = torch.tensor([of[place] for place in row.owner.tolist()])
         summed = torch.zeros(len(places), dtype=torch.float64)
         summed.index_add_(0, owner, losses.detach().double().cpu())
-        gradients = {name: _wide(name, one) for name, one in found.items() if name in names}
+        gradients = {name: wide_last(name, one) for name, one in found.items() if name in names}
+        # what is not finite shows in the sum
+        whole = torch.stack([g.flatten(1).sum(1) for g in gradients.values()]).sum(0).cpu()
+        if not bool(whole.isfinite().all()):
+            strange = self.records[places[int(whole.isfinite().logical_not().nonzero()[0])]]
+            raise UserError(
+                f"the gradient of record {strange.id!r} is not finite",
+                hint="Leave it out, or look for NaN and infinity in the model and the adapter.",
+            )
         return Batch(places, gradients, summed)
 
 
@@ -154,7 +168,22 @@ def _each(x: torch.Tensor, delta: torch.Tensor, lengths: list[int]) -> torch.Ten
     return torch.stack([(d.T @ one).float() if d.dtype != torch.float64 else d.T @ one for one, d in pairs])
 
 
-def _wide(name: str, gradients: torch.Tensor) -> torch.Tensor:
+def names_of(names: Iterable[str], modules: str | None) -> list[str]:
+    """Those that a regular expression matches somewhere; all when it is None.
+
+    Raises:
+        UserError: it is no regular expression.
+    """
+    try:
+        return [name for name in names if modules is None or re.search(modules, name)]
+    except re.error as error:
+        raise UserError(
+            f"{modules!r} is no regular expression: {error}", where="modules", hint=r"Put \ in front of . and (."
+        ) from None
+
+
+def wide_last(name: str, gradients: torch.Tensor) -> torch.Tensor:
+    """A weight's gradients with the wide side last: [r, d]."""
     return gradients.mT if ".lora_B." in name else gradients
 
 

@@ -5,9 +5,10 @@ Cholesky's is the default: it is faster and more accurate at every size that was
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import TypeAlias
 
 import torch
@@ -26,11 +27,12 @@ def cholesky(matrices: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """By Cholesky's factors; no inverse is formed.
 
     Raises:
-        NotInvertedError: a matrix is not positive definite.
+        NotInvertedError: a matrix is not positive definite; its smallest eigenvalue is told.
     """
-    factor, info = torch.linalg.cholesky_ex(_symmetric(matrices))
+    symmetric = _symmetric(matrices)
+    factor, info = torch.linalg.cholesky_ex(symmetric)
     if bool(info.any()):
-        raise NotInvertedError(f"matrix {int(info.nonzero()[0])} is not positive definite", hint="Raise the damping.")
+        raise _indefinite(torch.linalg.eigvalsh(symmetric[info > 0]))
     return torch.cholesky_solve(right, factor)
 
 
@@ -38,13 +40,20 @@ def eigen(matrices: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """By eigenvalues and eigenvectors.
 
     Raises:
-        NotInvertedError: a matrix is not positive definite.
+        NotInvertedError: a matrix is not positive definite; its smallest eigenvalue is told.
     """
     values, vectors = torch.linalg.eigh(_symmetric(matrices))
     if not bool((values > 0).all()):
-        raise NotInvertedError("a matrix is not positive definite", hint="Raise the damping.")
+        raise _indefinite(values)
     found: torch.Tensor = vectors @ ((vectors.mT @ right) / values.unsqueeze(-1))
     return found
+
+
+def _indefinite(values: torch.Tensor) -> NotInvertedError:
+    least = float(values.min())
+    return NotInvertedError(
+        f"not positive definite: the smallest eigenvalue is {least:.3g}", hint="Raise the damping above that."
+    )
 
 
 @dataclass(frozen=True)
@@ -86,31 +95,58 @@ def iterate(
         NotInvertedError: the residual came to no number, grew, or stayed above the tolerance.
         ValueError: the order is below 2.
     """
-    if order < 2:
-        raise ValueError(f"hyperpower iteration has an order of 2 or more, got {order}")
-    a = _symmetric(matrices)
-    d = a.shape[-1]
-    eye = torch.eye(d, dtype=a.dtype, device=a.device)
-    x = eye / torch.linalg.matrix_norm(a, ord=math.inf).view(*a.shape[:-2], 1, 1)
-    if start is not None and float(torch.linalg.matrix_norm(eye - a @ start).max()) < 1:
-        x = start
-    eps = torch.finfo(a.dtype).eps
-    least = tol if tol is not None else max(1e-5 if a.dtype == torch.float32 else 1e-12, 32 * eps * math.sqrt(d))
+    d, dtype = matrices.shape[-1], matrices.dtype
+    if start is not None and not _closer_than_nothing(matrices, start):
+        start = None
+    floor = 32 * torch.finfo(dtype).eps * math.sqrt(d)
+    least = tol if tol is not None else max(1e-5 if dtype == torch.float32 else 1e-12, floor)
     residual, last = math.inf, math.inf
-    for step in range(max_steps + 1):
-        r = eye - a @ x
-        residual = float(torch.linalg.matrix_norm(r).max()) / math.sqrt(d)
+    for step, (x, r) in enumerate(islice(approximations(matrices, order=order, start=start), max_steps + 1)):
+        residual = mean_residual(r)
         if not math.isfinite(residual) or (step > 4 and residual > 1):
             raise NotInvertedError(f"the iteration does not converge (residual {residual:.3g} after {step} steps)")
         if residual <= least or (residual < 0.1 and residual >= last):
             return Iterated(x, residual, step)
         last = residual
+    raise NotInvertedError(f"the iteration has not converged after {max_steps} steps (residual {residual:.3g})")
+
+
+def approximations(
+    matrices: torch.Tensor, *, order: int = 2, start: torch.Tensor | None = None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """X_k and R_k = I − A X_k [b, d, d] for k = 0, 1, …, without end and whatever becomes of them.
+
+    Args:
+        matrices: A [b, d, d].
+        order: p.
+        start: X₀; I / ‖A‖_∞ when None.
+
+    Raises:
+        ValueError: the order is below 2.
+    """
+    if order < 2:
+        raise ValueError(f"hyperpower iteration has an order of 2 or more, got {order}")
+    a = _symmetric(matrices)
+    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    x = start if start is not None else eye / torch.linalg.matrix_norm(a, ord=math.inf).view(*a.shape[:-2], 1, 1)
+    while True:
+        r = eye - a @ x
+        yield x, r
         power, total = r, eye + r
         for _ in range(order - 2):
             power = power @ r
             total = total + power
         x = x @ total
-    raise NotInvertedError(f"the iteration has not converged after {max_steps} steps (residual {residual:.3g})")
+
+
+def mean_residual(residuals: torch.Tensor) -> float:
+    """‖R‖_F / √d, the largest of a batch [b, d, d]: 1 for X = 0."""
+    return float(torch.linalg.matrix_norm(residuals).max()) / math.sqrt(residuals.shape[-1])
+
+
+def _closer_than_nothing(matrices: torch.Tensor, start: torch.Tensor) -> bool:
+    eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+    return float(torch.linalg.matrix_norm(eye - _symmetric(matrices) @ start).max()) < 1
 
 
 def hyperpower(

@@ -4,13 +4,15 @@ With M the curvature of a module and λ its damping, V = v (M + λI)⁻¹ for a 
 to the mean eigenvalue, so that the scale of the loss changes no order.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeAlias
 
 import torch
 
 from allmend.influence.blocks import FisherBlocks, Side, fisher_blocks
+from allmend.influence.conditioning import LARGEST_CONDITION, BlockFigures, block_figures
+from allmend.influence.fisher_norm import NormsOnTheWay
 from allmend.influence.gradients import Source
 from allmend.influence.inverses import Inverse, NotInvertedError, cholesky
 
@@ -18,6 +20,12 @@ Directions: TypeAlias = Mapping[str, torch.Tensor]
 """By module, [q, r, d]: one matrix for each of q targets."""
 
 DAMPING = 0.1
+
+SAFETY = 1.1
+"""What power iteration may have missed of the largest eigenvalue, as a factor."""
+
+HELD_BYTES = 2**30
+"""Of gradients that `exact` holds at a time."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +37,14 @@ class Solved:
         damping: λ by module.
         skipped: modules without a gradient anywhere, which count for nothing.
         notes: what a reader should know, in sentences.
+        figures: of each block and its solve, where there are blocks.
     """
 
     directions: Directions
     damping: Mapping[str, float]
     skipped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    figures: Mapping[str, BlockFigures] = field(default_factory=dict)
 
 
 class Method(Protocol):
@@ -59,6 +69,14 @@ class HessianFree:
 
 
 @dataclass(frozen=True)
+class Curvature:
+    """Blocks, and ‖F‖² of the block of all rd parameters of each module where it is known."""
+
+    blocks: FisherBlocks
+    squared_norms: Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
 class Gfim:
     """The generalised Fisher information of HyperINF, with a solver of one's choice.
 
@@ -77,7 +95,31 @@ class Gfim:
     name: str = "gfim"
 
     def solve(self, train: Source, targets: Directions) -> Solved:
-        return solve(fisher_blocks(train, side=self.side), targets, damping=self.damping, inverse=self.inverse)
+        return self.solve_with(self.curvature(train), targets)
+
+    def curvature(self, train: Source) -> "Curvature":
+        """All that is needed of the training records, in one pass."""
+        watched = NormsOnTheWay(train)
+        blocks = fisher_blocks(watched, side=self.side)
+        return Curvature(blocks, {name: watched.squared_norm(name) for name in blocks.sums})
+
+    def solve_with(self, curvature: "Curvature", targets: Directions) -> Solved:
+        """Directions, and the figures of blocks."""
+        blocks = curvature.blocks
+        solved = solve(blocks, targets, damping=self.damping, inverse=self.inverse)
+        figures = {
+            name: block_figures(
+                blocks,
+                name,
+                damping=solved.damping[name],
+                target=targets[name],
+                direction=direction,
+                squared_norm=curvature.squared_norms[name],
+                dtype=_precision(blocks, name, targets[name], self.damping),
+            )
+            for name, direction in solved.directions.items()
+        }
+        return replace(solved, figures=figures)
 
 
 def solve(
@@ -85,7 +127,8 @@ def solve(
 ) -> Solved:
     """V = v (M + λI)⁻¹, or (M + λI)⁻¹ v on the rank side.
 
-    Where another inverse than Cholesky's gives up, Cholesky's is taken and a note says so.
+    Where another inverse than Cholesky's gives up, Cholesky's is taken and a note says so. It is done in single
+    precision, or in double where the damping is too small to keep the condition number within that.
 
     Args:
         blocks: curvature.
@@ -94,7 +137,7 @@ def solve(
         inverse: how.
 
     Raises:
-        NotInvertedError: a block is not positive definite; its module is named.
+        NotInvertedError: a block is not positive definite; its module and its smallest eigenvalue are named.
         ValueError: the damping is negative, or a module has no block.
     """
     if not damping >= 0:
@@ -108,7 +151,7 @@ def solve(
     for name, v in targets.items():
         if name in silent:
             continue
-        matrix = blocks.matrix(name).to(torch.promote_types(v.dtype, torch.float32))
+        matrix = blocks.matrix(name).to(_precision(blocks, name, v, damping))
         lambdas[name] = damping * blocks.mean_eigenvalue(name)
         matrix = matrix + lambdas[name] * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
         # rows of v are right sides: v M⁻¹ = (M⁻¹ vᵀ)ᵀ
@@ -122,8 +165,16 @@ def solve(
             notes.append(f"{name}: {error.what}; Cholesky's factors were taken")
             solved = cholesky(matrix[None], wide)
         back = solved[0].reshape(len(matrix), len(v), -1).transpose(0, 1)
-        found[name] = back.mT if blocks.side == "wide" else back
+        found[name] = (back.mT if blocks.side == "wide" else back).to(torch.promote_types(v.dtype, torch.float32))
     return Solved(found, lambdas, tuple(sorted(silent & targets.keys())), tuple(notes))
+
+
+def _precision(blocks: FisherBlocks, name: str, target: torch.Tensor, damping: float) -> torch.dtype:
+    """Double where the condition number may be too large for single: it is tr(M + λI) / λ = d (1 + c) / c at most."""
+    size = len(blocks.sums[name])
+    if size * (1 + damping) > LARGEST_CONDITION * damping and target.device.type != "mps":  # which has no double
+        return torch.float64
+    return torch.promote_types(target.dtype, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -158,7 +209,7 @@ class Lissa:
     """x ← v + (I − α(F + λI)) x, repeated (Agarwal et al., JMLR 2017); x α tends to (F + λI)⁻¹ v.
 
     It converges if α times the largest eigenvalue is below 2; α is the inverse of that eigenvalue, found by power
-    iteration, unless it is given.
+    iteration, unless it is given. One that does not converge gives no scores.
 
     Attributes:
         damping: c of λ = c tr F / (rd).
@@ -177,6 +228,13 @@ class Lissa:
         largest = _largest_eigenvalues(train, alive)
         alphas = {name: self.alpha or 1 / (largest[name] + lambdas[name]) for name in alive}
         x = {name: v.clone() for name, v in alive.items()}
+        for name, alpha in alphas.items():
+            # the eigenvalue was found from below and then raised
+            if alpha * (least := largest[name] / SAFETY + lambdas[name]) > 2:
+                raise NotInvertedError(
+                    f"{name}: the recursion diverges, since α λ_max = {alpha * least:.3g} is above 2",
+                    hint=f"Use an α of {1 / least:.3g} or less.",
+                )
         residual = {name: float("inf") for name in alive}
         for _ in range(self.steps):
             product = times_fisher(train, x)
@@ -184,7 +242,7 @@ class Lissa:
                 curved = product[name] + lambdas[name] * x[name]
                 left = v - curved * alphas[name]
                 now = float(torch.linalg.vector_norm(left)) / max(float(torch.linalg.vector_norm(v)), 1e-300)
-                if not now < 1e6:
+                if not now < 1e6 or now > 1.01 * residual[name] > 1e-6:
                     raise NotInvertedError(
                         f"{name}: the recursion diverges with α = {alphas[name]:.3g}", hint="Lower it, or leave it out."
                     )
@@ -200,8 +258,8 @@ class Lissa:
 class Exact:
     """(F + λI)⁻¹ v with the block of all rd parameters, F = mean of g gᵀ, through the n × n products of gradients.
 
-    v / λ − Gᵀ (G Gᵀ + nλI)⁻¹ G v / λ. It holds all gradients of a module in memory, one module at a time, and takes
-    n² r d multiplications for each: for a few thousand records in one place.
+    v / λ − Gᵀ (G Gᵀ + nλI)⁻¹ G v / λ. It holds all gradients of some modules in memory, as many modules at a time as
+    `HELD_BYTES` has room for, and takes n² r d multiplications for each: for a few thousand records in one place.
 
     Attributes:
         damping: c of λ = c tr F / (rd).
@@ -215,10 +273,8 @@ class Exact:
         lambdas = relative_damping(train, self.damping)
         found: dict[str, torch.Tensor] = {}
         n = len(train)
-        for name, v in targets.items():
-            if not lambdas[name]:
-                continue
-            g = gathered(train, name).flatten(1)
+        for name, gradients in in_turn(train, [name for name in targets if lambdas[name]]):
+            v, g = targets[name], gradients.flatten(1)
             wide = torch.promote_types(g.dtype, torch.float32)
             g, right = g.to(wide), v.flatten(1).to(wide)
             products = g @ g.T
@@ -228,17 +284,28 @@ class Exact:
         return Solved(found, lambdas, tuple(sorted(targets.keys() - found.keys())))
 
 
-def gathered(source: Source, module: str) -> torch.Tensor:
-    """All gradients of a module, in the records' order, [n, r, d]."""
-    found: torch.Tensor | None = None
-    for batch in source:
-        g = batch.gradients[module]
-        if found is None:
-            found = g.new_zeros(len(source), *g.shape[1:])
-        found[torch.tensor(batch.places, device=g.device)] = g
-    if found is None:
-        raise ValueError("there are no records")
-    return found
+def in_turn(source: Source, modules: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each module with all its gradients in the records' order [n, r, d], in as few passes as `HELD_BYTES` allows."""
+    left = list(modules)
+    while left:
+        held: dict[str, torch.Tensor] = {}
+        room = HELD_BYTES
+        for batch in source:
+            places = torch.tensor(batch.places)
+            if not held:
+                for name in left:
+                    g = batch.gradients[name]
+                    room -= len(source) * g[0].numel() * g.element_size()
+                    if held and room < 0:
+                        break
+                    held[name] = g.new_zeros(len(source), *g.shape[1:])
+            for name, whole in held.items():
+                whole[places.to(whole.device)] = batch.gradients[name]
+        if not held:
+            raise ValueError("there are no records")
+        for name in list(held):
+            left.remove(name)
+            yield name, held.pop(name)
 
 
 def relative_damping(source: Source, damping: float) -> dict[str, float]:
@@ -269,7 +336,7 @@ def times_fisher(source: Source, directions: Directions) -> dict[str, torch.Tens
 
 
 def _largest_eigenvalues(source: Source, like: Directions, steps: int = 8) -> dict[str, float]:
-    """Of F by module, from below, by power iteration; a tenth is added for what it may have missed."""
+    """Of F by module, from below, by power iteration, times `SAFETY`."""
     generator = torch.Generator().manual_seed(0)
     x = {name: torch.randn(1, *v.shape[1:], generator=generator, dtype=torch.float64).to(v) for name, v in like.items()}
     found = dict.fromkeys(like, 0.0)
@@ -278,4 +345,4 @@ def _largest_eigenvalues(source: Source, like: Directions, steps: int = 8) -> di
         product = times_fisher(source, x)
         found = {name: float(torch.linalg.vector_norm(one)) for name, one in product.items()}
         x = product
-    return {name: 1.1 * value for name, value in found.items()}
+    return {name: SAFETY * value for name, value in found.items()}

@@ -46,7 +46,13 @@ def agreement(names: Sequence[str], values: torch.Tensor, group: str) -> Estimat
         if None in pair or len(values) < 3:
             continue
         a, b = (values[:, index] for index in pair if index is not None)
-        correlation = float(stats.spearmanr(a.numpy(), b.numpy()).statistic)
-        if correlation == correlation:  # none where all scores are equal
+        if (correlation := rank_correlation(a, b)) is not None:
             found.append(correlation)
     return mean(found, bounds=(-1.0, 1.0)) if found else None
+
+
+def rank_correlation(first: torch.Tensor, second: torch.Tensor) -> float | None:
+    """Spearman's correlation of two sets of scores [n]; None of fewer than two, or where all of one are equal."""
+    if len(first) < 2 or bool((first == first[0]).all()) or bool((second == second[0]).all()):
+        return None
+    return float(stats.spearmanr(first.numpy(), second.numpy()).statistic)

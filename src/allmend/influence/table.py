@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from allmend.influence.conditioning import BlockFigures
 from allmend.parquet import read_rows, write_rows
 from allmend.results import Estimate, Table
 
@@ -19,19 +20,22 @@ class Row:
     Attributes:
         record_id, client: the record, and whose it is.
         target: the group of target records.
-        score: above 0 where training on the record lowers the target's loss.
-        rank: 1 for the most helpful of all records.
-        loss: of the record, per token (nats).
+        score: above 0 where training on the record lowers the target's loss; None for a record without a token to
+            learn from, which training passes over.
+        rank: 1 for the most helpful of all records; those without a score come last.
+        loss: of the record, per token (nats); None without a score.
         method: of influence.
+        caution: why the score is to be taken with care; the same for all of a table.
     """
 
     record_id: str
     client: str
     target: str
-    score: float
+    score: float | None
     rank: int
-    loss: float
+    loss: float | None
     method: str
+    caution: str = ""
 
 
 class ClientInfluence(Table):
@@ -49,6 +53,23 @@ class ClientInfluence(Table):
     harmful: Estimate
 
 
+class UnderDamping(Table):
+    """What another damping makes of a target's scores.
+
+    Attributes:
+        target: which.
+        damping: c.
+        agreement: Spearman's correlation of the scores with those of the damping that was asked for; None where all
+            scores are equal.
+        reliability: as of `InfluenceTable`, under this damping; None for a target that is one record.
+    """
+
+    target: str
+    damping: float
+    agreement: float | None
+    reliability: Estimate | None
+
+
 class InfluenceTable(Table):
     """What a table of influence was made with, and its figures by client.
 
@@ -56,12 +77,17 @@ class InfluenceTable(Table):
         method, damping, side, modules: as asked for.
         sign: what a score above 0 means.
         weights: SHA-256 of the base model; `adapter` of the adapter's weights.
+        inverse: that solved the blocks, of `gfim`.
         records: scored; target_records: of all targets.
+        silent: records without a token to learn from, which have no score, by client.
         clients: by client and target.
         reliability: by target: Spearman's correlation of the scores that two halves of the target records give, over
             splits; a target that is one record has none.
         lambdas: damping by module; `skipped` modules had no gradient.
-        notes: what a reader should know.
+        blocks: by module, of methods with blocks: how well it is conditioned and solved.
+        sweep: of other dampings, where that was asked for.
+        cautions: why no score is to be relied on by itself; they stand beside every one.
+        notes: what else a reader should know.
         versions: of Python and packages.
         seed: of the splits.
     """
@@ -78,7 +104,12 @@ class InfluenceTable(Table):
     clients: tuple[ClientInfluence, ...]
     reliability: dict[str, Estimate]
     lambdas: dict[str, float]
+    inverse: str = "cholesky"
+    silent: dict[str, tuple[str, ...]]
     skipped: tuple[str, ...] = ()
+    blocks: dict[str, BlockFigures]
+    sweep: tuple[UnderDamping, ...] = ()
+    cautions: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     versions: dict[str, str]
     seed: int

@@ -19,6 +19,7 @@ from allmend.recipe.sections import (
     Data,
     Engine,
     Evaluation,
+    Influence,
     Model,
     Name,
     Privacy,
@@ -48,6 +49,7 @@ class Recipe(Section):
     canaries: Canaries | None = None
     evaluation: Evaluation = Evaluation()
     audit: Audit = Audit()
+    influence: Influence | None = None
     engine: Engine = Engine()
 
     @model_validator(mode="after")
@@ -84,10 +86,16 @@ class Recipe(Section):
             strangers = sorted(set(self.canaries.clients) - {client.name for client in self.clients})
             if strangers:
                 yield ("canaries", "clients"), f"no client of this recipe is called {', '.join(strangers)}"
-        unknown = sorted(set(self.audit.models or ()) - {self.strategy.name, *self.compare})
-        if unknown:
-            arms = ", ".join(dict.fromkeys((self.strategy.name, *self.compare)))
-            yield ("audit", "models"), f"no arm of this recipe is called {', '.join(unknown)} (it has {arms})"
+        named: dict[Key, list[str] | None] = {("audit", "models"): self.audit.models}
+        if self.influence is not None:
+            named["influence", "arms"] = self.influence.arms
+        for key, models in named.items():
+            if unknown := sorted(set(models or ()) - {self.strategy.name, *self.compare}):
+                arms = ", ".join(dict.fromkeys((self.strategy.name, *self.compare)))
+                yield key, f"no arm of this recipe is called {', '.join(unknown)} (it has {arms})"
+        if self.influence is not None and (self.influence.target, self.influence.targets) == ("held_out", "kind"):
+            what = "clients' held-out records are summed, and have no kinds then: name a file as target"
+            yield ("influence", "targets"), what
 
     def arms(self) -> dict[str, "Arm"]:
         """The recipe's own arm (named after its strategy) and those of `[compare]`, in order.

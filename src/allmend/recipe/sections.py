@@ -339,6 +339,29 @@ class Audit(Section):
         return self
 
 
+class Influence(Section):
+    """Whose data helped: measured when all arms are trained. Only sums of what the records come to leave a client."""
+
+    target: str = "held_out"
+    """What is to be helped: `held_out`, all clients' held-out records together, or a file of records that the
+    coordinator has. `[data.fields]` applies to it."""
+    targets: Literal["mean", "kind"] = "mean"
+    """One target, or, of a file, one for each label of its records."""
+    damping: Annotated[float, Field(gt=0)] = 0.1
+    """Added to each block of curvature, times its mean eigenvalue."""
+    inverse: Literal["auto", "cholesky", "eigen", "hyperpower"] = "auto"
+    """How a block is inverted; `auto` takes what is fastest on this machine."""
+    modules: str | None = None
+    """A regular expression for names of weights that count; all that learn when absent."""
+    min_records: Annotated[int, Field(ge=1)] = 32
+    """A client with fewer training records adds nothing to the blocks of curvature, since a block of few records shows
+    them, and nothing is told of its scores."""
+    reveal: Literal["none", "client_sums"] = "none"
+    """Whether the coordinator may see what each client's scores come to: their number, sum, squares and signs."""
+    arms: list[str] | None = None
+    """Arms to measure; when absent, every arm with a LoRA adapter that all clients share."""
+
+
 class Engine(Section):
     workers: Annotated[int, Field(ge=0)] = 0
     """Worker processes that train clients side by side; with 0, one after the other in this process."""

@@ -23,7 +23,16 @@ from allmend.events import (
     read_events,
 )
 from allmend.probes import Probe, read_probes
-from allmend.results import BASE, POOLED, AuditTable, Difference, PrivacyTable, Utility, UtilityTable
+from allmend.results import (
+    BASE,
+    POOLED,
+    AuditTable,
+    Difference,
+    InfluenceByMember,
+    PrivacyTable,
+    Utility,
+    UtilityTable,
+)
 from allmend.run import RunFolder
 
 
@@ -53,7 +62,7 @@ class Evidence:
         warnings: each once.
         offered: members that the run was offered to, where they are on other machines.
         running: whether a process of this machine works on the run.
-        utility, audit, privacy, recipe: None when the file is not there.
+        utility, audit, privacy, influence, recipe: None when the file is not there.
         probes: of the audit, none when their file is not there.
     """
 
@@ -74,6 +83,7 @@ class Evidence:
     utility: UtilityTable | None = None
     audit: AuditTable | None = None
     privacy: PrivacyTable | None = None
+    influence: InfluenceByMember | None = None
     probes: tuple[Probe, ...] = ()
     recipe: str | None = None
 
@@ -152,7 +162,7 @@ def read_evidence(run: Path) -> Evidence:
         UserError: the folder is not there or holds nothing of a run, or a file in it cannot be read as what it is.
     """
     log, recipe = run / "events.jsonl", run / "recipe.toml"
-    results = [run / "results" / f"{name}.json" for name in ("utility", "audit", "privacy")]
+    results = [run / "results" / f"{name}.json" for name in ("utility", "audit", "privacy", "influence")]
     if not any(path.is_file() for path in (log, recipe, *results)):
         raise UserError(
             "no run is here" if run.is_dir() else "there is no such folder",
@@ -171,6 +181,7 @@ def read_evidence(run: Path) -> Evidence:
             utility=folder.read_table("utility", UtilityTable),
             audit=folder.read_table("audit", AuditTable),
             privacy=folder.read_table("privacy", PrivacyTable),
+            influence=folder.read_table("influence", InfluenceByMember),
             probes=read_probes(probes) if (probes := run / "results" / "audit.parquet").is_file() else (),
             recipe=recipe.read_text(errors="replace") if recipe.is_file() else None,
             running=folder.worked_on,
@@ -226,6 +237,7 @@ def _sorted(events: list[Event], files: Evidence) -> Evidence:
         utility=files.utility,
         audit=files.audit,
         privacy=files.privacy,
+        influence=files.influence,
         probes=files.probes,
         recipe=files.recipe,
     )

@@ -5,6 +5,7 @@ and is complete without scripts. It reads the run's files and no other state, so
 also for a run that stopped half-way.
 """
 
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -12,6 +13,7 @@ from string import Template
 from allmend.report.evidence import Evidence, read_evidence
 from allmend.report.markup import Html, join, tag, text
 from allmend.report.sections.exchange import exchange
+from allmend.report.sections.influence import influence
 from allmend.report.sections.learning import learning
 from allmend.report.sections.memorisation import memorisation
 from allmend.report.sections.privacy import privacy
@@ -26,6 +28,7 @@ SECTIONS = (
     ("utility", "Utility", utility),
     ("learning", "Learning", learning),
     ("memorisation", "Memorisation", memorisation),
+    ("influence", "Influence", influence),
     ("privacy", "Privacy", privacy),
     ("exchange", "Exchange", exchange),
     ("data", "Data", records),
@@ -51,16 +54,46 @@ def write_report(run: Path | str) -> Path:
 
 def page(evidence: Evidence) -> str:
     """The whole page as text."""
-    shown = [part for part in SECTIONS if evidence.is_run or part[0] in OF_AN_AUDIT]
-    contents = [tag("li", tag("a", title, href=f"#{anchor}")) for anchor, title, _ in shown]
+    parts = [part for part in SECTIONS if evidence.is_run or part[0] in OF_AN_AUDIT]
+    made = [(anchor, title, section(evidence)) for anchor, title, section in parts]
+    shown = [part for part in made if part[2]]
+    return fill(
+        title=f"{name(evidence)} · allmend",
+        head=head(evidence),
+        contents=[(anchor, title) for anchor, title, _ in shown],
+        missing=missing(evidence),
+        summary=summary(evidence),
+        sections=[section for *_, section in shown],
+    )
+
+
+def fill(
+    *,
+    title: str,
+    head: Html,
+    contents: Sequence[tuple[str, str]],
+    summary: Html,
+    sections: Sequence[Html],
+    missing: Html | None = None,
+) -> str:
+    """A page with this content.
+
+    Args:
+        title: of the window.
+        head: what stands on top.
+        contents: anchors and titles of the sections.
+        summary: before them.
+        sections: what there is to read.
+        missing: what is not there, and how to come by it.
+    """
     own = files("allmend.report")
     return Template(own.joinpath("page.html").read_text()).substitute(
-        title=text(f"{name(evidence)} · allmend"),
+        title=text(title),
         style=Html(own.joinpath("page.css").read_text()),
-        head=head(evidence),
-        contents=join(contents),
-        missing=missing(evidence) or "",
-        summary=summary(evidence),
-        sections=join(section(evidence) for *_, section in shown),
+        head=head,
+        contents=join(tag("li", tag("a", name, href=f"#{anchor}")) for anchor, name in contents),
+        missing=missing or "",
+        summary=summary,
+        sections=join(sections),
         script=Html(own.joinpath("page.js").read_text()),
     )

@@ -23,7 +23,7 @@ def hidden(
 ) -> HidingEngine:
     inner = InProcessEngine(trainable, members, settings, lambda name, turn, step: None)
     code = VectorCode.of(strategy, trainable.state(), SecureAggregation(**layer), len(members))
-    return HidingEngine(inner, code, lambda turn, member: rounding("seeded", 1, "arm", turn, member), fewest)
+    return HidingEngine(inner, [code], lambda turn, member: rounding("seeded", 1, "arm", turn, member), fewest)
 
 
 @pytest.mark.parametrize("name", SUMMING)
@@ -45,7 +45,7 @@ def test_a_hidden_sum_is_the_plain_one_to_the_width_of_a_step(
     events = [next(event for event in one.events if isinstance(event, RoundDone)) for one in (plain, found)]
     assert events[0].loss == pytest.approx(events[1].loss, abs=1e-3) if events[0].loss else events[1].loss is None
     assert events[1].cut == 0
-    size = engine.code.length * 8
+    size = engine.codes[0].length * 8
     assert events[1].received == dict.fromkeys("abc", size)
 
 

@@ -3,7 +3,7 @@
 It is what secure aggregation between machines comes to: the same integers, so the same model, but for the masks.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from allmend.errors import UserError
@@ -19,13 +19,13 @@ class HidingEngine:
 
     Attributes:
         inner: does the work.
-        code: of the replies' vectors.
+        codes: of the replies' vectors, for each leg of a round.
         rounding: random numbers for a member's rounding and noise in a leg.
         fewest: members that a sum must be over.
     """
 
     inner: Engine
-    code: VectorCode
+    codes: Sequence[VectorCode]
     rounding: Callable[[Turn, str], NoiseSource]
     fewest: int
     _sum: CodedSum | None = field(init=False, default=None)
@@ -36,7 +36,8 @@ class HidingEngine:
         return self.inner.members
 
     def work(self, strategy: Strategy, tasks: Mapping[str, Task]) -> Iterator[Answer]:
-        self._sum, self._worked = CodedSum(self.code), []
+        leg = next((task.turn.leg for task in tasks.values()), 0)
+        self._sum, self._worked = CodedSum(self.codes[leg]), []
         for answer in self.inner.work(strategy, tasks):
             turn = tasks[answer.member].turn
             try:

@@ -179,7 +179,7 @@ class FlowerEngine:
             _, about = parse(data, where=where)
             if (error := error_of(about)) is not None:
                 raise UserError(error, where=where)
-            hidden = self.hiding.code.length * self.hiding.code.bits // 8 if self.hiding else 0
+            hidden = self.hiding.codes[task.turn.leg].nbytes if self.hiding else 0
             reply = parse_reply(data, where=where)[0]
             self._check(strategy, task, reply, where)
             return Answer(name, reply, hidden)

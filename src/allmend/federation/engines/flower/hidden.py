@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,17 +39,17 @@ class Hiding:
         run: digest of the offer.
         arm: name.
         keys: all members' raw public keys, by name.
-        code: how replies become vectors.
+        codes: how the replies of each leg become vectors.
         layer: of the recipe.
     """
 
     run: str
     arm: str
     keys: Mapping[str, bytes]
-    code: VectorCode
+    codes: Sequence[VectorCode]
     layer: SecureAggregation
 
-    def terms(self, session: str, names: list[str]) -> Terms:
+    def terms(self, session: str, names: list[str], leg: int) -> Terms:
         """The terms of one sum.
 
         Raises:
@@ -57,11 +57,12 @@ class Hiding:
         """
         if strangers := sorted(set(names) - set(self.keys)):
             raise ValueError(f"{', '.join(strangers)} is not registered")
+        code = self.codes[leg]
         plain = Terms(
             session=session,
             members={name: self.keys[name] for name in names},
-            length=self.code.length,
-            bits=self.code.bits,
+            length=code.length,
+            bits=code.bits,
             fewest=self.layer.fewest,
         )
         needed = max(plain.lowest_threshold, math.ceil(self.layer.threshold * (plain.degree + 1)))
@@ -112,11 +113,12 @@ def ask_sum(
     """
     once = secrets.token_hex(8)
     try:
-        terms = hiding.terms(hiding.session(turn, task, once), names)
+        terms = hiding.terms(hiding.session(turn, task, once), names, turn.leg)
     except ValueError as error:
         raise UserError(f"no sum can be formed: {error}", where=f"arm {hiding.arm!r}, round {turn.round}") from None
     total, told = SecureSum(terms), dict.fromkeys(names, b"")
-    largest = FACTS + hiding.code.length * hiding.code.bits // 8
+    code = hiding.codes[turn.leg]
+    largest = FACTS + code.nbytes
     for step in STEPS:
         about: dict[str, JSON] = {
             "ask": "secure",
@@ -144,7 +146,7 @@ def ask_sum(
                 warn(f"lost on the way to a sum: {error}")
         told = total.advance()
     assert total.total is not None
-    return hiding.code.decode(total.total, len(total.survivors)), total.survivors
+    return code.decode(total.total, len(total.survivors)), total.survivors
 
 
 def _packed(message: bytes) -> dict[str, torch.Tensor]:
@@ -194,6 +196,8 @@ class HiddenPart:
             turn = Turn(int(round), int(leg), int(round))
             if step not in STEPS or not isinstance(once, str) or len(once) > 64:
                 raise ValueError("unknown step")
+            if not 0 <= turn.leg < len(self.hiding.codes):
+                raise ValueError(f"the arm has {len(self.hiding.codes)} legs")
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"not a step of a secure sum: {error}", where=where) from None
         reply, task = self.work(turn.round, turn.leg)
@@ -204,7 +208,7 @@ class HiddenPart:
         self._refuse_other_work(turn, content)
         try:
             if step == "keys":
-                terms = self.hiding.terms(session, names)
+                terms = self.hiding.terms(session, names, turn.leg)
                 self._at = session, SecureMember(terms, self.name, self.identity), content
                 answer = self._at[1].keys()
             elif self._at is None or (self._at[0], self._at[2]) != (session, content):
@@ -212,7 +216,7 @@ class HiddenPart:
             elif step == "shares":
                 answer = self._at[1].shares(message)
             elif step == "masked":
-                vector, _ = self.hiding.code.encode(reply, self.source(turn))
+                vector, _ = self.hiding.codes[turn.leg].encode(reply, self.source(turn))
                 answer = self._at[1].masked(message, vector)
             else:
                 answer = self._at[1].opened(message)

@@ -147,9 +147,18 @@ def error_answer(error: UserError) -> bytes:
     return dump({}, {"error": {"what": error.what, "where": error.where, "hint": error.hint}})
 
 
+LONGEST = 80
+"""Letters of a name: those that a recipe's arm may have, and room for what is worked out about it."""
+
+
 def _plain(arm: str) -> str:
     """A name that is safe as a folder's: it came over the network."""
-    if not arm or len(arm) > 64 or not all(letter.isalnum() or letter in "._-" for letter in arm) or arm[0] in ".-":
+    if (
+        not arm
+        or len(arm) > LONGEST
+        or not all(letter.isalnum() or letter in "._-" for letter in arm)
+        or arm[0] in ".-"
+    ):
         raise UserError(f"no arm is called {arm!r}", where="the coordinator's question")
     return arm
 

@@ -12,7 +12,10 @@ from allmend.federation.privacy.secure_sum.masks import Integers, dtype
 Floats = npt.NDArray[np.float64]
 
 FINEST = 2**40
-"""Most levels: a float64 holds products with them exactly enough."""
+"""Most levels unless more are asked for: a float64 holds products with them exactly enough."""
+
+EXACT = 2**52
+"""Most levels at all: a float64 holds whole numbers up to there."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,8 @@ class FixedPoint:
                 f"{self.members} members × {self.scale} levels = {self.members * self.scale:,} do not fit "
                 f"{self.bits} bits with a sign (below {2 ** (self.bits - 1):,})"
             )
-        if self.scale > FINEST:
-            raise ValueError(f"at most {FINEST:,} levels are exact, got {self.scale:,}")
+        if self.scale > EXACT:
+            raise ValueError(f"at most {EXACT:,} levels are exact, got {self.scale:,}")
 
     @property
     def scale(self) -> int:

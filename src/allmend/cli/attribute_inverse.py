@@ -1,0 +1,150 @@
+"""`allmend attribute inverse`: which inverse is fastest here, and how approximations come to the exact one."""
+
+import statistics
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from allmend.cli.as_json import AsJson, print_json, silent
+from allmend.cli.figures import ABSENT, show_sections
+from allmend.cli.progress import counted, shown
+
+if TYPE_CHECKING:
+    from allmend.influence.convergence import Convergence
+    from allmend.influence.inverse_table import Timing
+
+SIMULATED = 512
+"""Size of the simulation where none is named."""
+
+
+def inverse(
+    size: Annotated[
+        list[int] | None, typer.Option(min=2, help="d of matrices d × d to time; the simulation takes the first.")
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Matrices at a time, one for each size.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or mps; the first that is there if absent.")] = "",
+    seed: Annotated[int, typer.Option(help="Of matrices and vectors.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Time every inverse on this machine, and follow the approximate ones to the exact one.
+
+    What it finds decides `--inverse auto` of `allmend attribute` on this device from then on, if the usual sizes are
+    timed.
+
+    The usual sizes, in about two minutes:  allmend attribute inverse
+
+    Your own, quickly:  allmend attribute inverse --size 576 --batch 8
+    """
+    import torch
+
+    from allmend.errors import UserError
+    from allmend.events import WorkDone, WorkPlanned
+    from allmend.influence.convergence import simulate
+    from allmend.influence.fastest_inverse import device_name, remember
+    from allmend.influence.inverse_table import SIZES, fastest_of, time_inverses, verdict
+    from allmend.models.load import usable_device
+
+    sizes = size or []
+    batches = batch or [1] * len(sizes)
+    if len(batches) != len(sizes):
+        raise UserError(
+            f"{counted(len(batches), 'batch', 'batches')} for {counted(len(sizes), 'size')}",
+            where="--batch",
+            hint="Name one for each --size, or none.",
+        )
+    place = usable_device(device or None)
+    chosen = list(zip(batches, sizes, strict=True)) or list(SIZES)
+    phase, work = "time inverses", [float(b * d**3) for b, d in chosen]
+    console, timings = Console(), []
+    with silent() if as_json else shown(console) as listen:
+        listen(WorkPlanned(work={phase: sum(work)}))
+        simulated = simulate(sizes[0] if sizes else SIMULATED, seed=seed)
+        for timing in time_inverses(chosen, device=place, seed=seed):
+            timings.append(timing)
+            listen(WorkDone(phase=phase, share=sum(work[: len(timings)]) / sum(work)))
+    words = verdict(timings, lasting=not sizes)
+    machine = {
+        "device": device_name(place),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "dtype": "float32",
+    }
+    kept = None
+    if not sizes:  # a single size says nothing of the others
+        kept = remember(place, fastest_of(timings), [one.model_dump() for one in timings])
+    if as_json:
+        print_json({"simulation": simulated, "timings": timings, "verdict": words, "machine": machine})
+        return
+    show_simulation(console, simulated)
+    show_timings(console, timings)
+    console.print(
+        f"{escape(device_name(place))}, {counted(torch.get_num_threads(), 'thread')}, torch {torch.__version__}, "
+        "single precision. The median of rounds in which every inverse had its turn, and their range.",
+        style="dim",
+        highlight=False,
+    )
+    console.print(words, highlight=False)
+    if kept is not None:
+        console.print(f"Kept in {escape(str(kept))}", highlight=False, soft_wrap=True)
+
+
+def show_simulation(console: Console, found: "Convergence") -> None:
+    """Print residuals and errors by step."""
+    columns = {"step": 5} | {f"order {order}": 9 for order in found.residual}
+    columns |= {f"error {order}": 9 for order in found.error} | {"LiSSA": 9}
+    rows = []
+    for step in range(len(found.lissa)):
+        cells = [
+            f"{one[step]:.1e}" if step < len(one) else ""
+            for table in (found.residual, found.error)
+            for one in table.values()
+        ]
+        rows.append((str(step), *cells, f"{found.lissa[step]:.2f}"))
+    title = f"Approximate inverses of one matrix, {found.size} × {found.size}, condition {found.condition:.0f}"
+    show_sections(console, title, columns, {"": rows})
+    later = ", ".join(f"{error:.2g} after {steps:,}" for steps, error in found.lissa_later.items())
+    console.print(
+        "Order: the residual of the hyperpower iteration, ‖I − A X‖ / √d, and error: of its solutions, "
+        f"‖x − A⁻¹v‖ / ‖A⁻¹v‖. A step of order p takes p products of matrices. A step of LiSSA, whose error is {later} "
+        f"steps, takes one of a matrix and vectors. DataInf's error is {found.datainf:.2g}; that of v without any "
+        f"inverse, over the mean eigenvalue, {found.uncurved:.2g}. Double precision, {found.samples:,} samples with a "
+        f"power-law spectrum, damping a tenth of the mean eigenvalue, seed {found.seed}.",
+        style="dim",
+        highlight=False,
+    )
+
+
+def show_timings(console: Console, timings: "Sequence[Timing]") -> None:
+    """Print medians and ranges in milliseconds, and the errors below."""
+    heads = {
+        "cholesky": "Cholesky's factors, 8 right sides",
+        "full_inverse": "inverse from Cholesky's factors",
+        "eigen": "eigenvectors",
+        "hyperpower": "hyperpower to 1e-4",
+    }
+    columns = {"inverse": 34, "ms": 9, "range": 20, "error": 9}
+    sections = {
+        f"{one.batch} × {one.size}, condition {one.condition:.0f}": [
+            (
+                head if way != "hyperpower" or one.steps is None else f"{head}, {counted(one.steps, 'step')}",
+                *_milliseconds(one.seconds[way]),
+                f"{one.error[way]:.0e}" if way in one.error else ABSENT,
+            )
+            for way, head in heads.items()
+        ]
+        for one in timings
+    }
+    show_sections(console, "Milliseconds of each inverse", columns, sections)
+
+
+def _milliseconds(seconds: Sequence[float]) -> tuple[str, str]:
+    if not seconds:
+        return "gave up", ABSENT
+    low, middle, high = (
+        f"{one:,.0f}" if one >= 1000 else f"{one:.3g}"
+        for one in (1e3 * pick(seconds) for pick in (min, statistics.median, max))
+    )
+    return middle, f"{low} to {high}"
