@@ -27,7 +27,9 @@ from allmend.influence.scores import influence
 from allmend.models.adapters import Trainable, add_lora
 from allmend.models.load import load_model
 
-LENGTH, PASS, TARGETS = 32, 512, 16
+PASS, TARGETS = 512, 16
+LENGTHS = {"SmolLM2-135M": 16, "a small Llama": 72}
+"""Tokens of a record: what a pass holds depends on its tokens, not on how many records they are."""
 COUNTS = {"SmolLM2-135M": (200, 2_000), "a small Llama": (200, 2_000, 20_000)}
 QUICK = {"SmolLM2-135M": (32, 64), "a small Llama": (200, 2_000)}
 
@@ -57,11 +59,15 @@ def made(name: str) -> tuple[Trainable, int]:
     return trainable, trainable.model.config.vocab_size
 
 
-def random_records(count: int, vocabulary: int, seed: int) -> list[Encoded]:
+def random_records(count: int, length: int, vocabulary: int, seed: int) -> list[Encoded]:
+    """Each with tensors of its own, as an encoder makes them."""
     generator = torch.Generator().manual_seed(seed)
-    place = torch.arange(LENGTH)
-    whole = torch.randint(vocabulary, (count, LENGTH), generator=generator)
-    return [Encoded(str(n), ids, place > 0, torch.zeros_like(place), place) for n, ids in enumerate(whole.unbind())]
+    found = []
+    for number in range(count):
+        place = torch.arange(length)
+        ids = torch.randint(vocabulary, (length,), generator=generator)
+        found.append(Encoded(str(number), ids, place > 0, torch.zeros_like(place), place))
+    return found
 
 
 def peak(name: str, count: int, threads: int) -> tuple[float, float]:
@@ -71,7 +77,7 @@ def peak(name: str, count: int, threads: int) -> tuple[float, float]:
     torch.set_num_threads(threads)
     trainable, vocabulary = made(name)
     train, target = (
-        OfRecords(trainable, random_records(some, vocabulary, seed), None, PASS)
+        OfRecords(trainable, random_records(some, LENGTHS[name], vocabulary, seed), None, PASS)
         for seed, some in enumerate((count, TARGETS))
     )
     before = psutil.Process().memory_info().rss
@@ -97,8 +103,8 @@ def main() -> None:
         peaks = [most for _, most in seen.values()]
         added = [most - before for before, most in seen.values()]
         figure(
-            f"peak memory of `gfim` on {name} with {', '.join(f'{count:,}' for count in counts)} records of {LENGTH} "
-            "tokens (1.05 at most is asked for)",
+            f"peak memory of `gfim` on {name} with {', '.join(f'{count:,}' for count in counts)} records of "
+            f"{LENGTHS[name]} tokens (1.05 at most is asked for)",
             f"{' / '.join(f'{one / peaks[0]:.3f}' for one in peaks[1:])} times the first's {peaks[0] / 1e6:,.0f} MB; "
             f"the passes add {', '.join(f'{one / 1e6:,.0f}' for one in added)} MB",
         )

@@ -17,7 +17,7 @@ from allmend.federation.strategies.private_fedavg import PrivateFedAvg
 from allmend.models.adapters import check_lora
 from allmend.models.load import LoadedModel, linear_layers
 from allmend.models.sources import resolve
-from allmend.recipe import AT_MEMBER, Arm, Problem, Recipe, RecipeError
+from allmend.recipe import AT_MEMBER, HELD_OUT, Arm, Problem, Recipe, RecipeError
 from allmend.strategy import Strategy, Turn
 
 
@@ -156,8 +156,8 @@ def _influence_problems(recipe: Recipe, base: Path) -> list[Problem]:
     if settings.arms is None and not influenced(recipe):
         reasons = "; ".join(f"{name} {_no_influence(arm)}" for name, arm in arms.items())
         problems.append(Problem(("influence",), f"there is no arm to measure: {reasons}"))
-    if settings.target != "held_out" and not (base / Path(settings.target).expanduser()).is_file():
-        what = f"{base / settings.target} is no file (paths start from the recipe's folder), nor held_out"
+    if settings.target != HELD_OUT and not (base / Path(settings.target).expanduser()).is_file():
+        what = f"{base / settings.target} is no file (paths start from the recipe's folder), nor {HELD_OUT}"
         problems.append(Problem(("influence", "target"), what))
     if settings.modules is not None:
         try:

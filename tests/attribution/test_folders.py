@@ -1,13 +1,18 @@
 """Influence on a model and adapter made elsewhere: what was learnt from a record is found at that record."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from scipy.stats import spearmanr
 from tests.attribution.conftest import ADAPTER, rows, write
+from tests.attribution.test_subject import Silencing
 
+from allmend.attribution import subject
 from allmend.attribution.folders import attribute_folder
 from allmend.attribution.settings import Settings
 from allmend.errors import UserError
@@ -36,7 +41,8 @@ def attribute(place: Path, tiny_folder: Path) -> Callable[..., Any]:
             "target": place / "test.jsonl",
             "settings": settings,
         }
-        return attribute_folder(str(tiny_folder), place / ADAPTER, **given | options)
+        adapter = options.pop("adapter", place / ADAPTER)
+        return attribute_folder(str(tiny_folder), adapter, **given | options)
 
     return run
 
@@ -66,6 +72,83 @@ def test_figures_and_files_say_the_same(attribute: Callable[..., Any], tmp_path:
     assert table.reliability["mean"].value > 0.5
     assert type(events[0]) is WorkPlanned
     assert type(events[-1]) is PhaseDone
+
+
+def test_each_block_has_its_figures_and_what_is_off_stands_beside_every_score(attribute: Callable[..., Any]) -> None:
+    found = attribute()
+    table = found.table
+    assert table.blocks.keys() == table.lambdas.keys()
+    for name, one in table.blocks.items():
+        assert one.damping == table.lambdas[name]
+        assert one.fit is not None
+        assert 0 < one.fit <= 1
+        assert one.condition is not None
+        assert 1 <= one.condition <= one.size * 11  # d (1 + c) / c
+        assert one.residual < 1e-3
+        assert (one.rows, one.dtype) == (40, "float32")
+    assert "20 records, fewer than 32" in table.cautions[0]
+    assert "known along few directions" in table.cautions[1]
+    assert {row.caution for row in found.rows} == {" ".join(table.cautions)}
+    plain = attribute(settings={"method": "hessian_free"})
+    assert (plain.table.blocks, plain.table.cautions) == ({}, ())
+    assert {row.caution for row in plain.rows} == {""}
+
+
+@pytest.mark.parametrize("method", ["gfim", "datainf"])
+def test_other_dampings_are_compared_with_the_one_asked_for(method: str, attribute: Callable[..., Any]) -> None:
+    found = attribute(settings={"method": method, "sweep": True, "damping": 0.5})
+    assert [one.damping for one in found.table.sweep] == [0.001, 0.01, 0.1, 0.5, 1.0, 10.0]
+    plain = attribute(settings={"method": method, "damping": 0.5})
+    assert [row.score for row in found.rows] == pytest.approx([row.score for row in plain.rows], rel=1e-4, abs=1e-7)
+    for one in found.table.sweep:
+        assert one.agreement is not None
+        assert one.reliability is not None
+        other = attribute(settings={"method": method, "damping": one.damping})
+        expected = spearmanr([row.score for row in other.rows], [row.score for row in plain.rows]).statistic
+        assert one.agreement == pytest.approx(expected, abs=0.01)
+        assert one.reliability.value == pytest.approx(other.table.reliability["mean"].value, abs=0.02)
+        if one.damping == 0.5:
+            assert one.agreement == pytest.approx(1)
+
+
+def test_records_without_a_token_to_learn_from_have_no_score_and_come_last(
+    attribute: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole = attribute()
+    monkeypatch.setattr(subject, "Encoder", Silencing)
+    monkeypatch.setattr(Silencing, "silenced", {"north-3", "south-0"})
+    found = attribute(out=tmp_path / "out")
+    assert found.table.silent == {"north": ("north-3",), "south": ("south-0",)}
+    assert found.table.records == 18
+    assert [(row.record_id, row.loss, row.rank) for row in found.rows if row.score is None] == [
+        ("north-3", None, 19),
+        ("south-0", None, 20),
+    ]
+    assert sorted(row.rank for row in found.rows) == list(range(1, 21))
+    assert read_scores(tmp_path / "out" / ROWS) == found.rows
+    assert {one.client: one.mean.n for one in found.table.clients} == {"north": 9, "south": 9}
+    assert found.texts.keys() == whole.texts.keys()
+
+
+def test_blocks_without_room_are_refused_where_a_method_has_blocks(
+    attribute: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("allmend.influence.block_memory.free_memory", lambda device: 100)
+    with pytest.raises(UserError, match="blocks take"):
+        attribute()
+    attribute(settings={"method": "hessian_free"})
+
+
+def test_an_untrained_adapter_is_noted(attribute: Callable[..., Any], place: Path, tmp_path: Path) -> None:
+    assert not any("untrained" in note for note in attribute().table.notes)
+    folder = shutil.copytree(place / ADAPTER, tmp_path / "adapter")
+    path = folder / "adapter_model.safetensors"
+    tensors = {name: one * ("lora_A" in name) for name, one in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    found = attribute(adapter=folder)
+    assert "The adapter is untrained (all its factors B are 0): only the B side has gradients." in found.table.notes
+    assert {name.split(".")[-2] for name in found.table.skipped} == {"lora_A"}
+    assert {name.split(".")[-2] for name in found.table.blocks} == {"lora_B"}
 
 
 def test_a_target_for_each_label_or_record(attribute: Callable[..., Any]) -> None:

@@ -1,6 +1,7 @@
 """What was kept is what scored highest, what chance kept is as much, and both are files that a recipe takes."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from tests.attribution.conftest import write
 from allmend.attribution.selection import select
 from allmend.data.files import read_records
 from allmend.errors import UserError
-from allmend.influence.table import ROWS, Row, write_scores
+from allmend.influence.table import ROWS, Row, read_scores, write_scores
 from allmend.recipe import Fields
 
 
@@ -46,6 +47,13 @@ def test_the_highest_scores_of_all_are_kept(place: Path) -> None:
     )
     assert len(found["south"]) > len(found["north"])
     assert found["south"][-3:] == ["7", "8", "9"]
+
+
+def test_a_record_without_a_score_comes_after_all_others(place: Path) -> None:
+    rows = read_scores(place / "found" / ROWS)
+    write_scores(place / "found" / ROWS, [replace(row, score=None) if row.record_id == "9" else row for row in rows])
+    rest = [str(i) for i in range(9)]
+    assert kept(place, per_client=True, keep=0.9) == {"north": rest, "south": rest}
 
 
 def test_a_share_of_each_client_or_of_each_value_is_kept(place: Path) -> None:

@@ -5,7 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
+from tests.attribution.test_subject import Silencing
 from tests.cli.conftest import Allmend
+
+from allmend.attribution import subject
 
 ADAPTER = "runs/tiny/arms/fedavg/adapter"
 GIVEN = ("--adapter", ADAPTER, "--train", "north.jsonl", "--train", "south.jsonl", "--target", "test.jsonl")
@@ -86,6 +89,17 @@ def test_what_cannot_be_is_told(words: tuple[str, ...], told: str, allmend: Allm
     shown = allmend("attribute", "model", *GIVEN, *words)
     assert shown.code == 2
     assert told in shown.err
+
+
+def test_records_without_a_score_are_listed(allmend: Allmend, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subject, "Encoder", Silencing)
+    monkeypatch.setattr(Silencing, "silenced", {"north-3", "south-0", "south-1"})
+    shown = allmend("attribute", "model", *GIVEN)
+    assert (shown.code, shown.err) == (0, "")
+    assert "Without a score, north: north-3" in shown.out
+    assert "Without a score, south: south-0, south-1" in shown.out
+    found = json.loads(allmend("attribute", "model", *GIVEN, "--json").out)
+    assert [row["record_id"] for row in found["rows"] if row["score"] is None] == ["north-3", "south-0", "south-1"]
 
 
 def test_inverses_are_timed_and_the_verdict_decides_what_auto_takes(

@@ -9,13 +9,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.influence.conftest import MakeRecords
 
+from allmend.data.chat import Encoded
 from allmend.data.packing import pack
 from allmend.errors import UserError
+from allmend.influence import gradients as source_module
 from allmend.influence.gradients import OfRecords, mean_gradient
+from allmend.influence.kept import keep
 from allmend.influence.methods import Gfim
 from allmend.influence.scores import influence
 from allmend.learn.objective import log_likelihood
-from allmend.models.adapters import Trainable, full
+from allmend.models.adapters import Trainable, add_lora, full
 
 
 def alone(trainable: Trainable, record: Any) -> tuple[dict[str, torch.Tensor], float]:
@@ -96,6 +99,105 @@ def test_what_has_no_factors_or_nothing_to_learn_is_told(
     silent = replace(first, target=torch.zeros_like(first.target))
     with pytest.raises(UserError, match="1 records have no token to learn from"):
         list(OfRecords(trainable, [silent, *rest]))
+
+
+# torch.func goes through attention one record after the other, and says so
+@pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore::FutureWarning")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_are_those_of_torch_func(checkpointing: bool, make_tiny_model: Callable[..., Any]) -> None:
+    trainable = trained_double(make_tiny_model)
+    generator = torch.Generator().manual_seed(5)
+    place = torch.arange(7)
+    records = [
+        Encoded(str(i), torch.randint(0, 256, (7,), generator=generator), place > 1, torch.zeros_like(place), place)
+        for i in range(4)
+    ]
+    names = {name.replace(".weight", ".default.weight"): name for name in trainable.parameters()}  # PEFT's own
+    parameters = {own: trainable.parameters()[name].detach() for own, name in names.items()}
+
+    def loss(parameters: dict[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
+        call = {"input_ids": ids[None], "use_cache": False}
+        logits = torch.func.functional_call(trainable.model, parameters, (), call).logits[0]
+        return -logits[1:-1].log_softmax(-1).gather(1, ids[2:, None]).sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, torch.stack([r.ids for r in records]))
+    if checkpointing:
+        trainable.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        trainable.model.train()
+    (batch,) = OfRecords(trainable, records)
+    assert trainable.model.training is checkpointing
+    for own, name in names.items():
+        expected = each[own][list(batch.places)]
+        expected = expected.mT if ".lora_B." in name else expected
+        # the objective's logits are in single precision
+        assert float((batch.gradients[name] - expected).abs().max() / expected.abs().max()) < 1e-6
+
+
+def trained_double(make_tiny_model: Callable[..., Any], turn: torch.Tensor | None = None) -> Trainable:
+    """An adapter in double precision; with `turn` Q [r, r] the same one as Q A and B Qᵀ."""
+    made = add_lora(make_tiny_model().double(), rank=2, alpha=4.0, targets=["q_proj", "v_proj"], seed=0)
+    generator = torch.Generator().manual_seed(0)
+    state = {name: 0.3 * torch.randn(one.shape, generator=generator).double() for name, one in made.state().items()}
+    if turn is not None:
+        state = {name: turn @ one if ".lora_A." in name else one @ turn.T for name, one in state.items()}
+    made.load(state)
+    made.model.eval()
+    return made
+
+
+def test_another_basis_of_the_same_adapter_leaves_the_scores(
+    make_tiny_model: Callable[..., Any], make_records: MakeRecords
+) -> None:
+    q, _ = torch.linalg.qr(torch.randn(2, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64))
+    train, target = make_records(6, 1), make_records(3, 2)
+    found = []
+    for turn in (None, q):
+        trainable = trained_double(make_tiny_model, turn)
+        found.append(influence(OfRecords(trainable, train), OfRecords(trainable, target), Gfim()).values)
+    assert torch.allclose(*found, rtol=1e-4, atol=1e-5 * float(found[0].abs().max()))
+
+
+def test_scores_in_passes_are_those_of_gradients_in_memory(
+    make_tiny_model: Callable[..., Any], make_records: MakeRecords
+) -> None:
+    trainable = trained_double(make_tiny_model)
+    streamed = [OfRecords(trainable, make_records(n, n), tokens_per_pass=20) for n in (7, 3)]
+    held = [keep(source) for source in streamed]
+    found, expected = (influence(*sources, Gfim()).values for sources in (streamed, held))
+    assert torch.allclose(found, expected, rtol=1e-9, atol=1e-10 * float(expected.abs().max()))
+
+
+def test_a_gradient_that_is_not_finite_is_told_with_its_record(
+    trainable: Trainable, make_records: MakeRecords, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    each = source_module._each
+
+    def spoilt(x: torch.Tensor, delta: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+        found = each(x, delta, lengths)
+        found[1, 0, 0] = float("inf")
+        return found
+
+    monkeypatch.setattr(source_module, "_each", spoilt)
+    records = make_records(4, 1)
+    (row,) = pack(records, 512)
+    second = records[row.record.unique_consecutive()[1]].id
+    with pytest.raises(UserError, match=f"the gradient of record '{second}' is not finite"):
+        list(OfRecords(trainable, records))
+
+
+def test_an_adapter_whose_factors_b_are_zero_is_untrained(trainable: Trainable, make_records: MakeRecords) -> None:
+    source = OfRecords(trainable, make_records(3, 1))
+    assert not source.untrained
+    trainable.load({name: one * (".lora_A." in name) for name, one in trainable.state().items()})
+    assert source.untrained
+    found = influence(source, source, Gfim())
+    assert found.solved.skipped == tuple(name for name in source.names if ".lora_A." in name)
+    assert found.values.abs().min() > 0
+
+
+def test_what_is_no_regular_expression_is_told(trainable: Trainable, make_records: MakeRecords) -> None:
+    with pytest.raises(UserError, match=r"'\[' is no regular expression"):
+        OfRecords(trainable, make_records(3, 1), modules="[")
 
 
 def test_a_model_that_gives_no_numbers_is_told_with_the_record(trainable: Trainable, make_records: MakeRecords) -> None:

@@ -1,6 +1,7 @@
 """Inverses against each other, against closed forms, and where they must give up."""
 
 import math
+from itertools import islice
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from hypothesis import strategies as st
 from allmend.influence.inverses import (
     INVERSES,
     NotInvertedError,
+    approximations,
     cholesky,
     iterate,
+    mean_residual,
     schulz_steps,
     spectral_filter,
 )
@@ -36,8 +39,10 @@ def test_each_solves(name: str, b: int, d: int, k: int, seed: int) -> None:
 def test_what_is_not_positive_definite_is_refused(name: str) -> None:
     a = matrices(2, 4)
     a[1] -= 2 * torch.eye(4)
-    with pytest.raises(NotInvertedError, match="not positive definite"):
+    least = float(torch.linalg.eigvalsh(a[1])[0])
+    with pytest.raises(NotInvertedError, match="not positive definite") as raised:
         INVERSES[name](a, torch.ones(2, 4, 1, dtype=torch.float64))
+    assert f"the smallest eigenvalue is {least:.3g}" in str(raised.value)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 7])
@@ -45,11 +50,28 @@ def test_a_broken_off_iteration_is_a_filter_of_eigenvalues(steps: int) -> None:
     (a,) = matrices(1, 10)
     values, vectors = torch.linalg.eigh(a)
     start = float(1 / torch.linalg.matrix_norm(a, ord=math.inf))
-    x = start * torch.eye(10, dtype=torch.float64)
-    for _ in range(steps):
-        x = x @ (2 * torch.eye(10, dtype=torch.float64) - a @ x)
+    (x, r) = next(islice(approximations(a[None]), steps, None))
     filtered = (vectors * spectral_filter(values, start, steps)) @ vectors.T
-    assert torch.allclose(x, filtered, atol=1e-9)
+    assert torch.allclose(x[0], filtered, atol=1e-9)
+    assert torch.allclose(r[0], torch.eye(10, dtype=torch.float64) - a @ x[0], atol=1e-12)
+
+
+@pytest.mark.parametrize("order", [2, 3, 4])
+def test_residuals_are_powers_of_the_first(order: int) -> None:
+    """R_k = R_0^(p^k)."""
+    a = matrices(1, 8)
+    found = [r for _, r in islice(approximations(a, order=order), 4)]
+    for step, r in enumerate(found):
+        assert torch.allclose(r, torch.linalg.matrix_power(found[0], order**step), atol=1e-10)
+    assert mean_residual(torch.eye(8)[None].repeat(3, 1, 1)) == pytest.approx(1)
+
+
+def test_a_start_beyond_two_over_the_largest_eigenvalue_diverges_and_is_not_taken() -> None:
+    a = matrices(1, 8)
+    beyond = 2.1 / float(torch.linalg.eigvalsh(a[0])[-1]) * torch.eye(8, dtype=torch.float64)[None]
+    residuals = [mean_residual(r) for _, r in islice(approximations(a, start=beyond), 12)]
+    assert residuals[-1] > 1e6
+    assert iterate(a, start=beyond).steps == iterate(a).steps
 
 
 def test_orders_agree_and_take_the_steps_of_the_formula() -> None:
@@ -60,8 +82,8 @@ def test_orders_agree_and_take_the_steps_of_the_formula() -> None:
         assert found[order].steps < found[2].steps
     low = float(torch.linalg.eigvalsh(a[0])[0])
     high = float(torch.linalg.matrix_norm(a[0], ord=math.inf))
-    half = iterate(a, tol=1e-3 / math.sqrt(24) * math.sqrt(24))
-    assert abs(half.steps - schulz_steps(high, low, 1e-3)) <= 1
+    for tol in (1e-1, 1e-3, 1e-6):
+        assert abs(iterate(a, tol=tol).steps - schulz_steps(high, low, tol)) <= 1
 
 
 def test_a_start_nearby_saves_steps_and_one_far_away_is_not_taken() -> None:

@@ -1,16 +1,20 @@
 """Methods against brute force on gradients that are given, and the algebra between them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
+from allmend.influence import methods
 from allmend.influence.blocks import fisher_blocks
 from allmend.influence.gradients import Given, mean_gradient
 from allmend.influence.inverses import NotInvertedError, hyperpower
+from allmend.influence.kept import Counted
 from allmend.influence.methods import DataInf, Exact, Gfim, HessianFree, Lissa, solve, times_fisher
 from allmend.influence.scores import influence, score, self_influence
 
@@ -204,9 +208,105 @@ def test_a_block_that_is_too_large_moves_a_score_by_no_more_than_its_bound() -> 
     assert e <= float(delta.trace()) / lam
 
 
-def test_a_recursion_that_diverges_is_no_score() -> None:
+@pytest.mark.parametrize("steps", [1, 10, 400])
+def test_a_recursion_that_diverges_is_no_score_however_soon_it_is_broken_off(steps: int) -> None:
+    train, target = made(10), made(3, seed=1)
+    f = {key: g.flatten(1).T @ g.flatten(1) / 10 for key, g in train.gradients.items()}
+    largest = max(float(torch.linalg.eigvalsh(one)[-1] + 0.1 * one.diagonal().mean()) for one in f.values())
     with pytest.raises(NotInvertedError, match="the recursion diverges"):
-        influence(made(10), made(3, seed=1), Lissa(steps=400, alpha=10.0))
+        influence(train, target, Lissa(steps=steps, alpha=2.2 / largest))
+    influence(train, target, Lissa(steps=steps, alpha=1.8 / largest))
+
+
+def test_a_residual_that_grows_is_seen_where_the_eigenvalue_was_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("allmend.influence.methods._largest_eigenvalues", lambda source, like: dict.fromkeys(like, 0.0))
+    with pytest.raises(NotInvertedError, match="the recursion diverges"):
+        influence(made(10), made(3, seed=1), Lissa(steps=400, alpha=2.0))
+
+
+def test_exact_is_what_conjugate_gradients_come_to() -> None:
+    train, target = made(20), made(7, seed=1)
+    _, means = mean_gradient(target)
+    found = Exact().solve(train, means)
+    for name, v in means.items():
+
+        def apply(x: torch.Tensor, name: str = name) -> torch.Tensor:
+            return times_fisher(train, {name: x})[name] + found.damping[name] * x
+
+        x = torch.zeros_like(v)
+        left = direction = v
+        for _ in range(2 * v.numel()):
+            curved = apply(direction)
+            step = left.square().sum() / (direction * curved).sum()
+            x, rest = x + step * direction, left - step * curved
+            direction, left = rest + rest.square().sum() / left.square().sum() * direction, rest
+            if float(left.norm()) < 1e-13 * float(v.norm()):
+                break
+        assert torch.allclose(found.directions[name], x, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize(("room", "passes"), [(2**30, 1), (20 * 10 * 8, 2), (1, 2)])
+def test_exact_takes_as_few_passes_as_memory_allows(room: int, passes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods, "HELD_BYTES", room)
+    train, target = Counted(made(20)), made(4, seed=1)
+    found = influence(train, target, Exact()).values
+    assert train.passes == 2 + passes  # damping, and scores
+    assert torch.allclose(found[:, 0], brute("exact", train.source, target), rtol=1e-9)  # type: ignore[arg-type]
+
+
+@EACH
+def test_the_order_of_modules_does_not_matter(name: str) -> None:
+    train, target = made(13), made(5, seed=1)
+    turned, aim = (Given(dict(reversed(one.gradients.items()))) for one in (train, target))
+    found = influence(turned, aim, METHODS[name]()).values
+    assert torch.allclose(found, influence(train, target, METHODS[name]()).values, rtol=1e-10)
+
+
+def test_gradients_of_sixteen_bits_leave_the_order() -> None:
+    train, target = made(200), made(20, seed=1)
+    low, aim = (Given({key: g.bfloat16() for key, g in one.gradients.items()}) for one in (train, target))
+    found, whole = influence(low, aim, Gfim()).values[:, 0], influence(train, target, Gfim()).values[:, 0]
+    assert stats.spearmanr(found, whole).statistic >= 0.999
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_the_scale_of_the_loss_changes_ranks_under_an_absolute_damping_alone(absolute: bool) -> None:
+    train, target = made(30), made(4, seed=1)
+    lambdas = {key: 0.1 * fisher_blocks(train).mean_eigenvalue(key) for key in train.gradients}
+    orders = []
+    for factor in (1.0, 1 / 7):
+        scaled, aim = (Given({key: factor * g for key, g in one.gradients.items()}) for one in (train, target))
+        blocks, (_, means) = fisher_blocks(scaled), mean_gradient(aim)
+        directions = {
+            key: solve(
+                blocks, {key: v}, damping=lambdas[key] / blocks.mean_eigenvalue(key) if absolute else 0.1
+            ).directions[key]
+            for key, v in means.items()
+        }
+        orders.append(score(scaled, directions)[0][:, 0].argsort())
+    assert torch.equal(*orders) is not absolute
+
+
+@pytest.mark.parametrize(("damping", "dtype"), [(0.1, torch.float32), (1e-5, torch.float64)])
+def test_small_dampings_are_solved_in_double_precision(damping: float, dtype: torch.dtype) -> None:
+    """The condition number may be d (1 + c) / c, and in single precision 1e7 leaves no digit."""
+    single = [Given({key: g.float() for key, g in made(n, r=1).gradients.items()}) for n in (3, 2)]
+    (train, (_, means)) = single[0], mean_gradient(single[1])
+    found = Gfim(damping).solve(train, means)
+    for name, one in found.figures.items():
+        assert found.directions[name].dtype == dtype
+        assert one.dtype == str(dtype).removeprefix("torch.")
+        assert one.condition is not None
+        assert one.condition <= one.size * (1 + damping) / damping
+        assert one.residual < 1e-5
+
+
+def test_a_block_that_cannot_be_inverted_is_named_with_its_smallest_eigenvalue() -> None:
+    _, means = mean_gradient(made(3, seed=1))
+    blocks = fisher_blocks(made(10))
+    sums = {**blocks.sums, "b": blocks.sums["b"] - 100 * torch.eye(7, dtype=torch.float64)}
+    with pytest.raises(NotInvertedError, match=r"^b: not positive definite: the smallest eigenvalue is -"):
+        solve(replace(blocks, sums=sums), means)
 
 
 def test_a_solver_that_gives_up_is_replaced_and_noted() -> None:

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
-from allmend.influence.quality import detection, difference, linear_datamodeling_score
+from allmend.influence.quality import chance_lds, detection, difference, linear_datamodeling_score
 
 
 @settings(max_examples=25, deadline=None)
@@ -52,3 +53,52 @@ def test_scores_that_add_up_to_the_loss_foretell_it() -> None:
     assert abs(noise.value) < 0.6
     with pytest.raises(ValueError, match="over 2 models says nothing"):
         linear_datamodeling_score(scores, subsets[:2], losses[:2])
+
+
+def subsets_and_losses(m: int, n: int, q: int) -> tuple[list[list[int]], np.ndarray, np.ndarray]:
+    """Halves of n records, what each record truly does for each target, and the losses that come of it."""
+    generator = np.random.default_rng(1)
+    effects = generator.normal(size=(n, q))
+    subsets = [generator.choice(n, n // 2, replace=False).tolist() for _ in range(m)]
+    return subsets, effects, 5 - np.stack([effects[some].sum(0) for some in subsets])
+
+
+def test_the_lds_is_scipy_s_correlation_within_its_interval() -> None:
+    subsets, effects, losses = subsets_and_losses(12, 20, 8)
+    scores = effects + np.random.default_rng(2).normal(size=effects.shape)
+    each = [stats.spearmanr([scores[some, q].sum() for some in subsets], -losses[:, q]).statistic for q in range(8)]
+    found = linear_datamodeling_score(scores, subsets, losses)
+    assert found.value == pytest.approx(np.mean(each))
+    assert found.n == 8
+    assert found.low is not None
+    assert found.high is not None
+    assert min(each) <= found.low < found.value < found.high <= max(each)
+    assert (
+        linear_datamodeling_score(np.ones((20, 8)), subsets, losses).value == 0
+    )  # equal halves are told apart by none
+
+
+def test_random_scores_have_an_lds_about_zero_that_fewer_models_scatter_more() -> None:
+    widths = []
+    for m in (6, 40):
+        subsets, _, losses = subsets_and_losses(m, 30, 5)
+        found = chance_lds(30, subsets, losses)
+        assert abs(found.value) < 0.05
+        assert found.low is not None
+        assert found.high is not None
+        assert -1 <= found.low < 0 < found.high <= 1
+        widths.append(found.high - found.low)
+    assert widths[0] > 1.5 * widths[1]
+    with pytest.raises(ValueError, match="over 2 models says nothing"):
+        chance_lds(30, subsets[:2], losses[:2])
+
+
+def test_the_bounds_of_chance_hold_most_random_scores() -> None:
+    subsets, _, losses = subsets_and_losses(10, 30, 4)
+    bounds = chance_lds(30, subsets, losses)
+    generator = np.random.default_rng(3)
+    drawn = [np.repeat(generator.normal(size=(30, 1)), 4, axis=1) for _ in range(300)]
+    values = [linear_datamodeling_score(one, subsets, losses).value for one in drawn]
+    assert bounds.low is not None
+    assert bounds.high is not None
+    assert 0.9 < np.mean([bounds.low <= value <= bounds.high for value in values]) < 0.99

@@ -16,7 +16,7 @@ from allmend.influence.federated import BLOCKS, SIZES, FederatedInfluence
 from allmend.influence.inverses import INVERSES
 from allmend.influence.methods import Directions
 from allmend.models.tensors import Tensors
-from allmend.recipe import Influence
+from allmend.recipe import HELD_OUT, Influence
 from allmend.strategy import State, Sums, Turn
 
 LARGEST = 2.0**22
@@ -40,7 +40,7 @@ def strategy_of(
         on_tokens: told the tokens of each pass.
     """
     return FederatedInfluence(
-        held_out=settings.target == "held_out",
+        held_out=settings.target == HELD_OUT,
         modules=settings.modules,
         damping=settings.damping,
         inverse=INVERSES[fastest(torch.device("cpu")) if settings.inverse == AUTO else settings.inverse],

@@ -27,7 +27,7 @@ from allmend.meter import Meter
 from allmend.models.adapters import Trainable, learning_adapter
 from allmend.models.load import LoadedModel
 from allmend.prepare import Prepared, differs, prepare, read_frozen, threads
-from allmend.recipe import Arm, Influence, Recipe, RecipeError
+from allmend.recipe import HELD_OUT, Arm, Influence, Recipe, RecipeError
 from allmend.recipe.problems import problems_of
 from allmend.report.page import write_report
 from allmend.results import ArmInfluence, InfluenceByMember, LegTraffic, MemberInfluence
@@ -71,8 +71,8 @@ def read_aim(settings: Influence, recipe: Recipe, base: Path, encoder: Encoder) 
     Raises:
         UserError: the file cannot be read, or its records have no label where one is asked for.
     """
-    if settings.target == "held_out":
-        return Aim("held_out")
+    if settings.target == HELD_OUT:
+        return Aim(HELD_OUT)
     path = base / Path(settings.target).expanduser()
     records, _ = read_records(str(path), fields=recipe.data.fields)
     if settings.targets == "kind" and not any(record.kind for record in records):
@@ -166,7 +166,7 @@ def planned_influence(prepared: Prepared) -> dict[str, float]:
     if recipe.influence is None:
         return {}
     tokens = sum(len(one) for member in prepared.members for one in member.records)
-    if recipe.influence.target == "held_out":
+    if recipe.influence.target == HELD_OUT:
         tokens += sum(len(one) for member in prepared.members for one in member.held_out) // PASSES
     return {f"influence {name}": float(GRADIENT_COST * PASSES * tokens) for name in influenced(recipe)}
 

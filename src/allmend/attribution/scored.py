@@ -38,7 +38,7 @@ class Scored:
     Attributes:
         values: [n, q]; None where the method cannot be applied.
         passes: over the training records' gradients.
-        seconds: that the method would take alone.
+        seconds: that the method would take alone, with its passes and the one over the target's gradients.
         notes: in sentences.
     """
 
@@ -109,8 +109,9 @@ def score_by(subject: Subject, methods: Mapping[str, Method], meter: Meter, *, k
         notes = (UNTRAINED,) if train.untrained else ()
         if "gfim" in methods:
             subject.check_room(train)
-        _, targets = mean_gradient(aim, target_groups(subject))
         began = time.perf_counter()
+        _, targets = mean_gradient(aim, target_groups(subject))
+        aiming, began = time.perf_counter() - began, time.perf_counter()
         source: Source = keep(train) if keeping else train
         if not keeping:
             for _ in source:
@@ -119,7 +120,7 @@ def score_by(subject: Subject, methods: Mapping[str, Method], meter: Meter, *, k
         found: dict[str, Scored] = {}
         losses = torch.zeros(len(train), dtype=torch.float64)
         for name, method in methods.items():
-            found[name], losses = _by(method, source, targets, of_pass=seconds if keeping else 0.0)
+            found[name], losses = _by(method, source, targets, of_pass=seconds if keeping else 0.0, aiming=aiming)
         if not methods:
             _, losses = score(source, {})
     simple = -per_token(losses, subject)[:, None].expand(-1, len(subject.aim))
@@ -152,7 +153,9 @@ def score_checkpoints(
     return Scored(found.values.numpy(), len(adapters), time.perf_counter() - began, found.solved.notes)
 
 
-def _by(method: Method, source: Source, targets: Directions, *, of_pass: float) -> tuple[Scored, torch.Tensor]:
+def _by(
+    method: Method, source: Source, targets: Directions, *, of_pass: float, aiming: float
+) -> tuple[Scored, torch.Tensor]:
     counted, began = Counted(source), time.perf_counter()
     try:
         solved = method.solve(counted, targets)
@@ -160,7 +163,7 @@ def _by(method: Method, source: Source, targets: Directions, *, of_pass: float) 
         _, losses = score(source, {})
         return Scored(None, notes=(f"left out: {error.what}",)), losses
     values, losses = score(counted, solved.directions)
-    seconds = time.perf_counter() - began + of_pass * counted.passes
+    seconds = aiming + time.perf_counter() - began + of_pass * counted.passes
     return Scored(values.numpy(), counted.passes, seconds, solved.notes), losses
 
 

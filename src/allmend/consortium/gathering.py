@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from allmend.consortium.influence import influenced_here, layer_of
 from allmend.consortium.offer import Offer
 from allmend.consortium.questions import Questions
 from allmend.errors import UserError
@@ -37,7 +38,8 @@ class Patience:
 
 def fewest_of(recipe: Recipe, patience: Patience) -> int:
     """Members that a run needs: as many as are asked for, and as a sum needs that nobody looks behind."""
-    layers = (arm.privacy.secure_aggregation for arm in recipe.arms().values())
+    layers = [arm.privacy.secure_aggregation for arm in recipe.arms().values()]
+    layers += [layer_of(recipe.arms()[name]) for name in influenced_here(recipe)]
     return max([patience.fewest, *(layer.fewest for layer in layers if layer is not None)])
 
 

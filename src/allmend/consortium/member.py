@@ -16,6 +16,7 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import allmend
+from allmend.consortium.influence import PREFIX, hiding_influence, influenced_here, keep_scores, measured, open_influence
 from allmend.consortium.offer import Consents, Offer, hiding
 from allmend.consortium.scoring import Moments, Paired
 from allmend.data.canaries import Canary, canary_of, plant
@@ -25,7 +26,7 @@ from allmend.errors import UserError
 from allmend.federation.arm import at_member, strategy_of, trainable_of
 from allmend.federation.engines.flower.hidden import HiddenPart
 from allmend.federation.engines.flower.site import ArmAtMember, Site, error_answer
-from allmend.federation.engines.wire import dump_reply
+from allmend.federation.engines.wire import dump_reply, error_of
 from allmend.federation.member import LEARNT, OnStep
 from allmend.federation.privacy.vectors import rounding
 from allmend.learn.compare import ModelScores
@@ -100,7 +101,7 @@ class MemberSide:
                 case "offer":
                     return self._offered(Offer.of(about))
                 case "work":
-                    return self._in(about).site.answer(question)
+                    return self._worked(self._in(about), about, question)
                 case "secure":
                     return self._hidden(self._in(about), about).answer(about, tensors)
                 case "score":
@@ -201,15 +202,26 @@ class MemberSide:
         )
         return Joined(offer, recipe, model, client, site)
 
+    def _worked(self, joined: Joined, about: dict[str, Any], question: bytes) -> bytes:
+        answer = joined.site.answer(question)
+        if (arm := measured(str(about.get("arm")))) is not None and error_of(parse(answer)[1]) is None:
+            state = joined.site.state(PREFIX + arm, {})
+            keep_scores(joined.site.folder, joined.client, joined.recipe.arms()[arm], state)
+        return answer
+
     def _hidden(self, joined: Joined, about: dict[str, Any]) -> HiddenPart:
         """The member's part in an arm's sums."""
-        name = self._arm(joined, about.get("arm"))
+        name, recipe = str(about.get("arm")), joined.recipe
+        of = measured(name)
+        arm = recipe.arms()[self._arm(joined, name if of is None else of)]
         if name not in self._parts:
-            recipe = joined.recipe
-            arm = recipe.arms()[name]
             joined.site.close()
             with trainable_of(joined.model, arm.adapter, seed=recipe.seed) as trainable:
-                agreed = hiding(joined.offer, recipe, arm, strategy_of(arm, seed=recipe.seed), trainable.state())
+                initial = trainable.state()
+            if of is None:
+                agreed = hiding(joined.offer, recipe, arm, strategy_of(arm, seed=recipe.seed), initial)
+            else:
+                agreed = hiding_influence(joined.offer, recipe, arm, initial) if recipe.influence else None
             if agreed is None:
                 raise UserError(f"the recipe forms no sums of arm {name!r} out of sight", where=f"member {self.name!r}")
             self._parts[name] = HiddenPart(
@@ -218,18 +230,18 @@ class MemberSide:
                 agreed,
                 joined.site.folder,
                 lambda round, leg: joined.site.work(name, round, leg),
-                lambda turn: self._source(joined, arm, turn),
+                lambda turn: self._source(joined, arm, name, turn),
             )
         return self._parts[name]
 
-    def _source(self, joined: Joined, arm: Arm, turn: Turn) -> NoiseSource:
+    def _source(self, joined: Joined, arm: Arm, name: str, turn: Turn) -> NoiseSource:
         """Random numbers of a leg, the same whenever it is asked for: a sum that is formed again must tell no more."""
         if arm.privacy.randomness == "seeded":
-            return rounding("seeded", joined.recipe.seed, arm.name, turn, self.name)
+            return rounding("seeded", joined.recipe.seed, name, turn, self.name)
         path = joined.site.folder / "noise.key"
         if not path.exists():
             write_atomic(path, secrets.token_bytes(32), mode=0o600)
-        return keyed_source(path.read_bytes(), arm.name, turn.round, turn.leg)
+        return keyed_source(path.read_bytes(), name, turn.round, turn.leg)
 
     def _scored(self, joined: Joined, about: dict[str, Any], tensors: Tensors) -> Reply:
         """Sums over the held-out records under a model, and of the differences to others scored before."""
@@ -338,9 +350,13 @@ def _planted(recipe: Recipe, data: ClientData) -> list[Canary]:
 
 @contextlib.contextmanager
 def _open_arm(recipe: Recipe, model: LoadedModel, client: EncodedClient, name: str) -> Iterator[ArmAtMember]:
-    arms = recipe.arms()
-    if name not in arms:
+    arms, of = recipe.arms(), measured(name)
+    if (name if of is None else of) not in arms or (of is not None and of not in influenced_here(recipe)):
         raise UserError(f"no arm is called {name!r}", where="the coordinator's question")
+    if of is not None:
+        with open_influence(recipe, model, client, of) as at:
+            yield at
+        return
     arm = arms[name]
     member, ledger = at_member(client.member, arm)
     hides = arm.privacy.secure_aggregation is not None

@@ -13,7 +13,7 @@ from allmend.federation.engines.flower.hidden import Hiding
 from allmend.federation.keys import parse_public
 from allmend.federation.privacy.vectors import VectorCode
 from allmend.models.tensors import Tensors
-from allmend.recipe import AT_MEMBER, Arm, ClientSource, Recipe, parse_recipe
+from allmend.recipe import AT_MEMBER, HELD_OUT, Arm, ClientSource, Recipe, parse_recipe
 from allmend.run import write_atomic
 from allmend.strategy import Strategy
 
@@ -91,6 +91,8 @@ def among(recipe: Recipe, names: Sequence[str]) -> Recipe:
     values = recipe.model_dump()
     values["clients"] = [client.model_dump() for client in clients]
     values["data"]["icd10cm"] = None
+    if recipe.influence is not None and recipe.influence.target != HELD_OUT:
+        values["influence"]["target"] = Path(recipe.influence.target).name  # where it lies is the coordinator's affair
     return Recipe.model_validate(values)
 
 

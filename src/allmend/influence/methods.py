@@ -165,7 +165,7 @@ def solve(
             notes.append(f"{name}: {error.what}; Cholesky's factors were taken")
             solved = cholesky(matrix[None], wide)
         back = solved[0].reshape(len(matrix), len(v), -1).transpose(0, 1)
-        found[name] = (back.mT if blocks.side == "wide" else back).to(torch.promote_types(v.dtype, torch.float32))
+        found[name] = back.mT if blocks.side == "wide" else back
     return Solved(found, lambdas, tuple(sorted(silent & targets.keys())), tuple(notes))
 
 
@@ -338,7 +338,10 @@ def times_fisher(source: Source, directions: Directions) -> dict[str, torch.Tens
 def _largest_eigenvalues(source: Source, like: Directions, steps: int = 8) -> dict[str, float]:
     """Of F by module, from below, by power iteration, times `SAFETY`."""
     generator = torch.Generator().manual_seed(0)
-    x = {name: torch.randn(1, *v.shape[1:], generator=generator, dtype=torch.float64).to(v) for name, v in like.items()}
+    x = {
+        name: torch.randn(1, *v.shape[1:], generator=generator, dtype=torch.float64).to(v)
+        for name, v in sorted(like.items())  # so that the order in which modules come does not matter
+    }
     found = dict.fromkeys(like, 0.0)
     for _ in range(steps):
         x = {name: one / torch.linalg.vector_norm(one).clamp_min(1e-30) for name, one in x.items()}

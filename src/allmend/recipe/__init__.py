@@ -8,6 +8,7 @@ from allmend.recipe.problems import Key, Problem, RecipeError
 from allmend.recipe.reading import AT_MEMBER, key_lines, load_recipe, locate, located, make_recipe, parse_recipe
 from allmend.recipe.schema import Arm, Recipe
 from allmend.recipe.sections import (
+    HELD_OUT,
     Adapter,
     Audit,
     Canaries,
@@ -35,6 +36,7 @@ from allmend.recipe.sections import (
 
 __all__ = [
     "AT_MEMBER",
+    "HELD_OUT",
     "Adapter",
     "Arm",
     "Audit",

@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from allmend.recipe.problems import Key, Problem, RecipeError, problems_of
 from allmend.recipe.sections import (
+    HELD_OUT,
     Adapter,
     Audit,
     Canaries,
@@ -93,7 +94,7 @@ class Recipe(Section):
             if unknown := sorted(set(models or ()) - {self.strategy.name, *self.compare}):
                 arms = ", ".join(dict.fromkeys((self.strategy.name, *self.compare)))
                 yield key, f"no arm of this recipe is called {', '.join(unknown)} (it has {arms})"
-        if self.influence is not None and (self.influence.target, self.influence.targets) == ("held_out", "kind"):
+        if self.influence is not None and (self.influence.target, self.influence.targets) == (HELD_OUT, "kind"):
             what = "clients' held-out records are summed, and have no kinds then: name a file as target"
             yield ("influence", "targets"), what
 

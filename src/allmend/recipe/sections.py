@@ -17,6 +17,10 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,6
 """Names of runs, clients and arms are used in file names: letters, digits, dot, dash and underscore."""
 
 
+HELD_OUT = "held_out"
+"""The target of influence that is all clients' own."""
+
+
 class Section(BaseModel):
     """Base of all sections: unknown keys are errors, values are not coerced from other types."""
 
@@ -342,7 +346,7 @@ class Audit(Section):
 class Influence(Section):
     """Whose data helped: measured when all arms are trained. Only sums of what the records come to leave a client."""
 
-    target: str = "held_out"
+    target: str = HELD_OUT
     """What is to be helped: `held_out`, all clients' held-out records together, or a file of records that the
     coordinator has. `[data.fields]` applies to it."""
     targets: Literal["mean", "kind"] = "mean"

@@ -28,7 +28,7 @@ class Parts:
         self.keys = {name: Ed25519PrivateKey.generate() for name in NAMES}
         public = {name: key.public_key().public_bytes_raw() for name, key in self.keys.items()}
         code = VectorCode({"update/x": torch.Size([4])}, ("weight",), clip=100.0, members=5)
-        self.hiding = Hiding("run", "arm", public, [code], SecureAggregation(**layer))
+        self.hiding = Hiding("run", "arm", public, [code, code], SecureAggregation(**layer))
         generator = torch.Generator().manual_seed(0)
         self.replies = {
             name: Reply({"update/x": torch.randn(4, generator=generator)}, {"weight": float(place + 1)})

@@ -72,7 +72,7 @@ def test_what_is_no_number_is_refused(value: float) -> None:
         ({"members": 0}, "1 member or more, got 0"),
         ({"levels": 0}, "1 level or more, got 0"),
         ({"levels": 2**30}, "3 members × 1073741824 levels = 3,221,225,472 do not fit 32 bits"),
-        ({"levels": 2**41, "bits": 64}, "levels are exact"),
+        ({"levels": 2**53, "clip": 1.0, "bits": 64, "members": 3}, "levels are exact"),
     ],
 )
 def test_a_sum_that_could_wrap_around_is_refused(settings: dict[str, Any], why: str) -> None:
