@@ -40,7 +40,7 @@ def check(recipe: Recipe, base: Path, *, model: LoadedModel | None = None) -> No
             arm, ("strategy",) if name == recipe.strategy.name else ("compare", name, "strategy"), recipe.seed, names
         )
     problems += _audit_problems(recipe)
-    problems += _influence_problems(recipe, base)
+    problems += influence_problems(recipe, base)
     for index, client in enumerate(recipe.clients):
         if client.data == AT_MEMBER:
             continue
@@ -145,7 +145,8 @@ def _no_influence(arm: Arm) -> str:
     return ""
 
 
-def _influence_problems(recipe: Recipe, base: Path) -> list[Problem]:
+def influence_problems(recipe: Recipe, base: Path) -> list[Problem]:
+    """What is wrong with the recipe's `[influence]`."""
     settings, problems = recipe.influence, list[Problem]()
     if settings is None:
         return problems

@@ -35,6 +35,12 @@ def test_errors_vanish_with_the_residual_for_the_iteration_alone(found: Converge
     assert found.arrival(2, 0.0) is None
 
 
+def test_without_an_inverse_the_mean_eigenvalue_is_the_better_scale(found: Convergence) -> None:
+    """The iteration begins with v over ‖A‖_∞, which is above the mean eigenvalue, and so with too short an x."""
+    assert all(found.uncurved < errors[0] < 1 for errors in found.error.values())
+    assert found.uncurved < found.lissa[0]
+
+
 def test_the_steps_are_about_those_of_the_formula(found: Convergence) -> None:
     """κ' = ‖A‖_∞ / λ_min is between κ and √d κ."""
     fewest, most = (schulz_steps(found.condition * factor, 1.0, FINE) for factor in (1.0, 24**0.5))

@@ -55,6 +55,16 @@ def test_every_way_solves_and_takes_its_turn_in_every_round() -> None:
     assert found.condition == pytest.approx(float(torch.linalg.cond(matrices).max()))
 
 
+def test_the_first_of_short_rounds_is_a_warm_up() -> None:
+    ticks = itertools.count()
+    (found,) = time_inverses([(1, 4)], device=torch.device("cpu"), clock=lambda: 1e-6 * next(ticks) ** 2)
+    # every call looks at the clock twice, and between the looks numbered t and t + 1 lie 2 t + 1
+    turns = [sorted(round(1e6 * one) for one in found.seconds[name]) for name in WAYS]
+    per_round = 2 * len(WAYS)
+    first = [2 * (per_round + 2 * place) + 1 for place in range(len(WAYS))]
+    assert [one[0] for one in turns] == first
+
+
 @pytest.mark.parametrize(("long", "rounds"), [(1e-9, inverse_table.FEW_ROUNDS), (1e9, ROUNDS)])
 def test_long_rounds_are_few(long: float, rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inverse_table, "LONG", long)

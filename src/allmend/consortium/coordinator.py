@@ -16,11 +16,13 @@ from pathlib import Path
 import torch
 
 import allmend
+from allmend.attribution.runs import TABLE, Aim, read_aim
 from allmend.audit_runs.guarantees import privacy_table
 from allmend.audit_runs.learnt import write_learnt
 from allmend.audit_runs.runs import audit_arms, design_digest, write_cards
-from allmend.check import smallest_round
+from allmend.check import influence_problems, smallest_round
 from allmend.consortium.gathering import Patience, WaitLog, fewest_of, gather
+from allmend.consortium.influence import measure
 from allmend.consortium.member import planned
 from allmend.consortium.offer import Offer, among, hiding
 from allmend.consortium.questions import Questions
@@ -45,8 +47,8 @@ from allmend.federation.privacy.ledger import open_ledger
 from allmend.federation.rounds import run_rounds
 from allmend.models.tensors import Tensors, nbytes
 from allmend.prepare import Prepared, check_prefixes, prepare_model, threads
-from allmend.recipe import Arm, Recipe
-from allmend.results import BASE, UtilityTable
+from allmend.recipe import Arm, Recipe, RecipeError
+from allmend.results import BASE, InfluenceByMember, UtilityTable
 from allmend.run import EventLog, RunFolder, write_atomic
 from allmend.session import machine, reported, sessions
 from allmend.strategy import Reply, Strategy
@@ -75,6 +77,7 @@ class Coordination:
         exchange: carries questions and answers.
         patience: how long to wait.
         log: of events.
+        aim: of influence, where the recipe asks for it.
     """
 
     recipe: Recipe
@@ -84,6 +87,7 @@ class Coordination:
     exchange: Exchange
     patience: Patience
     log: EventLog
+    aim: Aim | None = None
     questions: Questions = field(init=False)
 
     def __post_init__(self) -> None:
@@ -125,7 +129,12 @@ class Coordination:
     @property
     def needs_members(self) -> bool:
         """Whether anything is still to be asked; members leave when nothing is."""
-        return not all(self._sums(model).exists() for model in (BASE, *self.recipe.arms()))
+        there = [self._sums(model).exists() for model in (BASE, *self.recipe.arms())]
+        return not all(there) or self._owes_influence
+
+    @property
+    def _owes_influence(self) -> bool:
+        return self.aim is not None and self.run.read_table(TABLE, InfluenceByMember) is None
 
     def arms(self) -> None:
         """Everything after that: score, train, audit, report."""
@@ -136,6 +145,22 @@ class Coordination:
         self.run.write_table("privacy", privacy_table(self.run, self.prepared))
         if self.prepared.canaries:
             audit_arms(self.run, self.prepared, self.log, self.recipe.audit)
+        if self.aim is not None and self._owes_influence:
+            began = time.perf_counter()
+            table = measure(
+                self.run,
+                self.recipe,
+                self.offer,
+                self.prepared.model,
+                self.aim,
+                self.exchange,
+                self.questions.names,
+                seconds=self.patience.leg,
+                fewest=self.fewest,
+                emit=self.log.emit,
+            )
+            self.run.write_table(TABLE, table)
+            self.log.emit(PhaseDone(phase="influence", seconds=time.perf_counter() - began, tokens=0))
         write_cards(self.run, self.recipe)
         everybody = [client.name for client in self.recipe.clients]
         self.questions.tell(dict.fromkeys(everybody, self.questions.question("end")), seconds=GOODBYE)
@@ -298,7 +323,9 @@ def coordinate(
     Raises:
         UserError: the recipe or the folder is at fault, or too few members are there; the run can be gone on with.
     """
-    recipe = among(recipe, list(members))
+    if problems := influence_problems(recipe, base):
+        raise RecipeError(problems)
+    asked, recipe = recipe, among(recipe, list(members))
     if pooled := [name for name, arm in recipe.arms().items() if strategy_of(arm, seed=recipe.seed).pooled]:
         raise UserError(
             f"{', '.join(pooled)} needs all records in one place, which only a simulation has",
@@ -315,6 +342,7 @@ def coordinate(
     model, encoder = prepare_model(recipe, base)
     canaries = tuple(planned(recipe))
     check_prefixes(recipe, canaries, encoder)
+    aim = None if asked.influence is None else read_aim(asked.influence, asked, base, encoder)
     prepared = Prepared(
         recipe=recipe,
         base=base,
@@ -375,7 +403,7 @@ def coordinate(
             run.path.chmod(0o700)
         with run.log(listeners) as log, open_exchange(run.path) as exchange:
             exchange.on_wait = WaitLog(log)
-            _live(Coordination(recipe, members, run, prepared, exchange, patience, log), resumed=resumed)
+            _live(Coordination(recipe, members, run, prepared, exchange, patience, log, aim), resumed=resumed)
     return run
 
 

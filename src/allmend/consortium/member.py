@@ -16,7 +16,14 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import allmend
-from allmend.consortium.influence import PREFIX, hiding_influence, influenced_here, keep_scores, measured, open_influence
+from allmend.consortium.influence import (
+    PREFIX,
+    hiding_influence,
+    influenced_here,
+    keep_scores,
+    measured,
+    open_influence,
+)
 from allmend.consortium.offer import Consents, Offer, hiding
 from allmend.consortium.scoring import Moments, Paired
 from allmend.data.canaries import Canary, canary_of, plant
