@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from allmend.cli import attribute_inverse
+from allmend.cli import attribute_compare, attribute_inverse, attribute_members
 from allmend.cli.as_json import AsJson, print_json, silent
 from allmend.cli.figures import ABSENT, percent, plain, show_sections
 from allmend.cli.progress import counted, shown
@@ -31,12 +31,26 @@ DropOverlap = Annotated[
     bool, typer.Option("--drop-overlap", help="Leave target records out that are training records too.")
 ]
 
+
+class OfRunOrModel(RunUnlessNamed):
+    """`allmend attribute RUN` is `allmend attribute members RUN`; of a model, `allmend attribute run MODEL`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As typer's, with the command in front that a folder asks for."""
+        if args and (Path(args[0]) / "run.json").is_file():
+            args = ["members", *args]
+        return super().parse_args(ctx, args)
+
+
 app = typer.Typer(
-    cls=RunUnlessNamed,
-    help="Which records moved a model. `allmend attribute MODEL` is short for `allmend attribute run MODEL`.",
+    cls=OfRunOrModel,
+    help="Which records moved a model, and whose. `allmend attribute MODEL` is short for `allmend attribute run "
+    "MODEL`, and `allmend attribute RUN` for `allmend attribute members RUN`.",
     no_args_is_help=True,
 )
 app.command("inverse")(attribute_inverse.inverse)
+app.command("members")(attribute_members.members)
+app.command("compare")(attribute_compare.compare)
 
 
 @app.command("run")

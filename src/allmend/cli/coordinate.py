@@ -1,8 +1,10 @@
 """`allmend coordinate`: a run among organisations, at the coordinator."""
 
+import contextlib
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 from rich.console import Console
@@ -10,7 +12,10 @@ from rich.console import Console
 from allmend.cli.as_json import EventLines, told
 from allmend.cli.outcome import show_outcome
 
-ONWARD = "the same command goes on with it."
+if TYPE_CHECKING:
+    from allmend.federation.engines.flower.exchange import Exchange
+
+    OpenExchange: TypeAlias = Callable[[Path], contextlib.AbstractContextManager[Exchange]]
 
 
 def coordinate(
@@ -39,23 +44,14 @@ def coordinate(
 
     check_installed()
     from allmend.consortium import coordinator
-    from allmend.consortium.coordinator_end import open_door
     from allmend.consortium.gathering import Patience
-    from allmend.federation.engines.flower.door import Listen, address, check_free
-    from allmend.federation.keys import fingerprint, read_members
-    from allmend.federation.pki import Files
+    from allmend.federation.keys import read_members
     from allmend.recipe import load_recipe, located
 
     console = Console(quiet=as_json)
-    registered = read_members(members)
-    loaded = load_recipe(recipe, members=list(registered))
+    loaded = load_recipe(recipe, members=list(read_members(members)))
     folder = out or Path("runs") / loaded.name
-    host, port = address(listen)
-    check_free(host, port)  # before there is a folder of a run that could not begin
-    files = Files(pki)
-    where = Listen(host, port) if insecure else Listen(host, port, files.server, files.server_key)
-    for name, key in registered.items():
-        console.print(f"Member  {name}  {fingerprint(key)}", highlight=False, soft_wrap=True)
+    registered, open_exchange = door(console, members, listen, pki, insecure=insecure)
     with (
         located(recipe),
         told(console, as_json=as_json, onward="the same command goes on with it.", run=folder) as listen_to,
@@ -65,14 +61,40 @@ def coordinate(
             registered,
             folder,
             base=recipe.parent,
-            open_exchange=partial(
-                open_door,
-                members=registered,
-                listen=where,
-                on_open=lambda port: console.print(f"Door    {host}:{port}", highlight=False),
-            ),
+            open_exchange=open_exchange,
             patience=Patience(join=join_within, leg=answer_within, fewest=fewest),
             listeners=[listen_to],
         )
     if not as_json:
         show_outcome(console, run)
+
+
+def door(
+    console: Console, members: Path, listen: str, pki: Path, *, insecure: bool
+) -> tuple[dict[str, bytes], "OpenExchange"]:
+    """The registered members, and what opens the coordinator's door to them.
+
+    Raises:
+        UserError: Flower is not installed, a file cannot be read, or the address is taken.
+    """
+    from allmend.federation.engines.flower import check_installed
+
+    check_installed()
+    from allmend.consortium.coordinator_end import open_door
+    from allmend.federation.engines.flower.door import Listen, address, check_free
+    from allmend.federation.keys import fingerprint, read_members
+    from allmend.federation.pki import Files
+
+    registered = read_members(members)
+    host, port = address(listen)
+    check_free(host, port)  # before there is a folder of a run that could not begin
+    files = Files(pki)
+    where = Listen(host, port) if insecure else Listen(host, port, files.server, files.server_key)
+    for name, key in registered.items():
+        console.print(f"Member  {name}  {fingerprint(key)}", highlight=False, soft_wrap=True)
+    return registered, partial(
+        open_door,
+        members=registered,
+        listen=where,
+        on_open=lambda port: console.print(f"Door    {host}:{port}", highlight=False),
+    )

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from allmend.learn.loop import Step
     from allmend.prepare import EncodedClient
     from allmend.recipe import Recipe
-    from allmend.strategy import Turn
+    from allmend.strategy import Declaration, Turn
 
 
 def join(
@@ -102,11 +102,14 @@ def join(
     console.print(f"The run has ended. This member's folder: {place}", highlight=False, soft_wrap=True)
     for outcome in sorted(place.glob("runs/*/arms/*/adapter")) + sorted(place.glob("runs/*/arms/*/model")):
         console.print(f"Model   {outcome}", highlight=False, soft_wrap=True)
+    for page in sorted(place.glob("runs/*/arms/*/influence/influence.html")):
+        console.print(f"Scores  {page}", highlight=False, soft_wrap=True)
 
 
 def _show(console: Console, offer: "Offer", recipe: "Recipe", client: "EncodedClient") -> None:
     """The offer in words: what leaves, who sees it, what protects it."""
     from allmend.cli.disclosure import guarantee
+    from allmend.consortium.influence import influenced_here, strategy_for
     from allmend.consortium.member import FEWEST_SCORED
     from allmend.federation.arm import strategy_of
     from allmend.federation.keys import fingerprint
@@ -128,19 +131,20 @@ def _show(console: Console, offer: "Offer", recipe: "Recipe", client: "EncodedCl
         console.print(f"  {name}  {fingerprint(raw)}", highlight=False, soft_wrap=True)
     for name, arm in recipe.arms().items():
         hidden = arm.privacy.secure_aggregation is not None
-        declared = strategy_of(arm, seed=recipe.seed).declare()
-        table = Table("what", "which", "who sees it", title=f"{name}: what leaves, {arm.strategy.rounds} rounds")
-        for what, which in declared.summed.items():
-            table.add_row(what, which, "summed behind masks" if hidden else "summed; whoever sums could see each")
-        for what, why in declared.seen.items():
-            table.add_row(what, why, f"seen by {declared.seen_by} one by one")
-        if declared.kept:
-            table.add_row("(stays)", declared.kept, "this member alone")
-        console.print(table)
+        title = f"{name}: what leaves, {arm.strategy.rounds} rounds"
+        _show_declared(console, title, strategy_of(arm, seed=recipe.seed).declare(), hidden=hidden)
         for whose, account in open_ledger(arm, [client.member]).accounts.items():
             console.print(guarantee(whose, account), highlight=False)
         for words in in_words(arm.privacy):
             console.print(words[0].upper() + words[1:] + ".", highlight=False)
+    for name in influenced_here(recipe):
+        title = f"{name}, influence: what leaves, once, when the arm is trained"
+        _show_declared(console, title, strategy_for(recipe).declare(), hidden=True)
+        console.print(
+            "Curvature over all members' records, and a target's direction in it, let whoever has them probe both; no "
+            "guarantee of differential privacy covers this.",
+            highlight=False,
+        )
     console.print(
         "The coordinator also sees, of this member by itself and behind no masks: sums over your held-out records of "
         "their log-likelihoods and right answers under the shared models"
@@ -153,3 +157,14 @@ def _show(console: Console, offer: "Offer", recipe: "Recipe", client: "EncodedCl
             f"You hold out fewer than {FEWEST_SCORED} records, and sums would tell of each: no such sums leave.",
             highlight=False,
         )
+
+
+def _show_declared(console: Console, title: str, declared: "Declaration", *, hidden: bool) -> None:
+    table = Table("what", "which", "who sees it", title=title)
+    for what, which in declared.summed.items():
+        table.add_row(what, which, "summed behind masks" if hidden else "summed; whoever sums could see each")
+    for what, why in declared.seen.items():
+        table.add_row(what, why, f"seen by {declared.seen_by} one by one")
+    if declared.kept:
+        table.add_row("(stays)", declared.kept, "this member alone")
+    console.print(table)

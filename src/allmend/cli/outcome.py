@@ -3,9 +3,10 @@
 from rich.console import Console
 from rich.markup import escape
 
+from allmend.cli.attribute_members import show_by_member
 from allmend.cli.figures import ABSENT, count, percent, plain, points, show_sections
 from allmend.cli.progress import counted
-from allmend.results import POOLED, AuditTable, UtilityTable, longest_prefix
+from allmend.results import POOLED, AuditTable, InfluenceByMember, UtilityTable, longest_prefix
 from allmend.run import RunFolder
 
 
@@ -15,6 +16,8 @@ def show_outcome(console: Console, run: RunFolder) -> None:
         _show_utility(console, utility)
     if audit := run.read_table("audit", AuditTable):
         show_audit(console, audit)
+    if influence := run.read_table("influence", InfluenceByMember):
+        show_by_member(console, influence)
     outcomes = [path for what in ("adapter", "model", "members") for path in run.path.glob(f"arms/*/{what}")]
     for folder in sorted(outcomes):
         console.print(f"Model   {escape(str(folder))}", highlight=False, soft_wrap=True)
