@@ -285,7 +285,8 @@ def test_every_command_on_the_pages_exists(page: Path) -> None:
             if words[0].startswith("-"):
                 break
             if command.name in ("audit", "attribute") and words[0] not in command.commands:
-                words.insert(0, "run")  # `allmend audit RUN` is short for it
+                of_run = command.name == "attribute" and words[0].startswith(("RUN", "runs/"))
+                words.insert(0, "members" if of_run else "run")  # `allmend audit RUN` is short for it
             assert words[0] in command.commands, f"{page.name}: {line!r}: there is no command {words[0]!r}"
             command = command.commands[words.pop(0)]
         options = {option for parameter in command.params for option in parameter.opts} | {"--help"}

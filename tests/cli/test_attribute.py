@@ -129,3 +129,46 @@ def test_inverses_are_timed_and_the_verdict_decides_what_auto_takes(
     shown = allmend("attribute", "inverse", "--size", 16, "--size", 8, "--batch", 3)
     assert shown.code == 2
     assert "1 batch for 2 sizes" in shown.err
+
+
+def test_whose_data_helped_in_a_run(allmend: Allmend, run: Path) -> None:
+    shown = allmend("attribute", "runs/tiny", "--target", "test.jsonl", "--min-records", 2)
+    assert (shown.code, shown.err) == (0, "")
+    text = " ".join(shown.out.split())
+    for words in (
+        "Whose data helped fedavg (test.jsonl, 6 records)",
+        "below 0",
+        "To and from a client: sizes",
+        "Report",
+    ):
+        assert words in text
+    lines = [line for line in shown.out.splitlines() if re.match(r"(north|south) +[+-]", line)]
+    assert len(lines) == 2
+    assert "Whose data helped" in Path("runs/tiny/report.html").read_text()
+    for name in ("north", "south"):
+        assert f"arms/fedavg/influence/{name}/influence.html" in shown.out
+    found = json.loads(allmend("attribute", "members", "runs/tiny", "--min-records", 2, "--json").out)
+    assert found["arms"][0]["target"] == "held_out"
+    assert {one["client"] for one in found["arms"][0]["members"]} == {"north", "south"}
+    told = allmend("attribute", "runs/tiny", "--reveal", "none", "--min-records", 2)
+    assert "Nothing is revealed" in told.out
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--target", "nowhere.jsonl"), "is no file"),
+        (("--damping", "0"), "influence.damping: must be greater than 0, got 0"),
+        (("--reveal", "everything"), "influence.reveal"),
+        (("--arm", "nobody"), "no arm of this recipe is called nobody"),
+        (("--by-kind",), "have no kinds"),
+        (("--modules", "("), "is no regular expression"),
+        (("--modules", "nothing"), "no weight that learns matches 'nothing'"),
+        (("--members", "members.toml"), "members.toml"),
+    ],
+)
+def test_what_cannot_be_measured_of_a_run(options: tuple[str, ...], words: str, allmend: Allmend, run: Path) -> None:
+    shown = allmend("attribute", "runs/tiny", "--min-records", 2, *options)
+    assert shown.code == 2
+    assert words in " ".join(shown.err.split())
+    assert not Path("runs/tiny/results/influence.json").exists()

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from allmend import intervals
 from allmend.attribution.legs import Legs, codes_of, play, scored, strategy_of
 from allmend.attribution.own import keep_own
-from allmend.check import influenced
+from allmend.check import influence_problems, influenced
 from allmend.data.chat import Encoded, Encoder
 from allmend.data.files import read_records
 from allmend.data.records import Record
@@ -114,6 +114,8 @@ def attribute_run(
             )
         recipe = with_influence(frozen, changes or {})
         base = Path(str(run.facts["base"]))
+        if problems := influence_problems(recipe, base):
+            raise RecipeError(problems)
         prepared = replace(prepare(frozen, base, model=model), recipe=recipe)
         if prepared.model.digest != run.facts.get("model"):
             raise differs("the base model", run)
@@ -141,15 +143,9 @@ def measured_arms(run: RunFolder, recipe: Recipe) -> list[str]:
     """Arms of a run whose influence can be measured.
 
     Raises:
-        UserError: there is none, or one has no adapter yet.
+        UserError: one has no adapter yet.
     """
     arms = influenced(recipe)
-    if not arms:
-        raise UserError(
-            "no arm has a LoRA adapter that all clients share and no guarantee of differential privacy",
-            where=run.path,
-            hint="Influence is measured for such arms only.",
-        )
     for name in arms:
         if not (run.arm(name) / "adapter").is_dir():
             raise UserError(

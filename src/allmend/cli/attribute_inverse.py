@@ -93,8 +93,8 @@ def inverse(
 
 def show_simulation(console: Console, found: "Convergence") -> None:
     """Print residuals and errors by step."""
-    columns = {"step": 5} | {f"order {order}": 9 for order in found.residual}
-    columns |= {f"error {order}": 9 for order in found.error} | {"LiSSA": 9}
+    columns = {"step": 5} | {f"residual {order}": 10 for order in found.residual}
+    columns |= {f"error {order}": 9 for order in found.error} | {"LiSSA": 6}
     rows = []
     for step in range(len(found.lissa)):
         cells = [
@@ -107,9 +107,9 @@ def show_simulation(console: Console, found: "Convergence") -> None:
     show_sections(console, title, columns, {"": rows})
     later = ", ".join(f"{error:.2g} after {steps:,}" for steps, error in found.lissa_later.items())
     console.print(
-        "Order: the residual of the hyperpower iteration, ‖I − A X‖ / √d, and error: of its solutions, "
-        f"‖x − A⁻¹v‖ / ‖A⁻¹v‖. A step of order p takes p products of matrices. A step of LiSSA, whose error is {later} "
-        f"steps, takes one of a matrix and vectors. DataInf's error is {found.datainf:.2g}; that of v without any "
+        "Residual: ‖I − A X‖ / √d of the hyperpower iteration of each order p, a step of which takes p products of "
+        "matrices. Error: ‖x − A⁻¹v‖ / ‖A⁻¹v‖ of its solutions, and of LiSSA's, a step of which takes one product of a "
+        f"matrix and vectors; it is {later} steps. DataInf's error is {found.datainf:.2g}; that of v without any "
         f"inverse, over the mean eigenvalue, {found.uncurved:.2g}. Double precision, {found.samples:,} samples with a "
         f"power-law spectrum, damping a tenth of the mean eigenvalue, seed {found.seed}.",
         style="dim",
@@ -118,7 +118,7 @@ def show_simulation(console: Console, found: "Convergence") -> None:
 
 
 def show_timings(console: Console, timings: "Sequence[Timing]") -> None:
-    """Print medians and ranges in milliseconds, and the errors below."""
+    """Print medians, ranges and errors of each inverse, size by size."""
     heads = {
         "cholesky": "Cholesky's factors, 8 right sides",
         "full_inverse": "inverse from Cholesky's factors",
