@@ -350,6 +350,7 @@ class MemberInfluence(Table):
         client, target: which.
         mean: mean score of its records; n counts them.
         below: share of them with a score below 0.
+        size: mean of their absolute values.
         balance: sum of all scores over the sum of their absolute values. Near 0 they cancel, as they do where training
             has come to rest; then a negative mean says "less than the others", not "harmful".
     """
@@ -358,6 +359,7 @@ class MemberInfluence(Table):
     target: str
     mean: Estimate
     below: Estimate
+    size: float
     balance: float
 
 
@@ -394,6 +396,27 @@ class ArmInfluence(Table):
     hidden: bool
     error: float | None = None
     skipped: tuple[str, ...] = ()
+
+    def told(self, target: str) -> list[MemberInfluence]:
+        """Members' figures for a target, the most helpful first, in units of the mean absolute score of all their
+        records: scores have no unit of their own."""
+        found = [one for one in self.members if one.target == target]
+        total = sum(one.size * one.mean.n for one in found)
+        unit = total / sum(one.mean.n for one in found) if total else 1.0
+        scaled = [
+            one.model_copy(
+                update={
+                    "mean": Estimate(
+                        value=one.mean.value / unit,
+                        low=None if one.mean.low is None else one.mean.low / unit,
+                        high=None if one.mean.high is None else one.mean.high / unit,
+                        n=one.mean.n,
+                    )
+                }
+            )
+            for one in found
+        ]
+        return sorted(scaled, key=lambda one: -one.mean.value)
 
 
 class InfluenceByMember(Table):

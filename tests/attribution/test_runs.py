@@ -121,7 +121,13 @@ def test_the_table_tells_what_the_scores_come_to_and_the_page_has_it(run: RunFol
         assert one.mean.value == pytest.approx(expected.value, rel=1e-9)
         assert one.mean.low == pytest.approx(expected.low, rel=1e-6)
         assert one.below.value == sum(score < 0 for score in scores) / len(scores)
+        assert one.size == pytest.approx(sum(map(abs, scores)) / len(scores), rel=1e-6)
         assert one.balance == pytest.approx(sum(scores) / sum(map(abs, scores)), rel=1e-6)
+    # shown in units of the mean absolute score of all records
+    everything = [score for name in CLIENTS for score in own(run, name).values()]
+    unit = sum(map(abs, everything)) / len(everything)
+    for one in arm.told("all"):
+        assert one.mean.value == pytest.approx(mean(list(own(run, one.client).values())).value / unit, rel=1e-6)
     assert [leg.name for leg in arm.legs] == ["sizes", "blocks", "scores"]
     page = (run.path / "report.html").read_text()
     assert "Whose data helped" in page

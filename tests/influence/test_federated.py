@@ -183,7 +183,7 @@ def test_scaled_blocks_lie_between_minus_one_and_one_and_come_back(
     assert all(float(sums[name].abs().max()) <= 1 + 1e-12 for name in sums)
     whole = fisher_blocks(OfRecords(trainable, records))
     sizes = of_group("size", state.tensors)
-    found = it.blocks(sizes, {name: 2 for name in sizes}, sums)
+    found = it.blocks(sizes, dict.fromkeys(sizes, 2), sums)
     assert (found.records, dict(found.count)) == (whole.records, dict(whole.count))
     for name, block in whole.sums.items():
         assert torch.allclose(found.sums[name], block.double(), rtol=1e-9, atol=1e-15)

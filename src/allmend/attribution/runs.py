@@ -267,5 +267,6 @@ def _member(name: str, target: str, place: int, state: State) -> MemberInfluence
         target=target,
         mean=intervals.mean_of_sums(total, squares, n),
         below=intervals.share(round(below), n),
+        size=absolute / n,
         balance=total / absolute if absolute else 0.0,
     )

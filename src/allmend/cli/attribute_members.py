@@ -106,21 +106,21 @@ def _show_arm(console: Console, arm: "ArmInfluence") -> None:
         "" if len(arm.targets) == 1 else target: [
             (
                 escape(one.client),
-                plain(one.mean, "+.3g"),
+                plain(one.mean, "+.2f"),
                 percent(one.below),
                 f"{one.balance:+.2f}",
                 f"{one.mean.n:,}",
             )
-            for one in sorted(arm.members, key=lambda one: -one.mean.value)
-            if one.target == target
+            for one in arm.told(target)
         ]
         for target in arm.targets
     }
     if arm.members:
-        columns = {"client": 14, "mean score": 26, "below 0": 23, "balance": 7, "n": 6}
+        columns = {"client": 18, "mean score": 22, "below 0": 23, "balance": 7, "n": 5}
         show_sections(console, title, columns, sections)
         console.print(
-            "A score above 0: training on the record lowers the target's loss. No order is shown between clients whose "
+            "A score above 0: training on the record lowers the target's loss. Means are in units of the mean absolute "
+            "score of all these records. No order is shown between clients whose "
             "intervals overlap. Balance: sum of the scores over their absolute sum; near 0 they cancel, and a mean "
             'below 0 says "less than the others".',
             style="dim",

@@ -83,8 +83,8 @@ def _summary(records: Sequence[ScoredRecord]) -> Html:
     return join(
         [
             paragraph(
-                "Nothing on this page has left the member: the coordinator sent what the target comes to, and the "
-                "records were scored here."
+                "No record and no score of one has left the member: the coordinator sent what the target comes to, and "
+                "the records were scored here."
             ),
             paragraph(
                 "A score above 0 says that training on the record lowers the target’s loss, at the weights that the "

@@ -4,7 +4,7 @@ from allmend.report import numbers
 from allmend.report.charts import Axis, Row, interval_plot
 from allmend.report.evidence import Evidence
 from allmend.report.markup import Cell, Html, Rows, details, figure, join, paragraph, section, table, tag
-from allmend.results import ArmInfluence, MemberInfluence
+from allmend.results import ArmInfluence
 
 NEAR = 0.1
 """Balance of a client's scores below which they cancel."""
@@ -57,7 +57,7 @@ def _plot(arm: ArmInfluence) -> Html:
     groups = []
     for target in arm.targets:
         lines = []
-        for one in _of(arm, target):
+        for one in arm.told(target):
             words = numbers.evidence(one.mean, numbers.signed)
             tip = f"{one.client} for {target}\nmean score {numbers.signed(one.mean.value)}, {words}"
             shown = numbers.signed(one.mean.value)
@@ -66,20 +66,16 @@ def _plot(arm: ArmInfluence) -> Html:
     return figure(
         "Mean score of a client’s records",
         interval_plot("Mean score of a client’s records", groups, Axis("mean score", form=numbers.tick, reference=0.0)),
-        note="With 95 % intervals over its records. Intervals that overlap say nothing about an order.",
+        note="In units of the mean absolute score of all these records, with 95 % intervals over a client’s records. "
+        "Intervals that overlap say nothing about an order.",
     )
-
-
-def _of(arm: ArmInfluence, target: str) -> list[MemberInfluence]:
-    found = [one for one in arm.members if one.target == target]
-    return sorted(found, key=lambda one: -one.mean.value)
 
 
 def _verdict(arm: ArmInfluence) -> str:
     words = []
     for target in arm.targets:
         of = f"For {target}: " if len(arm.targets) > 1 else ""
-        found = _of(arm, target)
+        found = arm.told(target)
         helped = [one.client for one in found if one.mean.low is not None and one.mean.low > 0]
         hurt = [one.client for one in found if one.mean.high is not None and one.mean.high < 0]
         unclear = [one.client for one in found if one.client not in (*helped, *hurt)]
@@ -113,10 +109,15 @@ def _figures(arm: ArmInfluence) -> Html:
             Cell(numbers.signed(one.balance), value=one.balance),
         ]
         for target in arm.targets
-        for one in _of(arm, target)
+        for one in arm.told(target)
     ]
     head = ["Client", *(["Target"] if many else []), "Mean score", "Records below 0", "Balance"]
-    return table("Scores by client (95 % interval; n records). Balance: their sum over their absolute sum", head, rows)
+    return table(
+        "Scores by client, in units of the mean absolute score (95 % interval; n records). Balance: their sum over "
+        "their absolute sum",
+        head,
+        rows,
+    )
 
 
 def _travelled(arm: ArmInfluence) -> Html:
