@@ -16,6 +16,8 @@ ELSEWHERE = {
     r"allmend coordinate": ("tests/consortium/processes.py", "coordinate"),
     r"allmend join": ("tests/consortium/processes.py", "join"),
     r"allmend status .*--page": ("tests/status/test_page.py", "StatusPage"),
+    r"allmend attribute runs/": ("tests/cli/test_attribute.py", '"attribute", "runs/tiny"'),
+    r"allmend attribute inverse": ("tests/cli/test_attribute.py", '"inverse"'),
     r"allmend optim compare": ("tests/cli/test_optim.py", '"compare"'),
     r"make demo": ("tests/test_demo.py", "demo"),
     r"make test": (".ci/run", "make --no-print-directory test"),
