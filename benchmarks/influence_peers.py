@@ -11,7 +11,8 @@ target groups over one, of the same 64 target records.
 
     python benchmarks/influence_peers.py --data FOLDER [--records 200] [--targets 16] [--runs 3] [--quick]
 
-kronfluence is no dependency of the project: `pip install kronfluence==1.0.1`. Without it the second part runs alone.
+kronfluence is no dependency of the project, and asks for torchvision, which this does not need: `pip install --no-deps
+kronfluence==1.0.1 einconv einops` beside the packages of `allmend[dev]`. Without it the second part runs alone.
 """
 
 import argparse
@@ -310,7 +311,7 @@ def main() -> None:
     data = Path(options.data).resolve()
     records, targets, runs = (16, 4, 1) if options.quick else (options.records, options.targets, options.runs)
     if find_spec("kronfluence") is None:
-        print("kronfluence is not installed (pip install kronfluence==1.0.1): nothing is compared with it.")
+        print("kronfluence is not installed (see --help): nothing is compared with it.")
     else:
         memory(data, min(records, 64), targets)
         against(data, records, targets, runs)
