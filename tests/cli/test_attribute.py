@@ -172,3 +172,16 @@ def test_what_cannot_be_measured_of_a_run(options: tuple[str, ...], words: str, 
     assert shown.code == 2
     assert words in " ".join(shown.err.split())
     assert not Path("runs/tiny/results/influence.json").exists()
+
+
+def test_gradients_are_kept_over_commands(allmend: Allmend, run: Path) -> None:
+    plain = allmend("attribute", "run", "model", *GIVEN, "--json").out
+    for command in ("run", "mislabeled"):
+        shown = allmend("attribute", command, "model", *GIVEN, "--cache", "kept", "--json")
+        assert (shown.code, shown.err) == (0, "")
+        if command == "run":
+            assert shown.out == plain
+            assert list(Path("kept").glob("*.safetensors"))
+    other = allmend("attribute", "run", "model", *GIVEN, "--cache", "kept", "--modules", "v_proj")
+    assert other.code == 2
+    assert "of another modules: None, now v_proj" in " ".join(other.err.split())

@@ -81,10 +81,11 @@ def attribute_folder(
         if settings.method == "gfim":
             subject.check_room(source)
         untrained = (UNTRAINED,) if source.untrained else ()
+        passes = subject.kept(source)
         if settings.sweep:
-            swept = sweep(source, aim, method, dampings, groups=split)
+            swept = sweep(passes, aim, method, dampings, groups=split)
         else:
-            swept = {settings.damping: influence(source, aim, method, groups=split)}
+            swept = {settings.damping: influence(passes, aim, method, groups=split)}
     meter.done()
     found = swept[settings.damping]
     names = sorted(set(groups))

@@ -102,8 +102,9 @@ def review(
     meter = Meter(emit, phase, tokens)
     with subject.sources(meter) as (source, aim):
         subject.check_room(source)
-        scores = influence(source, aim, method)
-        own = self_influence(source, damping=settings.damping, side=settings.side, inverse=INVERSES[settings.solver])
+        passes = subject.kept(source)
+        scores = influence(passes, aim, method)
+        own = self_influence(passes, damping=settings.damping, side=settings.side, inverse=INVERSES[settings.solver])
     meter.done()
     measures = {
         "influence": (-scores.values[:, 0]).tolist(),

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
 from allmend.errors import UserError
@@ -34,6 +35,7 @@ class Settings:
         seed: of the splits by which reliability is measured.
         drop_overlap: leave target records out that are training records too, instead of refusing them.
         sweep: whether scores under other dampings are compared.
+        cache: a folder in which the training records' gradients are kept; none when None.
     """
 
     method: MethodName = "gfim"
@@ -48,6 +50,7 @@ class Settings:
     seed: int = 0
     drop_overlap: bool = False
     sweep: bool = False
+    cache: Path | None = None
 
     @property
     def solver(self) -> str:

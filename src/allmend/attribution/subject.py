@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from allmend.attribution.loss_folder import digest
 from allmend.attribution.overlap import overlapping, refuse_overlap, refuse_shared
 from allmend.attribution.settings import Settings
 from allmend.data.chat import Encoded, Encoder, choose_template
@@ -14,13 +15,15 @@ from allmend.data.files import read_records
 from allmend.data.records import Record
 from allmend.errors import UserError
 from allmend.influence.block_memory import check_room
-from allmend.influence.gradients import OfRecords
+from allmend.influence.cache import Cached
+from allmend.influence.gradients import OfRecords, Source
 from allmend.learn.objective import records_stay_apart
 from allmend.meter import Meter
 from allmend.models.adapters import check_adapter, learning_adapter
 from allmend.models.attention import packs
 from allmend.models.load import LoadedModel, load_model
 from allmend.models.sources import resolve
+from allmend.models.tensors import JSON
 from allmend.recipe import Fields
 
 
@@ -78,6 +81,23 @@ class Subject:
                 for some in (self.encoded, self.aim)
             )
             yield train, aim
+
+    def kept(self, source: OfRecords) -> Source:
+        """The training records' gradients, kept on disk where the settings say so.
+
+        Raises:
+            UserError: the disk has no room for them, or holds others.
+        """
+        if self.settings.cache is None:
+            return source
+        identity: dict[str, JSON] = {
+            "model": self.model.digest,
+            "adapter": self.digest,
+            "modules": self.settings.modules,
+            "packing": self.settings.tokens_per_pass,
+            "set_of_records": digest(self.encoded, self.owners),
+        }
+        return Cached(source, self.settings.cache, identity)
 
     def check_room(self, source: OfRecords) -> None:
         """See that the blocks of a source have room in memory.

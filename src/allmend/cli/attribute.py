@@ -27,6 +27,11 @@ LETTERS = 80
 MARK = "?"
 """Beside a score that is to be taken with care."""
 
+Cache = Annotated[
+    Path | None,
+    typer.Option(help="A folder for the training records' gradients, which are then formed once, also over commands."),
+]
+
 DropOverlap = Annotated[
     bool, typer.Option("--drop-overlap", help="Leave target records out that are training records too.")
 ]
@@ -73,6 +78,7 @@ def attribute(
     max_tokens: Annotated[int, typer.Option(min=8, help="Longest record, in tokens.")] = 512,
     template: Annotated[str, typer.Option(help="auto, chat or plain, as in training.")] = "auto",
     drop_overlap: DropOverlap = False,
+    cache: Cache = None,
     damping_sweep: Annotated[
         bool, typer.Option("--damping-sweep", help="Show what other dampings, 0.001 to 10, make of the order.")
     ] = False,
@@ -111,6 +117,7 @@ def attribute(
         template="chat" if template == "chat" else "plain" if template == "plain" else "auto",
         drop_overlap=drop_overlap,
         sweep=damping_sweep,
+        cache=cache,
     )
     fields = Fields(kind=label) if label else Fields()
     with silent() if as_json else shown(Console()) as listen:
@@ -223,6 +230,7 @@ def mislabeled(
     damping: Annotated[float, typer.Option(help="Times the mean eigenvalue of each block.")] = 0.1,
     max_tokens: Annotated[int, typer.Option(min=8, help="Longest record, in tokens.")] = 512,
     drop_overlap: DropOverlap = False,
+    cache: Cache = None,
     out: Annotated[Path | None, typer.Option(help="A JSON Lines file for the whole list.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -240,6 +248,7 @@ def mislabeled(
         damping=damping,
         max_tokens=max_tokens,
         drop_overlap=drop_overlap,
+        cache=cache,
     )
     with silent() if as_json else shown(Console()) as listen:
         found = review(

@@ -111,19 +111,38 @@ class OfRecords:
     def __len__(self) -> int:
         return len(self.records)
 
+    @property
+    def nbytes(self) -> int:
+        """Of a record's gradients, in single precision."""
+        parameters = self.trainable.parameters()
+        return 4 * sum(parameters[name].numel() for name in self.names)
+
     def __iter__(self) -> Iterator[Batch]:
-        names = set(self.names)
+        for row in self.rows():
+            yield self.batch(row)
+            self.on_tokens(row.tokens)
+
+    def rows(self) -> list[Row]:
+        """The records as they go through the model together.
+
+        Raises:
+            UserError: a record has no token to learn from.
+        """
         silent = [place for place, record in enumerate(self.records) if not record.learns]
         if silent:
             raise UserError(
                 f"{len(silent)} records have no token to learn from, the first of them {self.records[silent[0]].id!r}",
                 hint="Look at data.max_tokens and the response fields.",
             )
-        for row in separable_rows(self.trainable, self.records, self.tokens_per_pass):
-            yield self._batch(row, names)
-            self.on_tokens(row.tokens)
+        return separable_rows(self.trainable, self.records, self.tokens_per_pass)
 
-    def _batch(self, row: Row, names: set[str]) -> Batch:
+    def batch(self, row: Row) -> Batch:
+        """Gradients of a row's records.
+
+        Raises:
+            UserError: a loss or a gradient is not finite; the record is named.
+        """
+        names = set(self.names)
         parameters = self.trainable.parameters()
         for parameter in parameters.values():
             parameter.grad = None

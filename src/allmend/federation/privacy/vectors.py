@@ -86,8 +86,8 @@ class VectorCode:
 
     @property
     def of_numbers(self) -> FixedPoint:
-        """Levels of the numbers, whatever those of tensors are; with 64 bits and up to 2¹⁶ members, or 32 bits and up to
-        8, whole numbers are exact."""
+        """Levels of the numbers, whatever those of tensors are; with 64 bits and up to 2¹⁶ members, or with 32 bits and
+        up to 8, whole numbers are exact."""
         finest = FixedPoint(LARGEST_NUMBER, self.members, self.bits).scale
         return FixedPoint(LARGEST_NUMBER, self.members, self.bits, 1 << (finest.bit_length() - 1))
 
