@@ -1,8 +1,9 @@
 """Kept gradients give the same bits; whoever is stopped goes on; other gradients are refused."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -85,8 +86,7 @@ def test_gradients_of_something_else_are_refused(source: OfRecords, tmp_path: Pa
 
 
 def test_a_disk_without_room_is_told_before(source: OfRecords, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage: Callable[[Any], Any] = lambda path: type("Usage", (), {"free": 1000})
-    monkeypatch.setattr("shutil.disk_usage", usage)
-    with pytest.raises(UserError, match="12 records × 0.00 MB of gradients need 0.00 GB"):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match=r"12 records × 0\.00 MB of gradients need 0\.00 GB"):
         Cached(source, tmp_path / "new", IDENTITY)
     assert not (tmp_path / "new").exists()
