@@ -78,9 +78,14 @@ def review(
     """Rank training records by how likely they are wrong.
 
     Args:
-        model, adapter, train, target, settings, listeners: as of `attribute_folder`.
+        model: the adapter's base, a source as in a recipe.
+        adapter: a PEFT folder with a LoRA.
+        train: files of training records; each counts as a client.
+        target: a file of records that are known to be right.
         noisy: a field of the training records that says which are wrong, to see what each measure is worth.
         out: a JSON Lines file for the list.
+        settings: how.
+        listeners: told how far it is.
 
     Raises:
         UserError: as of `attribute_folder`; or labels say that all records are wrong, or none.
