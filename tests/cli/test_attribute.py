@@ -185,3 +185,20 @@ def test_gradients_are_kept_over_commands(allmend: Allmend, run: Path) -> None:
     other = allmend("attribute", "run", "model", *GIVEN, "--cache", "kept", "--modules", "v_proj")
     assert other.code == 2
     assert "of another modules: None, now v_proj" in " ".join(other.err.split())
+
+
+def test_a_choice_is_tried_on_records_that_no_score_has_seen(allmend: Allmend, run: Path) -> None:
+    assert allmend("attribute", "model", *GIVEN, "--out", "found").code == 0
+    rows = [{"id": f"new-{i}", "prompt": f"south: {i} plus 3?", "response": f"{i + 3}"} for i in range(20, 26)]
+    Path("new.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ("attribute", "select", "found", "--train", "north.jsonl", "--train", "south.jsonl", "--out", "less")
+    tried = ("--try-on", "new.jsonl", "--model", "model", "--adapter", ADAPTER, "--seeds", 2, "--epochs", 1)
+    shown = allmend(*words, *tried)
+    assert (shown.code, shown.err) == (0, "")
+    text = " ".join(shown.out.split())
+    for said in ("Loss on 6 unseen records, nats a token, 2 seeds", "Chosen minus random", "No difference to random"):
+        assert said in text
+    assert max(map(len, shown.out.splitlines())) <= 120
+    refused = allmend(*words, "--try-on", "new.jsonl")
+    assert refused.code == 2
+    assert "--try-on: needs --model and --adapter" in " ".join(refused.err.split())

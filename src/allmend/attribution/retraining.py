@@ -77,6 +77,7 @@ def retrain(
     retraining: Retraining,
     *,
     seed: int,
+    steps: int | None = None,
     on_step: Callable[[Step], None] = lambda step: None,
 ) -> Tensors:
     """Train from fresh parameters, in place; gives the parameters at the end.
@@ -86,12 +87,13 @@ def retrain(
         records: to train on.
         retraining: how.
         seed: of the records' order and of dropout.
+        steps: of the optimiser, where they are not to follow from the number of records.
         on_step: told after every step.
 
     Raises:
         UserError: training diverged, or no record has a token to learn from.
     """
-    *_, last = checkpoints(trainable, records, retraining, seed=seed, shares=(1.0,), on_step=on_step)
+    *_, last = checkpoints(trainable, records, retraining, seed=seed, shares=(1.0,), steps=steps, on_step=on_step)
     return last
 
 
@@ -102,12 +104,13 @@ def checkpoints(
     *,
     seed: int,
     shares: Sequence[float],
+    steps: int | None = None,
     on_step: Callable[[Step], None] = lambda step: None,
 ) -> list[Tensors]:
     """As `retrain`; gives the parameters when these shares of all steps are done, which is no other training.
 
     Args:
-        trainable, records, retraining, seed, on_step: as of `retrain`.
+        trainable, records, retraining, seed, steps, on_step: as of `retrain`.
         shares: of the steps, increasing, up to 1.
 
     Raises:
@@ -116,7 +119,7 @@ def checkpoints(
     trainable.load(fresh(trainable, seed=retraining.seed))
     found: list[Tensors] = []
     optimizer: Tensors | None = None
-    total = retraining.steps(len(records))
+    total = steps or retraining.steps(len(records))
     for first, last in _stretches(total, shares):
         try:
             outcome = train(
