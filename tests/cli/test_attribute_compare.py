@@ -5,11 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import typer
 from tests.cli.conftest import Allmend, Shown
 
-from allmend import cli
-from allmend.cli.attribute_compare import compare
+from allmend.attribution.loss_folder import LossFolder
 
 ADAPTER = "runs/tiny/arms/fedavg/adapter"
 GIVEN = ("model", "--adapter", ADAPTER, "--train", "north.jsonl", "--train", "south.jsonl", "--target", "target.jsonl")
@@ -19,14 +17,11 @@ Compared = Callable[..., Shown]
 
 
 @pytest.fixture
-def compared(allmend: Allmend, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Compared:
+def compared(allmend: Allmend, workplace: Path) -> Compared:
     assert allmend("tune", "recipe.toml").code == 0
     rows = [{"id": f"t{i}", "prompt": f"north: {i} plus 1?", "response": f"{i + 1}"} for i in range(20, 24)]
     Path("target.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    app = typer.Typer(pretty_exceptions_enable=False)
-    app.command("compare")(compare)
-    monkeypatch.setattr(cli, "app", app)
-    return lambda *words: allmend(*GIVEN, *words)
+    return lambda *words: allmend("attribute", "compare", *GIVEN, *words)
 
 
 def test_without_retraining_only_agreement_is_shown(compared: Compared) -> None:
@@ -83,8 +78,6 @@ def test_a_program_gets_the_table_and_nothing_else(compared: Compared) -> None:
 
 
 def test_a_comparison_that_is_stopped_says_how_to_go_on(compared: Compared, monkeypatch: pytest.MonkeyPatch) -> None:
-    from allmend.attribution.loss_folder import LossFolder
-
     write = LossFolder.write
 
     def stop_at_second(self: LossFolder, index: int, *rest: object) -> None:
