@@ -17,7 +17,7 @@ from allmend.attribution.comparison import compare_methods
 from allmend.attribution.comparison_plan import METHODS, Plan
 from allmend.attribution.folders import attribute_folder
 from allmend.attribution.method_figures import MethodComparison
-from allmend.attribution.retraining import Retraining
+from allmend.attribution.retraining import Retraining, checkpoint_rates
 from allmend.attribution.settings import Settings
 from allmend.errors import UserError
 from allmend.events import Event, PhaseDone, Stopped, WorkDone, WorkPlanned
@@ -32,11 +32,11 @@ RETRAINING = Retraining(learning_rate=0.02, epochs=2, batch_size=4)
 
 @pytest.fixture(scope="module")
 def place(adapt: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two clients, five target records and an adapter."""
+    """Two clients, five target records that are not all alike, and an adapter."""
     folder = tmp_path_factory.mktemp("comparison")
     write(folder / "north.jsonl", rows("north", 7))
     write(folder / "south.jsonl", rows("south", 6, "The sun is warm today."))
-    write(folder / "test.jsonl", rows("test", 5, "The sun is warm today."))
+    write(folder / "test.jsonl", rows("other", 2) + rows("test", 3, "The sun is warm today."))
     adapt(folder, "north", "south", rate=0.02, rounds=2)
     return folder
 
@@ -195,7 +195,12 @@ def test_an_adapter_trained_here_owes_nothing_to_the_one_given(compare: Compare,
     assert any(not torch.equal(half[name], whole[name]) for name in half)
     # with two checkpoints tracin is another method than with one
     assert first.agreement("tracin", "hessian_free").value < 1  # type: ignore[union-attr]
-    again = compare(methods=("hessian_free",), adapter=tmp_path / "first/trained/whole")
+    whole_folder = tmp_path / "first/trained/whole"
+    by_hand: dict[str, Any] = {"methods": plan["methods"], "checkpoints": (whole_folder.parent / "half", whole_folder)}
+    rates = tuple(checkpoint_rates(13, RETRAINING, (0.5, 1.0)))
+    assert compare(**by_hand, rates=rates, adapter=whole_folder).pairs == first.pairs
+    assert compare(**by_hand, adapter=whole_folder).pairs != first.pairs
+    again = compare(methods=("hessian_free",), adapter=whole_folder)
     assert again.adapter == first.adapter
     assert again.loss == first.loss
 
@@ -263,18 +268,18 @@ def test_too_many_targets_are_drawn_from_and_it_is_said(compare: Compare) -> Non
 def test_what_halves_truly_do_foretells_other_halves(compare: Compare, tmp_path: Path) -> None:
     """A linear model of losses, fitted to retrainings on many halves, has an LDS near 1 on halves it has not seen."""
     # all records in each batch: the order, which no score can foretell, is out of play
-    whole = Retraining(learning_rate=0.02, epochs=15, batch_size=13)
-    compare(methods=("hessian_free",), subsets=40, retraining=whole, out=tmp_path / "out")
+    whole = Retraining(learning_rate=0.01, epochs=20, batch_size=13)
+    compare(methods=("hessian_free",), subsets=60, retraining=whole, out=tmp_path / "out")
     content = [json.loads(path.read_bytes()) for path in sorted(tmp_path.glob("out/retrained/*.json"))]
     names = sorted({name for one in content for name in one["records"]})
     within = np.array([[float(name in one["records"]) for name in names] for one in content])
     losses = np.array([one["losses"] for one in content])
-    judged, seen = slice(0, 10), slice(10, 40)
+    judged, seen = slice(0, 12), slice(12, 60)
     effects, *_ = np.linalg.lstsq(
         within[seen] - within[seen].mean(0), -(losses[seen] - losses[seen].mean(0)), rcond=1e-6
     )
     subsets = [np.flatnonzero(row).tolist() for row in within[judged]]
-    assert linear_datamodeling_score(effects, subsets, losses[judged]).value > 0.85
+    assert linear_datamodeling_score(effects, subsets, losses[judged]).value > 0.8
     generator = np.random.default_rng(0)
     random = [linear_datamodeling_score(generator.normal(size=(13, 5)), subsets, losses[judged]) for _ in range(50)]
     assert abs(np.mean([one.value for one in random])) < 0.1
