@@ -85,10 +85,14 @@ def self_influence(
         blocks: curvature of other records, such as all members'; of these when None.
     """
     blocks = blocks or fisher_blocks(train, side=side)
+    # every record is a right side of its own: one inverse for all costs less than factors anew for each batch
+    eyes = {name: torch.eye(len(one), dtype=one.dtype, device=one.device)[None] for name, one in blocks.sums.items()}
+    inverses = solve(blocks, eyes, damping=damping, inverse=inverse).directions
     found = torch.zeros(len(train), dtype=torch.float64)
     for batch in train:
         places = torch.tensor(batch.places)
-        solved = solve(blocks, batch.gradients, damping=damping, inverse=inverse)
-        for name, v in solved.directions.items():
-            found[places] += (v * batch.gradients[name]).flatten(1).sum(1).double().cpu()
+        for name, inverted in inverses.items():
+            g = batch.gradients[name].to(inverted.dtype).contiguous()  # bits are not to depend on how it lies
+            moved = g @ inverted[0] if blocks.side == "wide" else inverted[0] @ g
+            found[places] += (moved * g).flatten(1).sum(1).double().cpu()
     return found
