@@ -1,5 +1,6 @@
 """What every benchmark prints: the machine, and times of two things taken in turns with their spread."""
 
+import argparse
 import json
 import os
 import platform
@@ -20,6 +21,20 @@ def machine() -> str:
         f"{platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GB, torch {torch.__version__}, "
         f"{torch.get_num_threads()} threads, Python {platform.python_version()}"
     )
+
+
+def with_data(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """A benchmark's options, with `--data` and `--threads` among them; where there are no data it ends here."""
+    parser.add_argument("--data", type=Path, default=os.environ.get("ALLMEND_DATA"), help="folder with medquad/")
+    parser.add_argument("--threads", type=int, help="of torch")
+    options = parser.parse_args()
+    if options.data is None:
+        print("No data: name a folder with --data or ALLMEND_DATA. Nothing was measured.")
+        raise SystemExit(0)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    options.data = Path(options.data)
+    return options
 
 
 FIGURES = "ALLMEND_FIGURES"

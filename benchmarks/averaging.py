@@ -9,10 +9,9 @@ product's average the cut to the adapter's rank loses.
 
 import argparse
 import math
-import os
 from pathlib import Path
 
-from _measure import machine
+from _measure import machine, with_data
 from _small_llama import small_llama
 from allmend.events import RoundDone
 from allmend.federation.checkpoint import Checkpoints
@@ -52,24 +51,20 @@ def loss(run: RunFolder, arm: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=os.environ.get("ALLMEND_DATA"), help="folder with medquad/")
     parser.add_argument("--out", type=Path, default=Path("runs/averaging"))
     parser.add_argument("--quick", action="store_true", help="one seed, two rounds")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rate", type=float, default=5e-3)
-    options = parser.parse_args()
-    if options.data is None:
-        print("No data: name a folder with --data or ALLMEND_DATA. Nothing was measured.")
-        return
+    options = with_data(parser)
     seeds, rounds = (options.seeds[:1], 2) if options.quick else (options.seeds, 6)
     print(machine())
-    model = str(small_llama(Path("~/.cache/allmend/benchmarks").expanduser(), data=Path(options.data)))
+    model = str(small_llama(Path("~/.cache/allmend/benchmarks").expanduser(), data=options.data))
     for epochs in EPOCHS:
         gaps, losses, lost = [], {arm: [] for arm in (*ARMS, "base")}, []
         octets = {}
         for seed in seeds:
             base = options.out / f"data-{seed}"
-            write_clients(Path(options.data), base, QUICK, seed)
+            write_clients(options.data, base, QUICK, seed)
             made = recipe(model, seed, epochs, options.rate, rounds)
             run = tune(made, options.out / f"{epochs:g}-{seed}-{rounds}", base=base)
             for arm in losses:

@@ -13,14 +13,11 @@ first of a round, and the mean over a round, against the closed form for gradien
 
 import argparse
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean as average
 
-import torch
-
-from _measure import figure, machine
+from _measure import figure, machine, with_data
 from _small_llama import small_llama
 from allmend.events import StepDone
 from allmend.intervals import mean
@@ -112,23 +109,16 @@ def best_rates(run: RunFolder, rates: dict[str, tuple[float, ...]]) -> Iterator[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=os.environ.get("ALLMEND_DATA"), help="folder with medquad/")
     parser.add_argument("--out", type=Path, default=Path("runs/federated-warmup"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="others than 0, which tunes")
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 20], choices=list(ROUNDS))
-    parser.add_argument("--threads", type=int, help="of torch")
     parser.add_argument("--quick", action="store_true", help="two rounds, two learning rates, one seed")
-    options = parser.parse_args()
-    if options.data is None:
-        print("No data: name a folder with --data or ALLMEND_DATA. Nothing was measured.")
-        return
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options = with_data(parser)
     monitor.EARLY = 10**6  # look at every step
     print(machine())
     data, model = (
-        Path(options.data),
-        str(small_llama(Path("~/.cache/allmend/benchmarks").expanduser(), data=Path(options.data))),
+        options.data,
+        str(small_llama(Path("~/.cache/allmend/benchmarks").expanduser(), data=options.data)),
     )
     grid = GRID[:2] if options.quick else GRID
     for steps in options.steps:

