@@ -80,3 +80,9 @@ def test_the_verdict_is_that_of_paired_intervals(better: str, words: str) -> Non
 def test_labels_that_say_nothing_are_told(reviewed: Callable[..., Any], place: Path) -> None:
     with pytest.raises(UserError, match="says that no records are wrong"):
         reviewed(noisy="kind")
+
+
+def test_questions_that_were_cut_away_are_told(reviewed: Callable[..., Any]) -> None:
+    cut = reviewed(settings=Settings(template="plain", max_tokens=30))
+    assert not any("cut, from the left" in note for note in reviewed().notes)
+    assert any("longer than 30 tokens and cut, from the left of the question on" in note for note in cut.notes)

@@ -147,6 +147,11 @@ def read_subject(
     notes = []
     if silent:
         notes.append(f"{_some(len(silent), 'training record')} without a token to learn from, and without a score.")
+    if cut := sum(one.cut > 0 for one in encoded):
+        notes.append(
+            f"{_some(cut, 'training record')} longer than {settings.max_tokens} tokens and cut, from the left of the "
+            "question on: an answer without its question cannot look wrong (--max-tokens)."
+        )
     aimed = [(record, encoder.for_training(record)) for record in asked]
     aim = [pair for pair in aimed if pair[1].learns]
     if len(aim) < len(aimed):
