@@ -5,7 +5,7 @@ branch). Logits are needed only at tokens that predict a target; `Row` names the
 """
 
 import bisect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -60,7 +60,13 @@ def pack(records: Sequence[Encoded], capacity: int) -> list[Row]:
 
     Records without a target are left out; rows and their order depend on nothing but the records given.
     """
-    return [_row([(index, records[index]) for index in group]) for group in _best_fit(records, capacity)]
+    return list(packed(records, capacity))
+
+
+def packed(records: Sequence[Encoded], capacity: int) -> Iterator[Row]:
+    """`pack`, a row at a time: of a hundred thousand records no more than one row's tensors are there at once."""
+    for group in _best_fit(records, capacity):
+        yield _row([(index, records[index]) for index in group])
 
 
 def _best_fit(records: Sequence[Encoded], capacity: int) -> list[list[int]]:

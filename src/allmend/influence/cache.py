@@ -36,12 +36,10 @@ class Cached:
     identity: Mapping[str, JSON]
 
     def __post_init__(self) -> None:
-        rows = self.source.rows()
-        there = [number for number in range(len(rows)) if self._file(number).is_file()]
-        for number in there[:1]:
-            self._read(number)
-        sizes = [len(set(row.record.tolist())) * self.source.nbytes for row in rows]
-        needed = ROOM * sum(size for number, size in enumerate(sizes) if number not in set(there))
+        there = sorted(self.folder.glob("*.safetensors"))
+        for path in there[:1]:
+            self._read(path)
+        needed = ROOM * len(self.source) * self.source.nbytes - sum(path.stat().st_size for path in there)
         beside = next(one for one in (self.folder, *self.folder.absolute().parents) if one.is_dir())
         if (free := shutil.disk_usage(beside).free) < needed:
             raise UserError(
@@ -56,21 +54,20 @@ class Cached:
 
     def __iter__(self) -> Iterator[Batch]:
         for number, row in enumerate(self.source.rows()):
-            if self._file(number).is_file():
-                batch = self._read(number)
+            if (path := self._file(number)).is_file():
+                batch = self._read(path)
             else:
                 batch = self.source.batch(row)
                 tensors = grouped("gradient", {name: g.contiguous() for name, g in batch.gradients.items()})
                 facts: dict[str, JSON] = {"identity": self.identity, "places": list(batch.places)}
-                write_tensors(self._file(number), tensors | {"losses": batch.losses}, facts)
+                write_tensors(path, tensors | {"losses": batch.losses}, facts)
             yield batch
             self.source.on_tokens(row.tokens)
 
     def _file(self, number: int) -> Path:
         return self.folder / f"{number:06}.safetensors"
 
-    def _read(self, number: int) -> Batch:
-        path = self._file(number)
+    def _read(self, path: Path) -> Batch:
         tensors, facts = read_tensors(path)
         known = facts.get("identity")
         if not isinstance(known, dict) or not isinstance(facts.get("places"), list) or "losses" not in tensors:

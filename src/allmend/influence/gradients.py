@@ -13,10 +13,10 @@ from typing import Protocol
 import torch
 
 from allmend.data.chat import Encoded
-from allmend.data.packing import Row
+from allmend.data.packing import Row, packed
 from allmend.errors import UserError
 from allmend.learn.objective import log_likelihood
-from allmend.learn.per_example import by_layer, separable_rows
+from allmend.learn.per_example import by_layer
 from allmend.models.adapters import Trainable
 
 
@@ -122,7 +122,7 @@ class OfRecords:
             yield self.batch(row)
             self.on_tokens(row.tokens)
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> Iterator[Row]:
         """The records as they go through the model together.
 
         Raises:
@@ -134,7 +134,7 @@ class OfRecords:
                 f"{len(silent)} records have no token to learn from, the first of them {self.records[silent[0]].id!r}",
                 hint="Look at data.max_tokens and the response fields.",
             )
-        return separable_rows(self.trainable, self.records, self.tokens_per_pass)
+        return packed(self.records, self.tokens_per_pass)
 
     def batch(self, row: Row) -> Batch:
         """Gradients of a row's records.
