@@ -11,7 +11,7 @@ from tests.influence.conftest import MakeRecords
 from allmend.data.chat import Encoded
 from allmend.errors import UserError
 from allmend.influence.blocks import fisher_blocks
-from allmend.influence.federated import BLOCKS, SCORES, SIZES, FederatedInfluence
+from allmend.influence.federated import BLOCKS, SCORES, SIZES, FederatedInfluence, _is_sum_of_squares
 from allmend.influence.gradients import OfRecords, mean_gradient
 from allmend.influence.methods import Gfim
 from allmend.influence.scores import influence
@@ -225,3 +225,15 @@ def test_a_task_holds_what_its_leg_needs_alone(trainable: Trainable, asked: list
         ["direction/a", "model/a"],
     ]
     assert [task.facts for task in tasks] == [{}, {}, {"names": "all"}]
+
+
+@pytest.mark.parametrize(("least", "fine"), [(0.0, True), (-5e-7, True), (-2e-6, False), (-0.5, False)])
+def test_an_eigenvalue_below_rounding_is_told_from_one_within(least: float, fine: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(12, 12, generator=generator, dtype=torch.float64)).Q
+    values = torch.linspace(0.01, 1, 12, dtype=torch.float64)
+    values[0] = 0
+    values /= values.sum()
+    values[0] = least  # of a trace of about 1
+    assert _is_sum_of_squares(basis @ torch.diag(values) @ basis.T) is fine
+    assert not _is_sum_of_squares(-torch.eye(3, dtype=torch.float64))

@@ -265,8 +265,7 @@ class FederatedInfluence:
             if float(torch.diagonal(scaled).max()) > 1 + 1e-6:
                 raise _no_block(name, "is larger than its members have announced")
             block = scaled * size.sqrt()[:, None] * size.sqrt()
-            trace = float(block.trace())
-            if trace < 0 or float(torch.linalg.eigvalsh(block)[0]) < -MOST_NEGATIVE * trace:
+            if bool(block.any()) and not _is_sum_of_squares(block):
                 raise _no_block(name, "has a negative eigenvalue")
             found[name] = block
         return FisherBlocks(found, {name: records * ranks[name] for name in found}, records)
@@ -282,6 +281,15 @@ class FederatedInfluence:
     def personal(self, state: State, client: State) -> Tensors | None:
         """None: nobody has a model of its own."""
         return None
+
+
+def _is_sum_of_squares(block: torch.Tensor) -> bool:
+    """Whether no eigenvalue is below −1e-6 of the trace: Cholesky's factors say so in a tenth of the time."""
+    trace = float(block.trace())
+    if not trace > 0:
+        return False
+    shifted = block + MOST_NEGATIVE * trace * torch.eye(len(block), dtype=block.dtype)
+    return not bool(torch.linalg.cholesky_ex(shifted).info)
 
 
 def _no_block(name: str, how: str) -> UserError:
