@@ -85,23 +85,18 @@ def _rounded(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def interleaved(
-    first: tuple[str, Callable[[], float]], second: tuple[str, Callable[[], float]], *, runs: int
-) -> tuple[Rates, Rates]:
-    """Run two things in turns, `runs` times each after one warm-up, the order changing each time.
+def interleaved(*jobs: tuple[str, Callable[[], float]], runs: int) -> tuple[Rates, ...]:
+    """Run things in turns, `runs` times each after one warm-up, the order changing each time.
 
     Args:
-        first: name and function that does the work once and returns how much it was (tokens, questions).
-        second: the same.
+        jobs: name and function that does the work once and returns how much it was (tokens, questions).
         runs: counted runs of each.
     """
-    values: dict[str, list[float]] = {first[0]: [], second[0]: []}
+    values: dict[str, list[float]] = {name: [] for name, _ in jobs}
     for number in range(runs + 1):
-        pair = (first, second) if number % 2 else (second, first)
-        for name, work in pair:
+        for name, work in jobs if number % 2 else reversed(jobs):
             start = time.perf_counter()
             amount = work()
             if number:
                 values[name].append(amount / (time.perf_counter() - start))
-    a, b = (Rates(name, tuple(values[name])) for name in (first[0], second[0]))
-    return a, b
+    return tuple(Rates(name, tuple(values[name])) for name, _ in jobs)

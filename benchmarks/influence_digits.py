@@ -22,6 +22,7 @@ from allmend.influence.gradients import Given, mean_gradient
 from allmend.influence.methods import DataInf, Exact, Gfim, HessianFree, Lissa
 from allmend.influence.quality import detection, linear_datamodeling_score
 from allmend.influence.scores import influence, score, self_influence
+from allmend.influence.tracin import tracin
 
 TRAIN, FLIPPED, TARGET, REMOVED, HALVES = 600, 0.2, 200, 60, 30
 HIDDEN, CLASSES = 32, 10
@@ -60,10 +61,10 @@ def network(seed: int) -> torch.nn.Sequential:
     return torch.nn.Sequential(torch.nn.Linear(64, HIDDEN), torch.nn.Tanh(), torch.nn.Linear(HIDDEN, CLASSES)).double()
 
 
-def trained(x: torch.Tensor, y: torch.Tensor, seed: int) -> torch.nn.Sequential:
+def trained(x: torch.Tensor, y: torch.Tensor, seed: int, steps: int = STEPS) -> torch.nn.Sequential:
     model = network(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=DECAY)
-    for _ in range(STEPS):
+    for _ in range(steps):
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
@@ -107,6 +108,11 @@ def one_seed(seed: int, halves: int) -> dict[str, dict[str, float]]:
         suspicion[name] = -influence(train, target, method).values[:, 0].numpy()  # type: ignore[arg-type]
         values, _ = score(train, method.solve(train, aims).directions)  # type: ignore[attr-defined]
         lds[name] = linear_datamodeling_score(values.numpy(), subsets, after).value
+    middle = trained(data.x, data.y, seed, STEPS // 2)
+    pairs = ((gradients(one, data.x, data.y), gradients(one, *data.target)) for one in (middle, model))
+    path = tracin(pairs, groups=each).values.numpy()
+    name = "tracin, 2 checkpoints"
+    suspicion[name], lds[name] = -path.mean(1), linear_datamodeling_score(path, subsets, after).value
     found: dict[str, dict[str, float]] = {}
     for name, measure in suspicion.items():
         quality = detection(measure.tolist(), data.wrong.tolist())

@@ -37,6 +37,7 @@ from _measure import Rates, figure, interleaved, machine, spread, times, with_da
 from allmend.data.chat import Encoded, Encoder
 from allmend.data.packing import pack
 from allmend.influence.blocks import fisher_blocks
+from allmend.influence.cache import Cached
 from allmend.influence.gradients import OfRecords, mean_gradient
 from allmend.influence.methods import Gfim, HessianFree, Method, solve
 from allmend.influence.scores import influence, score
@@ -94,6 +95,12 @@ class Allmend:
     def scores(self, method: Method) -> np.ndarray:
         """[records, targets]."""
         return influence(self.train, self.target, method, groups=each(len(self.target))).values.numpy()
+
+    def cached(self, method: Method, folder: str | None = None) -> np.ndarray:
+        """The same with the training records' gradients on disk, in a new folder where none is named."""
+        with tempfile.TemporaryDirectory() as new:
+            train = Cached(self.train, Path(folder or new), {"of": "the benchmark"})
+            return influence(train, self.target, method, groups=each(len(self.target))).values.numpy()
 
 
 class Kronfluence:
@@ -171,13 +178,21 @@ def _rows(records: Sequence[Encoded]) -> list[dict[str, torch.Tensor]]:
     ]
 
 
-def jobs(name: str, subject: tuple[Trainable, list[Encoded], list[Encoded]]) -> dict[str, Callable[[], np.ndarray]]:
-    """What a tool is asked for: with curvature, and without."""
+def jobs(
+    name: str, subject: tuple[Trainable, list[Encoded], list[Encoded]], folder: str | None = None
+) -> dict[str, Callable[[], np.ndarray]]:
+    """What a tool is asked for: with curvature, and without; of this one with gradients kept on disk, too."""
     if name == "kronfluence":
         peer = Kronfluence(*subject)
         return {"curved": partial(peer.scores, "ekfac"), "plain": partial(peer.scores, "identity")}
     ours = Allmend(*subject)
-    return {"curved": partial(ours.scores, Gfim()), "plain": partial(ours.scores, HessianFree())}
+    kept = tempfile.mkdtemp(dir=folder)
+    return {
+        "curved": partial(ours.scores, Gfim()),
+        "plain": partial(ours.scores, HessianFree()),
+        "curved, cached": partial(ours.cached, Gfim()),
+        "plain, cached": partial(ours.cached, HessianFree(), kept),
+    }
 
 
 def peak(name: str, data: Path, records: int, targets: int, threads: int) -> float:
@@ -201,9 +216,9 @@ def memory(data: Path, records: int, targets: int) -> None:
     )
 
 
-def against(data: Path, records: int, targets: int, runs: int) -> None:
+def against(data: Path, records: int, targets: int, runs: int, folder: str) -> None:
     pairs = records * targets
-    ours = jobs("allmend", made(data, records, targets))
+    ours = jobs("allmend", made(data, records, targets), folder)
     peer = jobs("kronfluence", made(data, records, targets))
 
     def work(job: Callable[[], np.ndarray]) -> float:
@@ -218,23 +233,28 @@ def against(data: Path, records: int, targets: int, runs: int) -> None:
     )
     if same < 0.999:
         raise SystemExit("The two tools do not measure the same: no time is worth comparing.")
-    curved, peers = interleaved(
+    ours["plain, cached"]()  # fills the folder, which all counted runs read
+    curved, cached, peers = interleaved(
         ("allmend, gfim", lambda: work(ours["curved"])),
+        ("allmend, gfim, gradients on disk", lambda: work(ours["curved, cached"])),
         ("kronfluence, EK-FAC", lambda: work(peer["curved"])),
         runs=runs,
     )
-    plain, identity = interleaved(
+    plain, read, identity = interleaved(
         ("allmend, hessian_free", lambda: work(ours["plain"])),
+        ("allmend, hessian_free, gradients on disk", lambda: work(ours["plain, cached"])),
         ("kronfluence, identity", lambda: work(peer["plain"])),
         runs=runs,
     )
-    for rates in (curved, peers, plain, identity):
+    for rates in (curved, cached, peers, plain, read, identity):
         print(f"pairs of {rates}")
     on = f"{records} records × {targets} targets of {TOKENS} tokens"
     figure(
         f"pairs of `gfim` against kronfluence's EK-FAC, factors and scores ({on}; 2 is asked for)", times(curved, peers)
     )
+    figure(f"the same with gradients kept on disk by the first pass ({on}; 2.5 is asked for)", times(cached, peers))
     figure(f"pairs of `hessian_free` against kronfluence's identity ({on}; 1 is asked for)", times(plain, identity))
+    figure(f"the same with gradients on disk already ({on}; 2 is asked for)", times(read, identity))
 
 
 def forward_backward(trainable: Trainable, records: Sequence[Encoded]) -> float:
@@ -306,7 +326,8 @@ def main() -> None:
         print("kronfluence is not installed (see --help): nothing is compared with it.")
     else:
         memory(data, min(records, 64), targets)
-        against(data, records, targets, runs)
+        with tempfile.TemporaryDirectory() as folder:
+            against(data, records, targets, runs, folder)
     costs(data, min(records, 64), runs)
 
 
