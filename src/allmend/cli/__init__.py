@@ -16,6 +16,7 @@ from allmend.cli import (
     audit,
     coordinate,
     demo,
+    depth,
     doctor,
     join,
     member,
@@ -44,6 +45,7 @@ app.command("report")(report.report)
 app.command("doctor")(doctor.doctor)
 app.add_typer(audit.app, name="audit")
 app.add_typer(attribute.app, name="attribute")
+app.add_typer(depth.app, name="depth")
 app.add_typer(privacy.app, name="privacy")
 app.add_typer(optim.app, name="optim")
 app.add_typer(recipe.app, name="recipe")

@@ -50,12 +50,14 @@ class Architecture:
         paired: the model class with layers of different widths.
         attention, perceptron: its branches; of a block that runs both at once, both read the same norm.
         head_norms: norms of single heads, with one gain for all heads of a layer.
+        last_norm: of the model, before its output embedding.
     """
 
     paired: type[Any]
     attention: Branch
     perceptron: Branch
     head_norms: tuple[str, ...] = ()
+    last_norm: str = "norm"
 
     @property
     def at_once(self) -> bool:
@@ -87,6 +89,7 @@ ARCHITECTURES = {
         paired.PairedPhiForCausalLM,
         _attention(_SEPARATE, "self_attn.dense"),
         Branch("input_layernorm", (("mlp.fc1", _whole),), "mlp.fc2"),
+        last_norm="final_layernorm",
     ),
     "Starcoder2DecoderLayer": Architecture(
         paired.PairedStarcoder2ForCausalLM,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from allmend.depth.architectures import check_kinds, layers_of
+from allmend.depth.architectures import architecture_of, check_kinds, layers_of
 from allmend.depth.interventions import shallow, step_of
 from allmend.depth.plan import Step
 
@@ -52,6 +52,7 @@ class Decoder:
 
     def __init__(self, model: Any) -> None:
         self.model, self.layers = model, layers_of(model)
+        self._norm = model.model.get_submodule(architecture_of(self.layers[0]).last_norm)
 
     @torch.inference_mode()
     def trunk(self, ids: torch.Tensor) -> Trunk:
@@ -96,7 +97,7 @@ class Decoder:
         hidden = trunk.states[same]
         for step, module in zip(steps[same:], modules[same:], strict=True):
             hidden = module(hidden, **trunk.named[step.layers[0]])
-        logits = self.model.lm_head(self.model.model.norm(hidden[:, :-1])).float()
+        logits = self.model.lm_head(self._norm(hidden[:, :-1])).float()
         found: torch.Tensor = nn.functional.cross_entropy(
             logits.flatten(0, 1), trunk.ids[:, 1:].flatten(), reduction="none"
         )

@@ -14,8 +14,8 @@ from allmend.depth.plan import Intervention, Step
 def intervene(model: Any, change: Intervention) -> Any:
     """A model that shares its weights with `model`, which stays as it is, and runs its layers as `change` says.
 
-    It is meant for measuring: a cache of keys and values works unless layer 0 is left out, and what it computes is
-    what `apply_plan` makes one standard layer of.
+    It is meant for measuring: a cache of keys and values works unless layer 0 is left out or layers attend
+    differently, and what it computes is what `apply_plan` makes one standard layer of.
 
     Args:
         model: a causal language model of transformers, as `architectures.layers_of` asks for.
@@ -31,10 +31,10 @@ def intervene(model: Any, change: Intervention) -> Any:
     changed.model = shallow(model.model)
     changed.model.layers = nn.ModuleList([step_of(step, layers) for step in steps])
     kinds = kinds_of(model.config, len(layers))
-    if len(set(kinds)) > 1:  # the decoder looks a layer's mask up by its place
+    if len(set(kinds)) > 1:  # the decoder looks a layer's mask up by its place, and a cache by its own number
         config = copy.copy(model.config)
         config.layer_types = [kinds[step.layers[0]] for step in steps]
-        config.num_hidden_layers = len(steps)
+        config.use_cache = False
         changed.config = changed.model.config = config
     return changed
 

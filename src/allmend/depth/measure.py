@@ -98,6 +98,7 @@ def measure(
     *,
     known: Mapping[Candidate, Measured] | None = None,
     errors: float = ERRORS,
+    keep: int = 1,
     after_window: Callable[[int, Mapping[Candidate, Measured]], None] = lambda window, found: None,
     on_candidate: Callable[[float], None] = lambda share: None,
 ) -> dict[Candidate, Measured]:
@@ -112,10 +113,12 @@ def measure(
         candidates: in any order, none twice.
         known: what was found before, and what is gone on from.
         errors: standard errors behind the best rival at which a candidate is dropped.
+        keep: rivals that are wanted: it is the last of so many best that a candidate must be behind.
         after_window: told the windows done and all that was found so far.
         on_candidate: told the share of the work that is done, as if nobody were dropped from here on.
     """
     found = {one: (known or {}).get(one) or Measured(one.change.steps(len(decoder.layers))) for one in candidates}
+    _drop(found, errors, keep)  # of what is known
     for place in range(len(windows)):
         left = [one for one, so_far in found.items() if len(so_far.losses) == place and not so_far.dropped]
         if not left:
@@ -128,15 +131,17 @@ def measure(
             so_far.losses.append(losses[0].cpu().numpy())
             so_far.seconds += time.perf_counter() - start
             on_candidate((place + (number + 1) / len(left)) / len(windows))
-        _drop(found, errors)
+        _drop(found, errors, keep)
         after_window(place + 1, found)
     return found
 
 
-def _drop(found: Mapping[Candidate, Measured], errors: float) -> None:
+def _drop(found: Mapping[Candidate, Measured], errors: float, keep: int) -> None:
     for rivals in {one.rivals for one in found} - {""}:
-        running = [some for one, some in found.items() if one.rivals == rivals and not some.dropped]
-        best = min(running, key=lambda some: some.loss)
+        running = [some for one, some in found.items() if one.rivals == rivals and some.losses and not some.dropped]
+        if not running:
+            continue
+        *_, last = sorted(running, key=lambda some: some.loss)[:keep]
         for one in running:
-            gap, error = behind(one, best)
-            one.dropped = one is not best and gap > errors * error
+            gap, error = behind(one, last)
+            one.dropped = gap > 0 and gap > errors * error

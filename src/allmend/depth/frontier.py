@@ -1,0 +1,125 @@
+"""What each depth costs on text that the search has not seen: perplexity, choices, and what adds up."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from allmend.data.chat import Encoded
+from allmend.data.records import Record
+from allmend.depth.apply import apply_plan
+from allmend.depth.choices import answer
+from allmend.depth.decoder import Decoder
+from allmend.depth.measure import Candidate, Measured, added, measure, perplexity, sequential
+from allmend.depth.plan import Plan
+from allmend.depth.search import Result
+from allmend.depth.text import Windows, check_apart
+from allmend.intervals import paired_difference
+from allmend.learn.evaluate import accuracy
+from allmend.results import Estimate, Table
+
+
+class Line(Table):
+    """A depth, or the model as it is.
+
+    Attributes:
+        kind: of search; `sequential` for the model as it is.
+        depth: sequential steps.
+        groups: of layers, one for each step; empty where layers are left out or merged.
+        start, end: of the stretch that is changed.
+        searched: added to the loss on the text of the search (nats a token), over its windows.
+        predicted: the same as the sum of what single pairs add; None where they were not measured.
+        perplexity: on the other text; n counts tokens.
+        added: to the loss on the other text (nats a token), over its windows.
+        accuracy: share of choices answered right, and `accuracy_change` against the model as it is, by question.
+    """
+
+    kind: str
+    depth: int
+    groups: tuple[tuple[int, ...], ...]
+    start: int
+    end: int
+    searched: Estimate | None = None
+    predicted: float | None = None
+    perplexity: Estimate
+    added: Estimate | None = None
+    accuracy: Estimate | None = None
+    accuracy_change: Estimate | None = None
+
+
+class Frontier(Table):
+    """What depths cost.
+
+    Attributes:
+        lines: the model as it is, then each depth.
+        searched_on, reported_on: the two texts.
+        search_tokens, report_tokens: of them.
+        questions: choices asked.
+        notes: what to know.
+    """
+
+    lines: tuple[Line, ...]
+    searched_on: str
+    reported_on: str
+    search_tokens: int
+    report_tokens: int
+    questions: int
+    notes: tuple[str, ...] = ()
+
+
+def frontier(
+    model: Any,
+    results: Sequence[Result],
+    searched: Windows,
+    report: Windows,
+    questions: tuple[list[Record], list[Encoded]],
+) -> Frontier:
+    """Measure what a search has found on another text.
+
+    Args:
+        model: that was searched.
+        results: of the search.
+        searched, report: the text of the search and the other one.
+        questions: from `choices.choices_of`, of the other text; may be none.
+
+    Raises:
+        UserError: both texts are the same.
+    """
+    check_apart(searched, report)
+    decoder = Decoder(model)
+    plain = sequential(len(decoder.layers))
+    # without rivals: what is measured here is measured to the end
+    every = [Candidate(one.kind, one.candidate.start, one.candidate.end, one.candidate.change) for one in results]
+    found = measure(decoder, report, [plain, *dict.fromkeys(every)])
+    asked = bool(questions[0])
+    before = answer(model, questions) if asked else []
+    lines = [_line(plain, found, None, accuracy=accuracy(before))]
+    for one, candidate in zip(results, every, strict=True):
+        facts: dict[str, Any] = {}
+        if asked and isinstance(candidate.change, Plan):
+            scores = answer(apply_plan(model, candidate.change), questions)
+            right = ([float(score.right) for score in some] for some in (scores, before))
+            facts = {"accuracy": accuracy(scores), "accuracy_change": paired_difference(*right)}
+        facts |= {"searched": one.added, "predicted": one.predicted}
+        lines.append(_line(candidate, found, found[plain], **facts))
+    return Frontier(
+        lines=tuple(lines),
+        searched_on=searched.source,
+        reported_on=report.source,
+        search_tokens=searched.tokens,
+        report_tokens=report.tokens,
+        questions=len(questions[0]),
+        notes=(*searched.notes, *report.notes),
+    )
+
+
+def _line(one: Candidate, found: Mapping[Candidate, Measured], plain: Measured | None, **facts: Any) -> Line:
+    measured = found[one]
+    return Line(
+        kind=one.kind,
+        depth=measured.depth,
+        groups=one.change.groups if isinstance(one.change, Plan) else (),
+        start=one.start,
+        end=one.end,
+        perplexity=perplexity(measured),
+        added=None if plain is None else added(measured, plain),
+        **facts,
+    )

@@ -1,0 +1,285 @@
+"""Scan, search and apply as a user asks for them: a model by name, texts by path, results in a folder."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from allmend import __version__
+from allmend.depth.apply import apply_plan, save_paired
+from allmend.depth.architectures import layers_of
+from allmend.depth.choices import choices_of
+from allmend.depth.fold import Gain
+from allmend.depth.frontier import Frontier, frontier
+from allmend.depth.log import Log
+from allmend.depth.measure import Candidate, Measured, behind
+from allmend.depth.plan import Plan, read_plan, write_plan
+from allmend.depth.scan import Kind, scan
+from allmend.depth.search import Result, search
+from allmend.errors import UserError
+from allmend.events import Event, WorkDone, WorkPlanned
+from allmend.models.load import LoadedModel
+from allmend.pairing.pages import write_scan_pages, write_search_pages
+from allmend.pairing.subject import Texts, load_subject, read_texts
+from allmend.run import write_atomic
+
+Listeners = Sequence[Callable[[Event], None]]
+
+QUESTIONS = 96
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A stretch of a scan.
+
+    Attributes:
+        kind, start, end: what is done to which layers.
+        depth: sequential steps that are left.
+        added: to the loss (nats a token), and its standard error over tokens.
+        tokens: that it was measured on: fewer where it was clearly behind others.
+    """
+
+    kind: str
+    start: int
+    end: int
+    depth: int
+    added: float
+    error: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Scanned:
+    """A scan.
+
+    Attributes:
+        model, text: what was scanned, and on what.
+        layers: of the model.
+        loss: of the model as it is (nats a token).
+        cells: all stretches.
+        notes: what to know.
+    """
+
+    model: str
+    text: str
+    layers: int
+    loss: float
+    cells: tuple[Cell, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Searched:
+    """A search.
+
+    Attributes:
+        model: what was searched.
+        frontier: what each depth costs.
+        chosen: the plan that was asked for.
+        reached: whether it costs no more than it may.
+    """
+
+    model: str
+    frontier: Frontier
+    chosen: Plan
+    reached: bool
+
+
+def scan_folder(
+    model: str,
+    *,
+    kinds: Sequence[Kind] = ("pairs", "prune"),
+    longest: int = 8,
+    calibration: Path | None = None,
+    out: Path | None = None,
+    merge: bool = False,
+    device: str | None = None,
+    seed: int = 0,
+    listeners: Listeners = (),
+) -> Scanned:
+    """What every stretch of a model's layers costs when it runs otherwise.
+
+    Args:
+        model: as in a recipe, or a PEFT folder with `merge`.
+        kinds: of intervention; see `depth.scan`.
+        longest: stretch, in layers.
+        calibration: text to measure on; the built-in clinical terms when None.
+        out: a folder for `scan.parquet`, `scan.svg` and `depth.html`; a scan that was stopped is gone on with.
+        merge: whether an adapter may be merged into its base.
+        device: as of `load_model`.
+        seed: of `shuffle`.
+        listeners: told how far it is.
+
+    Raises:
+        UserError: the model cannot be rearranged, the text is too short, or the folder is of another scan.
+    """
+    loaded = load_subject(model, merge=merge, device=device)
+    texts = read_texts(loaded, calibration, None)
+    windows = texts.search
+    log = Log(out / "scan.parquet", _facts(loaded, texts)) if out else None
+    _tell(listeners, WorkPlanned(work={"scan": 1.0}))
+    found = scan(
+        loaded.model,
+        windows,
+        kinds=kinds,
+        longest=longest,
+        seed=seed,
+        log=log,
+        on_share=lambda share: _tell(listeners, WorkDone(phase="scan", share=share)),
+    )
+    (_, base), *rest = found.items()
+    cells = tuple(_cell(one, measured, base) for one, measured in rest)
+    result = Scanned(model, windows.source, base.depth, base.loss, cells, windows.notes)
+    if out:
+        write_scan_pages(out, result)
+    return result
+
+
+def _cell(one: Candidate, measured: Measured, plain: Measured) -> Cell:
+    gap, error = behind(measured, plain)
+    return Cell(one.kind, one.start, one.end, measured.depth, gap, error, measured.tokens)
+
+
+def _facts(loaded: LoadedModel, texts: Texts) -> dict[str, str | int]:
+    ids = texts.search.ids
+    return {
+        "model": loaded.digest,
+        "text": texts.search.digest,
+        "windows": len(ids),
+        "tokens_of_a_window": ids.shape[1],
+        "numbers": str(loaded.model.dtype),
+    }
+
+
+def _tell(listeners: Listeners, event: Event) -> None:
+    for listen in listeners:
+        listen(event)
+
+
+def search_folder(
+    model: str,
+    *,
+    kind: Kind | Literal["free"] = "pairs",
+    depth: int | None = None,
+    pairs: int | None = None,
+    max_loss: float | None = None,
+    calibration: Path | None = None,
+    report: Path | None = None,
+    out: Path | None = None,
+    merge: bool = False,
+    device: str | None = None,
+    questions: int = QUESTIONS,
+    listeners: Listeners = (),
+) -> Searched:
+    """The best way to run a model at each depth, and what that costs on text that was not searched on.
+
+    Args:
+        model: as in a recipe, or a PEFT folder with `merge`.
+        kind: `free` for pairs anywhere, or a kind of scan for the best stretch.
+        depth: sequential steps to come down to; one of this, `pairs` and `max_loss` is given.
+        pairs: steps less than layers.
+        max_loss: what may be added to the loss (nats a token).
+        calibration: text to search on; the built-in clinical terms when None.
+        report: text to report on; what the search leaves of its own when None.
+        out: a folder for `plan.json`, `search.parquet`, `search.json`, `loss_by_depth.svg` and `depth.html`; a search
+            that was stopped is gone on with.
+        merge: whether an adapter may be merged into its base.
+        device: as of `load_model`.
+        questions: choices to ask of the text to report on.
+        listeners: told how far it is.
+
+    Raises:
+        UserError: none of `depth`, `pairs` and `max_loss` is given, or several are; the depth cannot be reached; the
+            model cannot be rearranged; a text is too short; or the folder is of another search.
+    """
+    if [depth, pairs, max_loss].count(None) != 2:
+        raise UserError(
+            "a search needs one end",
+            where="--depth, --pairs or --max-loss",
+            hint="Name one: the steps to come down to (--depth 24), the pairs (--pairs 6), or what may be added to the "
+            "loss (--max-loss 0.10).",
+        )
+    loaded = load_subject(model, merge=merge, device=device)
+    if pairs is not None:
+        depth = len(layers_of(loaded.model)) - pairs
+    texts = read_texts(loaded, calibration, report)
+    log = Log(out / "search.parquet", _facts(loaded, texts)) if out else None
+
+    def step(words: str, share: float) -> None:
+        _tell(listeners, WorkPlanned(work={words: 1.0}))
+        _tell(listeners, WorkDone(phase=words, share=share))
+
+    results = search(loaded.model, texts.search, kind=kind, depth=depth, max_loss=max_loss, log=log, on_step=step)
+    step("report", 0.0)
+    found = frontier(loaded.model, results, texts.search, texts.report, choices_of(texts.report, questions))
+    within = [one for one in results if max_loss is None or one.added.value <= max_loss]
+    chosen = within[-1] if within else results[0]
+    searched = Searched(model, found, _plan(chosen), bool(within))
+    if out:
+        facts: dict[str, object] = {
+            "model": model,
+            "model_digest": loaded.digest,
+            "kind": kind,
+            "added_on_search_text": chosen.added.value,
+            "allmend": __version__,
+        }
+        if isinstance(chosen.candidate.change, Plan):
+            write_plan(out / "plan.json", chosen.plan, facts)
+        write_atomic(out / "search.json", (found.model_dump_json(indent=1) + "\n").encode())
+        write_search_pages(out, searched)
+    return searched
+
+
+def _plan(result: Result) -> Plan:
+    """Of what is no plan, the order of its layers."""
+    return Plan(tuple(step.layers for step in result.measured.steps))
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A folder that was written.
+
+    Attributes:
+        out: the folder.
+        architecture: class of the model in it.
+        depth: its sequential steps, of so many `layers`.
+        parameters: it has, and the original.
+    """
+
+    out: Path
+    architecture: str
+    depth: int
+    layers: int
+    parameters: tuple[int, int]
+
+
+def apply_folder(
+    model: str,
+    plan: Path,
+    out: Path,
+    *,
+    gain: Gain = "geometric",
+    merge: bool = False,
+    device: str | None = None,
+) -> Applied:
+    """Write the folder of a model whose groups of layers are one wider layer each.
+
+    Args:
+        model: as in a recipe, or a PEFT folder with `merge`.
+        plan: a file of `search_folder`, or one written by hand.
+        out: a folder that is not there yet.
+        gain: see `fold_group`.
+        merge: whether an adapter may be merged into its base.
+        device: as of `load_model`.
+
+    Raises:
+        UserError: the plan does not fit the model, the model cannot be folded, or the folder is there already.
+    """
+    wanted = read_plan(plan)
+    loaded = load_subject(model, merge=merge, device=device)
+    layers = loaded.model.config.num_hidden_layers
+    wanted.check(layers, where=plan)
+    changed = apply_plan(loaded.model, wanted, gain=gain)
+    save_paired(changed, loaded.tokenizer, out, wanted, {"model": model, "model_digest": loaded.digest})
+    counts = tuple(sum(p.numel() for p in one.parameters()) for one in (changed, loaded.model))
+    return Applied(out, type(changed).__name__, wanted.depth, layers, (counts[0], counts[1]))

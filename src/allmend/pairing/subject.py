@@ -1,0 +1,98 @@
+"""What the stage works on: a model, merged with its adapter where there is one, and two texts."""
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from allmend.data.icd10cm import category_texts
+from allmend.depth.text import Windows, check_apart, read_text, windows_of
+from allmend.errors import UserError
+from allmend.models.adapters import applied, check_adapter
+from allmend.models.load import LoadedModel, load_model
+
+SEARCH, REPORT = (32, 256), (16, 512)
+"""Windows and their tokens."""
+
+BUILT_IN = "the built-in clinical terms"
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Text to search on, and text to report on."""
+
+    search: Windows
+    report: Windows
+
+
+def load_subject(source: str, *, merge: bool = False, device: str | None = None) -> LoadedModel:
+    """A model to rearrange; of a PEFT folder the base with the adapter merged into it.
+
+    Args:
+        source: a model as in a recipe, or a PEFT folder.
+        merge: whether an adapter may be merged.
+        device: as of `load_model`.
+
+    Raises:
+        UserError: the source is an adapter and may not be merged, or cannot be loaded.
+    """
+    folder = Path(source).expanduser()
+    if not (folder / "adapter_config.json").is_file():
+        return load_model(source, device=device)
+    if not merge:
+        raise UserError(
+            "is an adapter: its layers are those of its base, and the adapter's matrices beside them",
+            where=source,
+            hint="Add --merge to have it merged into its base first.",
+        )
+    check_adapter(folder)
+    try:
+        base = json.loads((folder / "adapter_config.json").read_bytes())["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"does not name its base model: {error}", where=folder / "adapter_config.json") from error
+    loaded = load_model(str(base), device=device)
+    with applied(loaded.model, folder) as wrapped:
+        whole: Any = wrapped
+        whole.merge_adapter()
+        # `unload`, at the end, puts the layers back as they are now: merged
+    own = (folder / "adapter_model.safetensors").read_bytes()
+    digest = hashlib.sha256(loaded.digest.encode() + hashlib.sha256(own).digest()).hexdigest()
+    return replace(loaded, source=source, digest=digest)
+
+
+def read_texts(
+    loaded: LoadedModel,
+    calibration: Path | None,
+    report: Path | None,
+    *,
+    search: tuple[int, int] = SEARCH,
+    reported: tuple[int, int] = REPORT,
+) -> Texts:
+    """The two texts, none of which has anything of the other.
+
+    Args:
+        loaded: whose tokenizer cuts them.
+        calibration: to search on; the built-in clinical terms when None.
+        report: to report on; what the search leaves of its own text when None.
+        search, reported: windows at most, and tokens of one.
+
+    Raises:
+        UserError: a file cannot be read, is too short, or both are the same.
+    """
+    name = str(calibration) if calibration else BUILT_IN
+    text = read_text(calibration) if calibration else "\n".join(category_texts())
+    cut = loaded.tokenizer
+    if report is not None:
+        found = Texts(
+            windows_of(text, cut, length=search[1], most=search[0], source=name),
+            windows_of(read_text(report), cut, length=reported[1], most=reported[0], source=str(report)),
+        )
+        check_apart(found.search, found.report)
+        return found
+    # the last third of the text, as far as it is needed, is not searched on
+    half = len(text) * 2 // 3
+    return Texts(
+        windows_of(text[:half], cut, length=search[1], most=search[0], source=f"{name}, first two thirds"),
+        windows_of(text[half:], cut, length=reported[1], most=reported[0], source=f"{name}, last third", least=1),
+    )

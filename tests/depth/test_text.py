@@ -1,0 +1,58 @@
+import gzip
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from allmend.depth.text import check_apart, read_text, windows_of
+from allmend.errors import UserError
+
+
+def test_windows_follow_one_another(tiny_tokenizer: Any) -> None:
+    text = "".join(chr(97 + place % 26) for place in range(1300))
+
+    found = windows_of(text, tiny_tokenizer, length=100, most=50, source="a text")
+
+    assert found.ids.shape == (13, 100)
+    assert tiny_tokenizer.decode(found.ids.flatten()) == text
+    assert "1,300 tokens say little" in found.notes[0]
+    assert windows_of(text, tiny_tokenizer, length=256, most=4, source="").ids.shape == (4, 256)
+
+
+def test_enough_text_is_not_noted(tiny_tokenizer: Any) -> None:
+    assert windows_of("x" * 9000, tiny_tokenizer, length=512, most=16, source="").notes == ()
+
+
+@pytest.mark.parametrize(("letters", "length"), [(0, 256), (1000, 256), (1500, 2048)])
+def test_too_short_a_text(tiny_tokenizer: Any, letters: int, length: int) -> None:
+    with pytest.raises(UserError, match=r"(?s)some\.txt: .*at least .*longer text"):
+        windows_of("x" * letters, tiny_tokenizer, length=length, most=9, source="some.txt")
+
+
+def test_both_texts_the_same(tiny_tokenizer: Any) -> None:
+    one, other, third = (
+        windows_of(text * 1100, tiny_tokenizer, length=256, most=4, source=text) for text in ("x", "x", "y")
+    )
+
+    with pytest.raises(UserError, match="search"):
+        check_apart(one, other)
+    check_apart(one, third)
+
+
+def test_text_of_files(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("grün")
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress("grün".encode()))
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    (tmp_path / "b.jsonl").write_text('{"prompt": "one", "response": "two"}\n')
+
+    assert read_text(tmp_path / "a.txt") == read_text(tmp_path / "a.txt.gz") == "grün"
+    assert read_text(tmp_path / "a.jsonl") == "one\n\ntwo"
+    assert read_text(tmp_path / "b.jsonl") == "one\ntwo"
+
+
+def test_files_that_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "b.txt.gz").write_bytes(b"no gzip")
+    for name, words in (("a.txt", "UTF-8"), ("b.txt.gz", "cannot be read"), ("none.txt", "No such file")):
+        with pytest.raises(UserError, match=rf"{name}: .*{words}"):
+            read_text(tmp_path / name)
