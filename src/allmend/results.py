@@ -4,7 +4,7 @@ Every figure is an `Estimate`: a value with its sample size and, where one can b
 A table is one JSON file (`results/<name>.json`), written as a whole.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from pydantic import BaseModel, ConfigDict
 
@@ -363,6 +363,27 @@ class MemberInfluence(Table):
     balance: float
 
 
+def in_typical_scores(found: Sequence[MemberInfluence]) -> list[MemberInfluence]:
+    """Figures for one target, the most helpful first, with means in units of the mean absolute score of all these
+    records: scores have no unit of their own."""
+    total = sum(one.size * one.mean.n for one in found)
+    unit = total / sum(one.mean.n for one in found) if total else 1.0
+    scaled = [
+        one.model_copy(
+            update={
+                "mean": Estimate(
+                    value=one.mean.value / unit,
+                    low=None if one.mean.low is None else one.mean.low / unit,
+                    high=None if one.mean.high is None else one.mean.high / unit,
+                    n=one.mean.n,
+                )
+            }
+        )
+        for one in found
+    ]
+    return sorted(scaled, key=lambda one: -one.mean.value)
+
+
 class ArmInfluence(Table):
     """Whose data helped in an arm.
 
@@ -398,25 +419,8 @@ class ArmInfluence(Table):
     skipped: tuple[str, ...] = ()
 
     def told(self, target: str) -> list[MemberInfluence]:
-        """Members' figures for a target, the most helpful first, in units of the mean absolute score of all their
-        records: scores have no unit of their own."""
-        found = [one for one in self.members if one.target == target]
-        total = sum(one.size * one.mean.n for one in found)
-        unit = total / sum(one.mean.n for one in found) if total else 1.0
-        scaled = [
-            one.model_copy(
-                update={
-                    "mean": Estimate(
-                        value=one.mean.value / unit,
-                        low=None if one.mean.low is None else one.mean.low / unit,
-                        high=None if one.mean.high is None else one.mean.high / unit,
-                        n=one.mean.n,
-                    )
-                }
-            )
-            for one in found
-        ]
-        return sorted(scaled, key=lambda one: -one.mean.value)
+        """Members' figures for a target, as `in_typical_scores` gives them."""
+        return in_typical_scores([one for one in self.members if one.target == target])
 
 
 class InfluenceByMember(Table):

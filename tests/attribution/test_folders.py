@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -11,14 +12,17 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
 from tests.attribution.conftest import ADAPTER, rows, write
 from tests.attribution.test_subject import Silencing
+from tests.report.conftest import body_of, charts, part, said, table_of, tips
 
 from allmend.attribution import subject
 from allmend.attribution.folders import attribute_folder
+from allmend.attribution.pages import PAGE
 from allmend.attribution.settings import Settings
 from allmend.errors import UserError
 from allmend.events import PhaseDone, WorkPlanned
 from allmend.influence.methods import Gfim
 from allmend.influence.table import ABOUT, ROWS, InfluenceTable, read_scores
+from allmend.report import numbers
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +76,45 @@ def test_figures_and_files_say_the_same(attribute: Callable[..., Any], tmp_path:
     assert table.reliability["mean"].value > 0.5
     assert type(events[0]) is WorkPlanned
     assert type(events[-1]) is PhaseDone
+
+
+def test_the_page_says_the_same_as_the_table(attribute: Callable[..., Any], place: Path, tmp_path: Path) -> None:
+    odd = write(tmp_path / "<b>odd.jsonl", rows("odd", 6, "<script>alert(1)</script> " + "and so on " * 20))
+    train = [place / "south.jsonl", odd]
+    found = attribute(out=tmp_path / "out", train=train, settings={"targets": "kind", "sweep": True})
+    path = tmp_path / "out" / PAGE
+    assert path.stat().st_mode & 0o077 == 0, "records are on it"
+    body = body_of(path)
+    (chart,) = charts(part(body, "clients"))
+    expected = []
+    for one in sorted(found.table.clients, key=lambda one: (one.client != "south", one.target)):
+        unit = fmean(abs(row.score) for row in found.rows if row.target == one.target)
+        expected.append(f"{one.client} for {one.target}\nmean score {numbers.signed(one.mean.value / unit)}")
+    assert [tip.split(",")[0] for tip in tips(chart)] == expected
+    for place_of, target in enumerate(("a", "b")):
+        section = part(body, f"target-{place_of}")
+        ranks = {(row.client, row.record_id): row.rank for row in found.rows if row.target == target}
+        shown = [row for caption in ("Most helpful", "Most harmful") for row in table_of(section, caption)[1:]]
+        assert shown
+        for text, record, client, score, _, rank in shown:
+            assert rank == f"{ranks[client, record]}of 16"
+            assert "?" in score, "few records: with care"
+            assert len(text) <= 80
+    assert "<script>alert(1)</script>" in said(body)
+    measured = said(part(body, "measured"))
+    for words in ("gfim, wide side, solved by cholesky", "0.1 of each block’s mean eigenvalue", "Under other dampings"):
+        assert words in measured
+    for caution in found.table.cautions:
+        assert caution in said(part(body, "summary"))
+
+
+def test_a_single_target_has_the_name_of_its_file(attribute: Callable[..., Any], tmp_path: Path) -> None:
+    found = attribute(out=tmp_path / "out", settings={"method": "hessian_free"})
+    body = body_of(tmp_path / "out" / PAGE)
+    assert "For test.jsonl" in said(part(body, "target-0"))
+    assert not body.findall(".//section[@id='clients']")
+    assert f"{found.table.reliability['mean'].value:.2f}" in said(part(body, "summary"))
+    assert "there is no curvature" in said(part(body, "measured"))
 
 
 def test_each_block_has_its_figures_and_what_is_off_stands_beside_every_score(attribute: Callable[..., Any]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from tests.attribution.conftest import ADAPTER, rows, write
+from tests.report.conftest import body_of, charts, part, said, table_of
 
 from allmend.attribution import review as module
 from allmend.attribution.review import review
@@ -52,6 +53,36 @@ def test_what_is_wrong_stands_in_front(reviewed: Callable[..., Any], tmp_path: P
     assert [one["rank"] for one in listed] == list(range(1, 25))
     assert [one["influence"] for one in listed] == sorted((one["influence"] for one in listed), reverse=True)
     assert found.verdict.startswith(("Influence finds", "The simple measures"))
+
+
+def test_the_page_beside_the_list_shows_what_each_measure_finds(reviewed: Callable[..., Any], tmp_path: Path) -> None:
+    found = reviewed(noisy="noisy", out=tmp_path / "list.jsonl")
+    path = tmp_path / "list.html"
+    assert path.stat().st_mode & 0o077 == 0, "records are on it"
+    body = body_of(path)
+    assert found.verdict in said(part(body, "summary"))
+    _, *figures = table_of(body, "What each measure finds")
+    assert [row[0] for row in figures] == ["influence", "loss", "self-influence"]
+    assert [row[1][:4] for row in figures] == [f"{one.auc.value:.2f}" for one in found.found.values()]
+    _, *listed = table_of(body, "Records, the most suspicious first")
+    assert [row[1] for row in listed] == [one.record_id for one in found.suspects]
+    assert [row[6] for row in listed] == ["wrong" if one.wrong else "right" for one in found.suspects]
+    assert all("qwx" in row[0] for row in listed if row[6] == "wrong")
+
+
+def test_the_page_without_labels_has_the_records_alone(reviewed: Callable[..., Any], tmp_path: Path) -> None:
+    found = reviewed(out=tmp_path / "list.jsonl")
+    body = body_of(tmp_path / "list.html")
+    assert charts(body) == []
+    _, *listed = table_of(body, "Records, the most suspicious first")
+    assert [row[1] for row in listed] == [one.record_id for one in found.suspects]
+    assert found.verdict in said(body)
+
+
+def test_a_list_that_is_called_as_its_page_is_refused(reviewed: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="the name of the page beside the list"):
+        reviewed(out=tmp_path / "list.html")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_labels_it_claims_nothing(reviewed: Callable[..., Any]) -> None:

@@ -37,7 +37,9 @@ def test_records_clients_and_their_sureness_are_shown(allmend: Allmend, run: Pat
         "Written to found",
     ):
         assert words in text
-    assert max(map(len, shown.out.splitlines())) <= 120
+    assert f"Report  {Path('found/influence.html').resolve()}" in shown.out
+    assert Path("found/influence.html").exists()
+    assert max(len(line) for line in shown.out.splitlines() if not line.startswith("Report")) <= 120
     assert Path("found/influence.parquet").exists()
     found = json.loads(allmend("attribute", "run", "model", *GIVEN, "--json").out)
     assert {row["client"] for row in found["rows"]} == {"north", "south"}
@@ -129,6 +131,29 @@ def test_inverses_are_timed_and_the_verdict_decides_what_auto_takes(
     shown = allmend("attribute", "inverse", "--size", 16, "--size", 8, "--batch", 3)
     assert shown.code == 2
     assert "1 batch for 2 sizes" in shown.err
+
+
+def test_inverses_have_a_page_where_one_is_asked_for(allmend: Allmend, workplace: Path) -> None:
+    for options in ((), ("--json",)):
+        shown = allmend("attribute", "inverse", "--size", 8, "--device", "cpu", "--out", "page.html", *options)
+        assert (shown.code, shown.err) == (0, "")
+        assert "order 2" in Path("page.html").read_text()
+        Path("page.html").unlink()
+        assert (f"Report  {Path('page.html').resolve()}" in shown.out) is (not options)
+    shown = allmend("attribute", "inverse", "--size", 8, "--device", "cpu", "--out", "north.jsonl/page.html")
+    assert shown.code == 2
+    assert "a file stands where a folder is needed" in " ".join(shown.err.split())
+
+
+def test_a_list_to_review_has_a_page_beside_it(allmend: Allmend, run: Path) -> None:
+    shown = allmend("attribute", "mislabeled", "model", *GIVEN, "--out", "list.jsonl")
+    assert (shown.code, shown.err) == (0, "")
+    assert "Written to list.jsonl" in shown.out
+    assert f"Report  {Path('list.html').resolve()}" in shown.out
+    assert "north: 3 plus 3?" in Path("list.html").read_text()
+    shown = allmend("attribute", "mislabeled", "model", *GIVEN, "--out", "list.html")
+    assert shown.code == 2
+    assert "Name the list otherwise, such as list.jsonl." in " ".join(shown.err.split())
 
 
 def test_whose_data_helped_in_a_run(allmend: Allmend, run: Path) -> None:

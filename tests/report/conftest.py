@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pyarrow
 import pyarrow.parquet
@@ -52,6 +53,45 @@ rounds = 3
 rank = 8   # a < b & c
 [canaries]
 """
+
+
+EVIL = "<script>alert(1)</script>\"'&"
+"""What a record or a name may hold."""
+
+
+def body_of(page: Path | str) -> ElementTree.Element:
+    """What a page holds, parsed; with one script alone, the page's own."""
+    text = page.read_text() if isinstance(page, Path) else page
+    assert text.count("<script>") == text.count("</script>") == 1
+    return ElementTree.fromstring(text[text.index("<body>") : text.index("<script>")] + "</body>")
+
+
+def part(body: ElementTree.Element, name: str) -> ElementTree.Element:
+    """A section of a page."""
+    (found,) = body.findall(f".//section[@id='{name}']")
+    return found
+
+
+def charts(element: ElementTree.Element) -> list[ElementTree.Element]:
+    """The charts in an element."""
+    return element.findall(".//svg[@class='chart']")
+
+
+def tips(element: ElementTree.Element) -> list[str]:
+    """What the figures of charts say when they are pointed at."""
+    return [title.text or "" for title in element.iter("title")]
+
+
+def said(element: ElementTree.Element) -> str:
+    """What a reader sees of an element, in one line with plain blanks."""
+    shown = "".join(text for text in element.itertext())
+    return " ".join(shown.replace("\u202f", " ").replace("\xa0", " ").split())
+
+
+def table_of(element: ElementTree.Element, caption: str) -> list[list[str]]:
+    """The cells of the table whose caption begins so: its heads, then its rows."""
+    (found,) = (one for one in element.iter("table") if said(one.find("caption")).startswith(caption))  # type: ignore[arg-type]
+    return [[said(cell) for cell in row] for row in found.iter("tr")]
 
 
 def share(p: float, n: int) -> Estimate:

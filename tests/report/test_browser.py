@@ -1,6 +1,7 @@
 """The page in Chromium: no error, no request, nothing wider than the window, and its scripts at work."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +12,15 @@ from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
+from tests.report.test_attributed import attribution
+from tests.report.test_inverses import ERRORS, RESIDUALS, TIMINGS
+from tests.report.test_reviewed import found_of
+from tests.report.test_reviewed import records as suspicious
 
+from allmend.report.attributed import write_attributed
+from allmend.report.inverses import write_inverses
 from allmend.report.page import write_report
+from allmend.report.reviewed import write_reviewed
 
 CHROMIUM = Path("/usr/bin/chromium")
 FLAGS = (
@@ -146,6 +154,57 @@ def test_tooltip_by_pointer_and_by_keys(browser: webdriver.Chrome, run: Path) ->
     assert tip.text != said
     ActionChains(browser).send_keys(Keys.ESCAPE).perform()
     assert not tip.is_displayed()
+
+
+def test_a_cell_is_pointed_at_wherever_the_pointer_is_in_it(browser: webdriver.Chrome, tmp_path: Path) -> None:
+    resize(browser, *SIZES[0])
+    page = write_attributed(tmp_path / "page.html", attribution(targets=("a", "b")))
+    browser.get(page.as_uri())
+    cells = browser.find_elements(By.CSS_SELECTOR, "#clients .pt .cell")
+    tip = browser.find_element(By.ID, "tip")
+    browser.execute_script("arguments[0].scrollIntoView({ block: 'center' })", cells[0])
+    for cell, words in zip(cells, ("east for a", "east for b", "north for a", "north for b"), strict=True):
+        for side in (-1, 1):  # far from its middle, nearer to that of the next row
+            aside = int(side * (cell.size["width"] / 2 - 3))
+            ActionChains(browser).pause(0.2).move_to_element_with_offset(cell, aside, 0).perform()
+            assert tip.text.startswith(words)
+
+
+def test_other_pages_are_silent_and_fit(browser: webdriver.Chrome, tmp_path: Path) -> None:
+    some = suspicious(60)
+    pages = [
+        write_attributed(tmp_path / "attributed.html", attribution(targets=("a", "a long name of a target"))),
+        write_reviewed(tmp_path / "list.html", some, found_of(some), verdict="Nothing.", facts=[], settings=[]),
+        write_inverses(
+            tmp_path / "inverses.html",
+            residuals=RESIDUALS,
+            errors=ERRORS,
+            without_steps={"none": 0.5},
+            timings=TIMINGS,
+            verdict="Nothing.",
+            about_steps=[],
+            about_times="",
+            facts=[],
+        ),
+    ]
+    for page in pages:
+        for width, height in SIZES:
+            resize(browser, width, height)
+            browser.get(page.as_uri())
+            browser.execute_script("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
+            assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    assert browser.get_log("browser") == []
+
+
+def test_a_trace_says_where_on_it_one_is(browser: webdriver.Chrome, tmp_path: Path) -> None:
+    resize(browser, *SIZES[0])
+    some = suspicious(60)
+    page = write_reviewed(tmp_path / "list.html", some, found_of(some), verdict="Nothing.", facts=[], settings=[])
+    browser.get(page.as_uri())
+    chart = browser.find_element(By.CSS_SELECTOR, "#found svg.chart")
+    ActionChains(browser).pause(0.3).move_to_element(chart).perform()
+    tip = browser.find_element(By.ID, "tip").text
+    assert re.fullmatch(r"(influence|loss|chance), [\d.]+ % of records reviewed\n[\d.]+ % of the wrong ones found", tip)
 
 
 def test_tables_sort_by_value(browser: webdriver.Chrome, run: Path) -> None:

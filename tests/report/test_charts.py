@@ -55,6 +55,35 @@ def test_equal_factors_have_equal_distances_on_a_log_axis() -> None:
     assert scale(Axis("n", ticks=(10,), log=True), [], 0, 100)(10) == pytest.approx(50)
 
 
+@given(st.floats(-14, 6), st.floats(0, 12), st.integers(2, 6))
+def test_a_log_axis_without_ticks_has_powers_of_ten_and_covers_the_values(
+    first: float, span: float, about: int
+) -> None:
+    low, high = 10**first, 10 ** (first + span)
+    x = scale(Axis("x", log=True), [high, 0.0, low, -1.0, math.nan], 0, 100, about=about)
+    assert all(-1e-6 <= x(value) <= 100 + 1e-6 for value in (low, high))
+    exponents = [math.log10(tick) for tick in x.ticks]
+    assert exponents == pytest.approx([round(one) for one in exponents])
+    assert 1 <= len(x.ticks) <= 2 * about + 1
+    assert len({round(right - left) for left, right in pairwise(exponents)}) <= 1
+    assert (x.has(low), x.has(0.0), x.has(-1.0), x.has(math.inf)) == (True, False, False, False)
+
+
+def test_equal_factors_are_equal_steps_on_a_log_axis_and_what_has_no_place_is_left_out() -> None:
+    points = tuple(Point(step, value, f"step {step}") for step, value in enumerate((1.0, 1e-3, 1e-6, 0.0)))
+    series = Series("s", "s", 0, points, trace=((0.0, 0.0), (1.0, 1e-3)))
+    chart = ElementTree.fromstring(line_chart("t", [series], Axis("step"), Axis("residual", log=True)))
+    heights = [float(circle.get("cy", "nan")) for circle in chart.findall(".//circle")]
+    assert len(heights) == 3
+    assert heights[1] - heights[0] == pytest.approx(heights[2] - heights[1], abs=0.2)
+    assert heights[1] > heights[0]
+    (line,) = chart.findall(".//polyline")
+    assert len(line.get("points", "").split()) == 1
+    rows = [Row("a", "a", 0, 10.0, "10", "tip", 1.0, 100.0), Row("b", "b", 1, 0.0, "0", "tip")]
+    plot = ElementTree.fromstring(interval_plot("t", [("", rows)], Axis("ms", log=True)))
+    assert len(plot.findall(".//g[@class='pt']")) == 1
+
+
 def test_reference_and_limit_are_drawn_at_their_values() -> None:
     axis = Axis("bits", low=0.0, reference=1.44, limit=7.17)
     points = tuple(Point(x, y, "tip") for x, y in ((1, 1.44), (2, 7.17)))

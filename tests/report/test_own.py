@@ -3,7 +3,8 @@
 import os
 from pathlib import Path
 
-from allmend.report.own import MOST, ScoredRecord, write_own
+from allmend.report.influence_figures import MOST, ScoredRecord
+from allmend.report.own import write_own
 
 
 def page(tmp_path: Path, scores: list[float], text: str = "some words") -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from allmend.attribution.pages import write_influence_page
 from allmend.attribution.settings import PASSES, Settings
 from allmend.attribution.subject import Subject, read_subject
 from allmend.errors import UserError
@@ -57,7 +58,7 @@ def attribute_folder(
         adapter: a PEFT folder with a LoRA.
         train: files of training records, in a form that a recipe takes; each counts as a client, by its name.
         target: a file of records whose loss is what matters.
-        out: a folder for `influence.parquet` and `influence.json`; nothing is written when None.
+        out: a folder for `influence.parquet`, `influence.json` and `influence.html`; nothing is written when None.
         fields: the names under which the files keep each part of a record.
         settings: how.
         listeners: told how far it is.
@@ -116,11 +117,13 @@ def attribute_folder(
         versions=versions(),
         seed=settings.seed,
     )
+    texts = texts_of(subject)
     if out is not None:
         write_scores(Path(out) / ROWS, rows)
         write_atomic(Path(out) / ABOUT, table.model_dump_json(indent=1).encode())
-    everyone = (*zip(subject.owners, subject.records, strict=True), *subject.silent)
-    texts = {(owner, record.id): " ".join(record.texts) for owner, record in everyone}
+        write_influence_page(
+            Path(out), rows, table, texts, model=model, adapter=Path(adapter), target=Path(target), settings=settings
+        )
     return Attributed(tuple(rows), table, texts)
 
 
@@ -166,6 +169,12 @@ def _swept(swept: Mapping[float, Scores], names: Sequence[str], default: float) 
                 agreement=rank_correlation(scores.values[:, place], of_default.values[:, place]),
                 reliability=agreement(scores.targets, scores.values, name),
             )
+
+
+def texts_of(subject: Subject) -> dict[tuple[str, str], str]:
+    """What is written in each training record, by client and id."""
+    everyone = (*zip(subject.owners, subject.records, strict=True), *subject.silent)
+    return {(owner, record.id): " ".join(record.texts) for owner, record in everyone}
 
 
 def per_token(losses: torch.Tensor, subject: Subject) -> torch.Tensor:

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import torch
 
+from allmend.attribution.pages import PAGE
 from allmend.federation.member import Member
 from allmend.influence.table import ROWS, Row, write_scores
-from allmend.report.own import ScoredRecord, write_own
+from allmend.report.influence_figures import ScoredRecord
+from allmend.report.own import write_own
 from allmend.strategy import State
-
-PAGE = "influence.html"
 
 
 def keep_own(folder: Path, member: Member, state: State, texts: Mapping[str, str], *, arm: str) -> Path:

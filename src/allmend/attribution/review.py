@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from allmend.attribution.folders import per_token
+from allmend.attribution.folders import per_token, texts_of
+from allmend.attribution.pages import write_review_page
 from allmend.attribution.settings import PASSES, Settings
 from allmend.attribution.subject import read_subject
 from allmend.errors import UserError
@@ -83,15 +84,18 @@ def review(
         train: files of training records; each counts as a client.
         target: a file of records that are known to be right.
         noisy: a field of the training records that says which are wrong, to see what each measure is worth.
-        out: a JSON Lines file for the list.
+        out: a JSON Lines file for the list; a page with the records beside it has the same name and `.html`.
         settings: how.
         listeners: told how far it is.
 
     Raises:
-        UserError: as of `attribute_folder`; or labels say that all records are wrong, or none.
+        UserError: as of `attribute_folder`; labels say that all records are wrong, or none; or `out` is called as its
+            page.
     """
     settings = settings or Settings()
     method = settings.build()
+    if out is not None:
+        page_of(out)
     fields = Fields(kind=noisy) if noisy else Fields()
     subject = read_subject(model, adapter, train=train, target=target, fields=fields, settings=settings)
     labels = [record.kind.lower() in WRONG for record in subject.records] if noisy else None
@@ -130,12 +134,40 @@ def review(
         for rank, place in enumerate(order, start=1)
     )
     found = {} if labels is None else {name: detection(measures[name], labels) for name in MEASURES}
+    notes = (*subject.notes, *scores.solved.notes)
+    made = Review(suspects, found, _verdict(measures, labels), notes)
     if out is not None:
         text = io.StringIO()
         for one in suspects:
             text.write(json.dumps(asdict(one)) + "\n")
         write_atomic(Path(out), text.getvalue().encode())
-    return Review(suspects, found, _verdict(measures, labels), (*subject.notes, *scores.solved.notes))
+        write_review_page(
+            page_of(out),
+            made,
+            texts_of(subject),
+            model=model,
+            adapter=Path(adapter),
+            target=Path(target),
+            noisy=noisy,
+            settings=settings,
+        )
+    return made
+
+
+def page_of(out: Path | str) -> Path:
+    """The page beside a list.
+
+    Raises:
+        UserError: the list itself would have that name.
+    """
+    path = Path(out).with_suffix(".html")
+    if path == Path(out):
+        raise UserError(
+            "is the name of the page beside the list",
+            where=out,
+            hint=f"Name the list otherwise, such as {path.with_suffix('.jsonl')}.",
+        )
+    return path
 
 
 def _verdict(measures: dict[str, list[float]], labels: list[bool] | None) -> str:

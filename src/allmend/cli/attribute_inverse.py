@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -27,6 +28,7 @@ def inverse(
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Matrices at a time, one for each size.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or mps; the first that is there if absent.")] = "",
     seed: Annotated[int, typer.Option(help="Of matrices and vectors.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="An HTML file for a page with plots and times.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Time every inverse on this machine, and follow the approximate ones to the exact one.
@@ -36,10 +38,11 @@ def inverse(
 
     The usual sizes, in about two minutes:  allmend attribute inverse
 
-    Your own, quickly:  allmend attribute inverse --size 576 --batch 8
+    Your own, quickly, with a page:  allmend attribute inverse --size 576 --batch 8 --out inverses.html
     """
     import torch
 
+    from allmend.attribution.pages import ABOUT_TIMES, write_inverse_page
     from allmend.errors import UserError
     from allmend.events import WorkDone, WorkPlanned
     from allmend.influence.convergence import simulate
@@ -75,6 +78,8 @@ def inverse(
     kept = None
     if not sizes:  # a single size says nothing of the others
         kept = remember(place, fastest_of(timings), [one.model_dump() for one in timings])
+    if out is not None:
+        write_inverse_page(out, simulated, timings, verdict=words, machine=machine)
     if as_json:
         print_json({"simulation": simulated, "timings": timings, "verdict": words, "machine": machine})
         return
@@ -82,17 +87,21 @@ def inverse(
     show_timings(console, timings)
     console.print(
         f"{escape(device_name(place))}, {counted(torch.get_num_threads(), 'thread')}, torch {torch.__version__}, "
-        "single precision. The median of rounds in which every inverse had its turn, and their range.",
+        f"single precision. {ABOUT_TIMES}",
         style="dim",
         highlight=False,
     )
     console.print(words, highlight=False)
     if kept is not None:
         console.print(f"Kept in {escape(str(kept))}", highlight=False, soft_wrap=True)
+    if out is not None:
+        console.print(f"Report  {escape(str(out.resolve()))}", highlight=False, soft_wrap=True)
 
 
 def show_simulation(console: Console, found: "Convergence") -> None:
     """Print residuals and errors by step."""
+    from allmend.attribution.pages import about_simulation
+
     columns = {"step": 5} | {f"residual {order}": 10 for order in found.residual}
     columns |= {f"error {order}": 9 for order in found.error} | {"LiSSA": 6}
     rows = []
@@ -105,35 +114,22 @@ def show_simulation(console: Console, found: "Convergence") -> None:
         rows.append((str(step), *cells, f"{found.lissa[step]:.2f}"))
     title = f"Approximate inverses of one matrix, {found.size} × {found.size}, condition {found.condition:.0f}"
     show_sections(console, title, columns, {"": rows})
-    later = ", ".join(f"{error:.2g} after {steps:,}" for steps, error in found.lissa_later.items())
-    console.print(
-        "Residual: ‖I − A X‖ / √d of the hyperpower iteration of each order p, a step of which takes p products of "
-        "matrices. Error: ‖x − A⁻¹v‖ / ‖A⁻¹v‖ of its solutions, and of LiSSA's, a step of which takes one product of a "
-        f"matrix and vectors; it is {later} steps. DataInf's error is {found.datainf:.2g}; that of v without any "
-        f"inverse, over the mean eigenvalue, {found.uncurved:.2g}. Double precision, {found.samples:,} samples with a "
-        f"power-law spectrum, damping a tenth of the mean eigenvalue, seed {found.seed}.",
-        style="dim",
-        highlight=False,
-    )
+    console.print(about_simulation(found), style="dim", highlight=False)
 
 
 def show_timings(console: Console, timings: "Sequence[Timing]") -> None:
     """Print medians, ranges and errors of each inverse, size by size."""
-    heads = {
-        "cholesky": "Cholesky's factors, 8 right sides",
-        "full_inverse": "inverse from Cholesky's factors",
-        "eigen": "eigenvectors",
-        "hyperpower": "hyperpower to 1e-4",
-    }
+    from allmend.attribution.pages import WAYS, in_steps
+
     columns = {"inverse": 34, "ms": 9, "range": 20, "error": 9}
     sections = {
         f"{one.batch} × {one.size}, condition {one.condition:.0f}": [
             (
-                head if way != "hyperpower" or one.steps is None else f"{head}, {counted(one.steps, 'step')}",
+                in_steps(way, one),
                 *_milliseconds(one.seconds[way]),
                 f"{one.error[way]:.0e}" if way in one.error else ABSENT,
             )
-            for way, head in heads.items()
+            for way in WAYS
         ]
         for one in timings
     }

@@ -32,7 +32,12 @@ def mislabeled(
     max_tokens: Annotated[int, typer.Option(min=8, help="Longest record, in tokens.")] = 512,
     drop_overlap: DropOverlap = False,
     cache: Cache = None,
-    out: Annotated[Path | None, typer.Option(help="A JSON Lines file for the whole list.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="A JSON Lines file for the whole list; beside it a page with the records, the same name and .html."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Rank training records by how likely they are wrong, with the loss and self-influence beside the influence.
@@ -41,7 +46,7 @@ def mislabeled(
 
     What it is worth:  allmend attribute mislabeled MODEL --adapter DIR --train a.jsonl --target b.jsonl --noisy bad
     """
-    from allmend.attribution.review import review
+    from allmend.attribution.review import page_of, review
     from allmend.attribution.settings import Settings
 
     settings = Settings(
@@ -59,6 +64,9 @@ def mislabeled(
         print_json(found)
         return
     show_review(Console(), found)
+    if out is not None:
+        Console().print(f"Written to {escape(str(out))}", highlight=False, soft_wrap=True)
+        Console().print(f"Report  {escape(str(page_of(out).resolve()))}", highlight=False, soft_wrap=True)
 
 
 def show_review(console: Console, found: "Review") -> None:

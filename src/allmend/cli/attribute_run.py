@@ -49,7 +49,9 @@ def run(
     damping_sweep: Annotated[
         bool, typer.Option("--damping-sweep", help="Show what other dampings, 0.001 to 10, make of the order.")
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="A folder for influence.parquet and influence.json.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A folder for influence.parquet, influence.json and a page, influence.html.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Score training records by what they did for a target.
@@ -63,6 +65,7 @@ def run(
     allmend attribute MODEL --adapter DIR --train a.jsonl --train b.jsonl --target c.jsonl --targets group:kind --out X
     """
     from allmend.attribution.folders import attribute_folder
+    from allmend.attribution.pages import PAGE
     from allmend.attribution.settings import Settings
     from allmend.errors import UserError
     from allmend.recipe import Fields
@@ -97,6 +100,7 @@ def run(
     show_influence(Console(), found)
     if out is not None:
         Console().print(f"Written to {escape(str(out))}", highlight=False, soft_wrap=True)
+        Console().print(f"Report  {escape(str((out / PAGE).resolve()))}", highlight=False, soft_wrap=True)
 
 
 def show_influence(console: Console, found: "Attributed") -> None:
@@ -106,6 +110,8 @@ def show_influence(console: Console, found: "Attributed") -> None:
         console: where to.
         found: rows and table.
     """
+    from allmend.report.influence_figures import how_sure
+
     names = list(dict.fromkeys(row.target for row in found.rows))
     for name in names:
         rows = sorted((row for row in found.rows if row.target == name), key=lambda row: row.rank)
@@ -136,12 +142,7 @@ def show_influence(console: Console, found: "Attributed") -> None:
     for words in table.cautions:
         console.print(f"[yellow]{MARK}[/yellow] {escape(words)}", highlight=False)
     for name, agrees in table.reliability.items():
-        sure = (
-            "two halves of the target records give about the same order"
-            if agrees.value > 0.7
-            else ("two halves of the target records give different orders: take single records with care")
-        )
-        console.print(f"{escape(name)}: {sure} (Spearman {plain(agrees)}).", highlight=False)
+        console.print(f"{escape(name)}: {how_sure(agrees)} (Spearman {plain(agrees)}).", highlight=False)
     if table.skipped:
         console.print(f"{counted(len(table.skipped), 'module')} without a gradient left out.", highlight=False)
     for client, ids in table.silent.items():

@@ -41,12 +41,12 @@ def choices_of(windows: Windows, count: int, *, seed: int = 0) -> tuple[list[Rec
         places.insert(answer, after)
         name = f"{windows.source}/{number}"
         records.append(Record(name, text=name, choices=tuple(map(str, range(OPTIONS))), answer=answer))
-        encoded.append(_question(name, flat[start:after], [flat[place : place + CONTINUATION] for place in places]))
+        encoded.append(question_of(name, flat[start:after], [flat[place : place + CONTINUATION] for place in places]))
     return records, encoded
 
 
-def _question(name: str, trunk: torch.Tensor, branches: Sequence[torch.Tensor]) -> Encoded:
-    """A trunk that all branches go on from."""
+def question_of(name: str, trunk: torch.Tensor, branches: Sequence[torch.Tensor]) -> Encoded:
+    """A question as tokens: a trunk that all choices, its branches, go on from."""
     lengths = [len(trunk), *map(len, branches)]
     branch = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
     position = torch.cat([torch.arange(len(trunk)), *(len(trunk) + torch.arange(len(one)) for one in branches)])

@@ -136,7 +136,7 @@ def _kind(kind: str, drawn: Html, found: "Scanned") -> Html:
     return section(
         kind,
         _title(kind),
-        tag("div", figure(f"Layers {WORDS[kind]}", drawn), class_="charts"),
+        tag("div", figure("By first and last layer", drawn), class_="charts"),
         table(
             f"The {len(rows)} cheapest stretches",
             ["Layers", "Steps left", "Added to the loss (nats a token)", "Standard error", "Tokens"],
@@ -198,13 +198,13 @@ def _curve(front: Frontier) -> Html:
             Point(float(line.depth), line.predicted or 0.0, f"{line.depth} steps\nsum of single pairs")
             for line in reversed(summed)
         )
-        series.append(Series("predicted", "sum of single pairs", 2, guess, hollow=True))
+        series.append(Series("predicted", "single pairs", 2, guess, hollow=True))
     ticks = tuple(float(line.depth) for line in reversed(after))
     return line_chart(
         f"{ADDED}, by depth",
         series,
         Axis(f"steps one after the other (the model as it is: {before.depth})", ticks=ticks),
-        Axis(ADDED, low=0.0),
+        Axis(ADDED, reference=0.0),
     )
 
 

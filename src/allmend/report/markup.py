@@ -46,6 +46,11 @@ def code(value: str) -> Html:
     return tag("code", value)
 
 
+def prose(words: str) -> Html:
+    """A sentence in which what stands between backticks is something to type."""
+    return join(code(part) if i % 2 else part for i, part in enumerate(words.split("`")))
+
+
 @dataclass(frozen=True)
 class Cell:
     """A figure in a table: as shown, the smaller words under it, and the value to sort by."""
@@ -101,6 +106,17 @@ def measure(title: str, headline: str, *children: str | None) -> Html:
 def paragraph(*parts: str, class_: str | None = None) -> Html:
     """Words."""
     return tag("p", *parts, class_=class_)
+
+
+def terms(pairs: Iterable[tuple[str, str]]) -> Html:
+    """Terms and what they are here, a line each."""
+    return tag("dl", *(tag("div", tag("dt", term), tag("dd", value)) for term, value in pairs), class_="layers")
+
+
+def listed(sentences: Iterable[str]) -> Html:
+    """Sentences one below the other; nothing without any."""
+    items = [tag("li", sentence) for sentence in sentences]
+    return tag("ul", *items, class_="limits") if items else Html("")
 
 
 def section(name: str, title: str, *children: str | None) -> Html:

@@ -25,7 +25,7 @@
     tip.hidden = true;
   }
   function middle(node) {
-    const box = (node.querySelector(".m, .bar") || node).getBoundingClientRect();
+    const box = (node.querySelector(".m, .bar, .cell") || node).getBoundingClientRect();
     return [box.left + box.width / 2, box.top + box.height / 2];
   }
   // Where the pointer shows nothing, the point that the keyboard chose still does.
@@ -46,7 +46,8 @@
       const ys = line.dataset.y.split(" ");
       [...line.points].forEach((point, i) => {
         const at = point.matrixTransform(place);
-        found.push({ x: at.x, y: at.y, node: null, words: `${line.dataset.name}, step ${xs[i]}\nloss ${ys[i]} (mean)` });
+        const said = line.dataset.said.replace("{x}", xs[i]).replace("{y}", ys[i]);
+        found.push({ x: at.x, y: at.y, node: null, words: `${line.dataset.name}, ${said}` });
       });
     }
     return found;
@@ -60,6 +61,8 @@
     }
     let known = null;
     const point = (event) => {
+      const under = event.target.closest(".pt"); // bars and cells may be larger than what is near their middle
+      if (under) return show(under.dataset.tip, ...middle(under), under);
       known ??= targets(chart);
       let best = null;
       let least = NEAR;

@@ -11,7 +11,7 @@ from pathlib import Path
 from string import Template
 
 from allmend.report.evidence import Evidence, read_evidence
-from allmend.report.markup import Html, join, tag, text
+from allmend.report.markup import Html, join, paragraph, tag, text
 from allmend.report.sections.exchange import exchange
 from allmend.report.sections.influence import influence
 from allmend.report.sections.learning import learning
@@ -64,6 +64,17 @@ def page(evidence: Evidence) -> str:
         missing=missing(evidence),
         summary=summary(evidence),
         sections=[section for *_, section in shown],
+    )
+
+
+def head_of(kicker: str, title: str, facts: Sequence[tuple[str, str]]) -> Html:
+    """What stands on top of a page: what kind of page it is, its title, and terms with what they are here."""
+    return join(
+        [
+            paragraph(kicker, class_="kicker"),
+            tag("h1", title),
+            tag("dl", *(tag("div", tag("dt", term), tag("dd", value)) for term, value in facts), class_="facts"),
+        ]
     )
 
 

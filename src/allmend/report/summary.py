@@ -1,5 +1,7 @@
 """The answers that a reader looks for first, as cards."""
 
+from collections.abc import Sequence
+
 from allmend.report.evidence import Evidence
 from allmend.report.findings import Finding
 from allmend.report.findings.cost import cost, left
@@ -29,7 +31,16 @@ def findings(evidence: Evidence) -> list[Finding]:
 
 def summary(evidence: Evidence) -> Html:
     """The findings as cards."""
-    cards = [
+    found = findings(evidence)
+    if not found:
+        return tag("p", "Nothing has been measured yet.")
+    note = f"Intervals are 95{THIN}% intervals. Where one covers zero, the page says that no difference is shown."
+    return join([cards(found), tag("p", note, class_="note")])
+
+
+def cards(found: Sequence[Finding]) -> Html:
+    """Findings side by side, a card each."""
+    made = (
         tag(
             "li",
             tag("h3", finding.question),
@@ -37,9 +48,6 @@ def summary(evidence: Evidence) -> Html:
             tag("span", finding.about),
             tag("p", finding.sentence),
         )
-        for finding in findings(evidence)
-    ]
-    if not cards:
-        return tag("p", "Nothing has been measured yet.")
-    note = f"Intervals are 95{THIN}% intervals. Where one covers zero, the page says that no difference is shown."
-    return join([tag("ul", *cards, class_="findings"), tag("p", note, class_="note")])
+        for finding in found
+    )
+    return tag("ul", *made, class_="findings")

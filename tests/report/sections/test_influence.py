@@ -74,6 +74,10 @@ def test_targets_and_arms_are_told_apart() -> None:
     assert "For a: helped: east. For b: hurt: east." in said
     assert "asked.jsonl (30 records of the coordinator’s)" in said
     assert "second" in said
+    html = influence(Evidence(run=Path("x"), influence=InfluenceByMember(arms=(two,))))
+    cells = [tip for tip in re.findall(r"<title>(.*?)</title>", html) if tip.startswith("east for ")]
+    assert len(cells) == 2 * 2, "a row of the interval plot and a cell of the heat map for each target"
+    assert all("95\u202f% interval" in tip for tip in cells)
 
 
 def test_what_clients_keep_and_what_was_hidden_is_said() -> None:

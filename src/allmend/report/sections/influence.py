@@ -1,13 +1,10 @@
 """Whose data helped: each client's mean score with its interval, what travelled for it, and how to read it."""
 
 from allmend.report import numbers
-from allmend.report.charts import Axis, Row, interval_plot
 from allmend.report.evidence import Evidence
-from allmend.report.markup import Cell, Html, Rows, details, figure, join, paragraph, section, table, tag
+from allmend.report.influence_figures import client_map, client_means, client_table, helped_and_hurt
+from allmend.report.markup import Cell, Html, Rows, details, join, paragraph, section, table, tag
 from allmend.results import ArmInfluence
-
-NEAR = 0.1
-"""Balance of a client's scores below which they cancel."""
 
 
 def influence(evidence: Evidence) -> Html:
@@ -46,78 +43,15 @@ def _arm(arm: ArmInfluence, *, many: bool) -> Html:
             paragraph("Clients keep to themselves what their scores come to (influence.reveal).", class_="missing")
         )
     else:
-        parts += [tag("div", _plot(arm), class_="charts"), paragraph(_verdict(arm)), _figures(arm)]
+        told = {target: arm.told(target) for target in arm.targets}
+        charts = [client_means(told, {}, title="Mean score of a client’s records")]
+        if len(told) > 1:
+            charts.append(client_map(told, sorted({one.client for one in arm.members})))
+        parts += [tag("div", *charts, class_="charts"), paragraph(helped_and_hurt(told)), client_table(told)]
     if arm.silent:
         words = f"Too few records to tell ({arm.min_records} are the fewest): {', '.join(arm.silent)}."
         parts.append(paragraph(words))
     return join([*parts, _travelled(arm)])
-
-
-def _plot(arm: ArmInfluence) -> Html:
-    groups = []
-    for target in arm.targets:
-        lines = []
-        for one in arm.told(target):
-            words = numbers.evidence(one.mean, numbers.signed)
-            tip = f"{one.client} for {target}\nmean score {numbers.signed(one.mean.value)}, {words}"
-            shown = numbers.signed(one.mean.value)
-            lines.append(Row(one.client, one.client, 0, one.mean.value, shown, tip, one.mean.low, one.mean.high))
-        groups.append((target if len(arm.targets) > 1 else "", lines))
-    return figure(
-        "Mean score of a client’s records",
-        interval_plot("Mean score of a client’s records", groups, Axis("mean score", form=numbers.tick, reference=0.0)),
-        note="In units of the mean absolute score of all these records, with 95 % intervals over a client’s records. "
-        "Intervals that overlap say nothing about an order.",
-    )
-
-
-def _verdict(arm: ArmInfluence) -> str:
-    words = []
-    for target in arm.targets:
-        of = f"For {target}: " if len(arm.targets) > 1 else ""
-        found = arm.told(target)
-        helped = [one.client for one in found if one.mean.low is not None and one.mean.low > 0]
-        hurt = [one.client for one in found if one.mean.high is not None and one.mean.high < 0]
-        unclear = [one.client for one in found if one.client not in (*helped, *hurt)]
-        said = [
-            f"{verb}: {', '.join(names)}"
-            for verb, names in (("helped", helped), ("hurt", hurt), ("unclear", unclear))
-            if names
-        ]
-        line = of + "; ".join(said) + "."
-        words.append(line[0].upper() + line[1:])
-        if any(abs(one.balance) < NEAR for one in found):
-            words.append(
-                "Where a client’s scores nearly cancel (balance near 0), a negative mean says “less than the others”, "
-                "not “harmful”."
-            )
-    return " ".join(words)
-
-
-def _figures(arm: ArmInfluence) -> Html:
-    many = len(arm.targets) > 1
-    rows: Rows = [
-        [
-            one.client,
-            *([one.target] if many else []),
-            Cell(
-                numbers.signed(one.mean.value),
-                "; ".join(filter(None, (numbers.interval(one.mean, numbers.signed), numbers.sample(one.mean)))),
-                one.mean.value,
-            ),
-            Cell(numbers.percent(one.below.value), numbers.interval(one.below, numbers.hundredths), one.below.value),
-            Cell(numbers.signed(one.balance), value=one.balance),
-        ]
-        for target in arm.targets
-        for one in arm.told(target)
-    ]
-    head = ["Client", *(["Target"] if many else []), "Mean score", "Records below 0", "Balance"]
-    return table(
-        "Scores by client, in units of the mean absolute score (95 % interval; n records). Balance: their sum over "
-        "their absolute sum",
-        head,
-        rows,
-    )
 
 
 def _travelled(arm: ArmInfluence) -> Html:

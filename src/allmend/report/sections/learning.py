@@ -17,6 +17,8 @@ MOST_POINTS = 300
 MOST_FAINT = 40
 MOST_CELLS = 3000
 """Figures in the table of losses; beyond, it shows every second, third … round and the last."""
+SAID = "step {x}\nloss {y} (mean)"
+"""Of a place on a line."""
 
 Curve = tuple[tuple[float, float], ...]
 
@@ -66,7 +68,7 @@ def _series(client: str, look: int, steps: Sequence[StepDone]) -> Series:
         tip = f"{client}, end of round {number} (step {ends[number]})"
         tip += f"\nloss {numbers.number(at[x])} (mean), over the round {numbers.number(mean)}"
         points.append(Point(x, at[x], tip))
-    return Series(client, client, look, tuple(points), trace=smooth, faint=thinned(raw))
+    return Series(client, client, look, tuple(points), trace=smooth, faint=thinned(raw), said=SAID)
 
 
 def _crowd(by_client: dict[str, list[StepDone]]) -> list[Series]:
@@ -80,7 +82,7 @@ def _crowd(by_client: dict[str, list[StepDone]]) -> list[Series]:
         Series("each", "", NEUTRAL, faint=thinned([(float(s.step), s.loss) for s in steps], MOST_POINTS // 3))
         for steps in list(by_client.values())[:MOST_FAINT]
     ]
-    return [*several, Series("mean", f"mean of {len(by_client)}", 0, trace=mean)]
+    return [*several, Series("mean", f"mean of {len(by_client)}", 0, trace=mean, said=SAID)]
 
 
 def _chart(evidence: Evidence, arm: str, clients: list[str], top: float) -> Html:
