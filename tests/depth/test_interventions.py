@@ -112,7 +112,7 @@ def test_models_that_cannot_be_rearranged(make_decoder: Any) -> None:
         layers_of(model)
     model = make_decoder()
     model.config.quantization_config = {"bits": 4}
-    with pytest.raises(UserError, match=r"quantised.*\n.*compress"):
+    with pytest.raises(UserError, match=r"quantised.*\n.*Fold first"):
         layers_of(model)
     from transformers import GPT2Config, GPT2LMHeadModel
 

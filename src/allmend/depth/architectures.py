@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -131,11 +132,7 @@ def layers_of(model: Any) -> list[nn.Module]:
     if getattr(config, "quantization_config", None) is not None or not all(
         torch.is_floating_point(parameter) for parameter in model.parameters()
     ):
-        raise UserError(
-            "the model is quantised, and quantised matrices cannot be stacked",
-            hint="Fold first, compress after: `allmend depth apply MODEL --plan plan.json --out DIR`, then `allmend "
-            "compress DIR`.",
-        )
+        raise quantised_error()
     if getattr(config, "layer_widths", None) is not None:
         raise UserError("some of the model's layers run side by side already", hint="Start from the original model.")
     layers = list(getattr(getattr(model, "model", None), "layers", ()))
@@ -145,6 +142,16 @@ def layers_of(model: Any) -> list[nn.Module]:
         )
     architecture_of(layers[0])
     return layers
+
+
+def quantised_error(where: Path | None = None) -> UserError:
+    """For a model whose matrices are quantised."""
+    return UserError(
+        "the model is quantised, and quantised matrices cannot be stacked",
+        where=where,
+        hint="Fold first, compress after: `allmend depth apply MODEL --plan plan.json --out DIR` of the model before "
+        "it was quantised, then quantise DIR.",
+    )
 
 
 def kinds_of(config: Any, layers: int) -> list[str]:

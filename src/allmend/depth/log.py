@@ -14,11 +14,14 @@ from allmend.depth.plan import Step
 from allmend.errors import UserError
 from allmend.run import write_atomic
 
+_FACTS = b"measured with"
+"""Key of the file's metadata."""
+
 _HINT = "Name another folder with --out."
 
 
 class Log:
-    """A Parquet file of candidates and their losses, and what they were measured with as JSON beside it.
+    """A Parquet file of candidates and their losses, which says what they were measured with.
 
     Args:
         path: of the Parquet file.
@@ -35,8 +38,8 @@ class Log:
         if not path.is_file():
             return
         try:
-            before = json.loads(self._beside.read_bytes())
             table = pq.read_table(path, columns=["steps", "losses", "windows", "seconds"])
+            before = json.loads((table.schema.metadata or {})[_FACTS])
             for row in table.to_pylist():
                 windows = np.split(np.asarray(row["losses"], dtype=np.float32), row["windows"])
                 self._losses[row["steps"]] = ([*windows] if row["windows"] else [], row["seconds"])
@@ -51,10 +54,6 @@ class Log:
                     where=path,
                     hint=_HINT,
                 )
-
-    @property
-    def _beside(self) -> Path:
-        return self.path.with_suffix(".json")
 
     def known(self, candidates: Sequence[Candidate], layers: int) -> dict[Candidate, Measured]:
         """What was measured of these before, as far as it goes."""
@@ -80,9 +79,9 @@ class Log:
                 self._rows[_key(measured.steps)] = (one, measured)
                 self._losses[_key(measured.steps)] = (measured.losses, measured.seconds)
         rows = [_row(one, measured, sequential) for one, measured in self._rows.values()]
+        table = pa.table({name: [row[name] for row in rows] for name in rows[0]})
         data = io.BytesIO()
-        pq.write_table(pa.table({name: [row[name] for row in rows] for name in rows[0]}), data)
-        write_atomic(self._beside, (json.dumps(self.facts, indent=1) + "\n").encode())
+        pq.write_table(table.replace_schema_metadata({_FACTS: json.dumps(self.facts)}), data)
         write_atomic(self.path, data.getvalue())
 
 

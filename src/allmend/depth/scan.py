@@ -47,7 +47,8 @@ def stretches(kind: Kind, layers: int, longest: int) -> Iterator[tuple[int, int]
     """Start and end of every stretch that is worth a look, none longer than `longest`."""
     step = _STEP.get(kind, 1)
     shortest = 1 if kind == "prune" else max(2, step)
-    for length in range(shortest, min(longest, layers - 1) + 1, step):
+    most = layers - 1 if kind == "prune" else layers  # something has to run
+    for length in range(shortest, min(longest, most) + 1, step):
         for start in range(layers - length + 1):
             yield start, start + length
 

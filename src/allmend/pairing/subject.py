@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from allmend.data.icd10cm import category_texts
+from allmend.depth.architectures import quantised_error
 from allmend.depth.text import Windows, check_apart, read_text, windows_of
 from allmend.errors import UserError
 from allmend.models.adapters import applied, check_adapter
 from allmend.models.load import LoadedModel, load_model
+from allmend.models.sources import resolve
 
 SEARCH, REPORT = (32, 256), (16, 512)
 """Windows and their tokens."""
@@ -39,6 +41,7 @@ def load_subject(source: str, *, merge: bool = False, device: str | None = None)
     """
     folder = Path(source).expanduser()
     if not (folder / "adapter_config.json").is_file():
+        _check_whole(resolve(source))
         return load_model(source, device=device)
     if not merge:
         raise UserError(
@@ -59,6 +62,16 @@ def load_subject(source: str, *, merge: bool = False, device: str | None = None)
     own = (folder / "adapter_model.safetensors").read_bytes()
     digest = hashlib.sha256(loaded.digest.encode() + hashlib.sha256(own).digest()).hexdigest()
     return replace(loaded, source=source, digest=digest)
+
+
+def _check_whole(folder: Path) -> None:
+    """Before anything is loaded: quantised weights would ask for their library first."""
+    try:
+        quantised = "quantization_config" in json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return  # loading it says what is wrong
+    if quantised:
+        raise quantised_error(folder)
 
 
 def read_texts(

@@ -1,0 +1,101 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import allmend  # noqa: F401  # registers the paired classes
+from allmend.depth.interventions import intervene
+from allmend.depth.plan import read_plan, stretch_plan, write_plan
+from allmend.errors import UserError
+from allmend.models.load import load_model
+from allmend.pairing.folders import apply_folder, scan_folder, search_folder
+
+
+def test_scan_leaves_a_table_a_picture_and_a_page(deep_folder: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
+    found = scan_folder(str(deep_folder), calibration=texts[1], longest=4, out=tmp_path / "out", device="cpu")
+
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "scan.parquet",
+        "scan.svg",
+        "depth.html",
+    }
+    assert found.layers == 6
+    assert {(cell.kind, cell.start, cell.end) for cell in found.cells if cell.depth == 4} == {
+        *(("pairs", start, start + 4) for start in range(3)),
+        *(("prune", start, start + 2) for start in range(5)),
+    }
+    page, picture = ((tmp_path / "out" / name).read_text() for name in ("depth.html", "scan.svg"))
+    assert "Pairs side by side" in page
+    assert picture.startswith("<svg xmlns")
+    assert picture.count('class="chart"') == 2
+    assert "say little" in found.notes[0]
+    assert found.notes[0] in page
+
+
+def test_search_apply_load(deep_folder: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "found"
+    found = search_folder(
+        str(deep_folder), kind="free", pairs=2, calibration=texts[0], report=texts[1], out=out, device="cpu"
+    )
+
+    assert {path.name for path in out.iterdir()} == {
+        "plan.json",
+        "search.parquet",
+        "search.json",
+        "loss_by_depth.svg",
+        "depth.html",
+    }
+    assert [line.depth for line in found.frontier.lines] == [6, 5, 4]
+    assert found.chosen.depth == 4
+    assert read_plan(out / "plan.json") == found.chosen
+    assert json.loads((out / "search.json").read_text())["lines"][2]["depth"] == 4
+
+    made = apply_folder(str(deep_folder), out / "plan.json", tmp_path / "paired", device="cpu")
+
+    assert (made.depth, made.layers) == (4, 6)
+    assert made.parameters[0] == made.parameters[1] - 2 * 2 * 32
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "paired")
+    ids = torch.arange(20)[None]
+    expected = intervene(load_model(str(deep_folder), device="cpu").model, found.chosen)
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, expected(ids).logits, atol=1e-4)
+    with pytest.raises(UserError, match="side by side already"):
+        apply_folder(str(tmp_path / "paired"), out / "plan.json", tmp_path / "again", device="cpu")
+
+
+def test_as_much_as_the_loss_allows(deep_folder: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
+    some = search_folder(
+        str(deep_folder), max_loss=1e9, calibration=texts[0], report=texts[1], questions=0, device="cpu"
+    )
+    assert some.reached
+    assert some.chosen.depth == 3
+
+    none = search_folder(
+        str(deep_folder),
+        max_loss=0.0,
+        calibration=texts[0],
+        report=texts[1],
+        out=tmp_path / "out",
+        questions=0,
+        device="cpu",
+    )
+    if none.frontier.lines[1].searched is not None and none.frontier.lines[1].searched.value > 0:
+        assert not none.reached
+        assert none.chosen.depth == 5
+        assert read_plan(tmp_path / "out" / "plan.json") == none.chosen
+
+
+@pytest.mark.parametrize("ends", [{}, {"depth": 5, "max_loss": 0.1}, {"depth": 5, "pairs": 1}])
+def test_a_search_needs_one_end(ends: dict[str, float]) -> None:
+    with pytest.raises(UserError, match="needs one end"):
+        search_folder("nowhere", **ends)  # type: ignore[arg-type]
+
+
+def test_a_plan_for_another_model(deep_folder: Path, tmp_path: Path) -> None:
+    write_plan(tmp_path / "plan.json", stretch_plan(8, 2, 6))
+
+    with pytest.raises(UserError, match=r"plan\.json: group \[6\]: layer 6 is not one of the model's 6"):
+        apply_folder(str(deep_folder), tmp_path / "plan.json", tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out").exists()
