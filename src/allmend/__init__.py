@@ -12,6 +12,7 @@ Names are imported when they are first used, so that `import allmend` costs noth
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from allmend import on_transformers
 from allmend.errors import UserError
 
 if TYPE_CHECKING:
@@ -66,3 +67,6 @@ def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'allmend' has no attribute {name!r}")
     return getattr(import_module(_WHERE[name]), name)
+
+
+on_transformers.announce()

@@ -1,22 +1,23 @@
 """Applying a plan: a model of transformers whose groups of layers are one wider layer each, and its folder."""
 
+import contextlib
 import copy
-import inspect
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from allmend.depth.architectures import architecture_of, check_kinds, kinds_of, layers_of
 from allmend.depth.fold import Gain, fold_group
 from allmend.depth.plan import Plan, write_plan
-from allmend.models import modeling_paired
+from allmend.errors import UserError
 from allmend.models.quiet import quiet
-from allmend.run import folder_atomic
-
-MODULE = Path(inspect.getfile(modeling_paired))
+from allmend.models.tensors import os_error
+from allmend.run import fault, folder_atomic
 
 
 @torch.no_grad()
@@ -43,12 +44,15 @@ def apply_plan(model: Any, plan: Plan, *, gain: Gain = "geometric") -> Any:
     config = _config(model.config, architecture.paired.config_class, plan, len(layers))
     with torch.device("meta"):
         changed: Any = architecture.paired(config)
-    state = {name: parameter for name, parameter in _tensors(model).items() if not name.startswith("model.layers.")}
+    elsewhere = ("model.layers.", "model.rotary_emb.")
+    state = {name: tensor for name, tensor in _tensors(model).items() if not name.startswith(elsewhere)}
     for place, group in enumerate(plan.groups):
         some = [layers[layer] for layer in group]
         layer = some[0] if len(some) == 1 else fold_group(some, gain=gain)
         state |= {f"model.layers.{place}.{name}": tensor for name, tensor in _tensors(layer).items()}
-    changed.load_state_dict(state, assign=True, strict=False)
+    strange = changed.load_state_dict(state, assign=True, strict=False).unexpected_keys
+    if strange:
+        raise RuntimeError(f"{strange[0]} and {len(strange) - 1} more tensors have no place in the paired model")
     changed.tie_weights()
     # not saved with the weights, so nothing above made them
     changed.model.rotary_emb = copy.deepcopy(model.model.rotary_emb)
@@ -73,26 +77,53 @@ def _config(config: Any, kind: type[Any], plan: Plan, layers: int) -> Any:
     return kind(**facts, attn_implementation=config._attn_implementation)
 
 
+def check_new(out: Path) -> None:
+    """See that nothing is lost when a folder is written.
+
+    Raises:
+        UserError: something is there already.
+    """
+    try:
+        if out.is_dir() and any(out.iterdir()):
+            raise UserError("this folder is not empty", where=out, hint="Choose another with --out.")
+        if out.exists() and not out.is_dir():
+            raise UserError("a file stands where the folder is to be", where=out, hint="Choose another with --out.")
+    except OSError as error:
+        raise fault(error, out) from error
+
+
 def save_paired(model: Any, tokenizer: Any, out: Path, plan: Plan, facts: Mapping[str, object] | None = None) -> None:
     """Write a paired model's folder: weights, tokenizer, plan, and the file that it loads with elsewhere.
 
     Args:
         model: from `apply_plan`.
         tokenizer: the original's.
-        out: a folder that is not there yet.
+        out: a folder that is not there yet, or is empty.
         plan: that was applied.
         facts: what else `plan.json` says.
 
     Raises:
-        UserError: the folder is there already, or the operating system refused.
+        UserError: something is there already, or the operating system refused; nothing is left of what was written.
     """
-    kind = type(model)
-    model.config.auto_map = {
-        "AutoConfig": f"{MODULE.stem}.{kind.config_class.__name__}",
-        "AutoModelForCausalLM": f"{MODULE.stem}.{kind.__name__}",
-    }
+    check_new(out)
     with folder_atomic(out) as folder, quiet():
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        (folder / MODULE.name).write_text(MODULE.read_text(encoding="utf-8"), encoding="utf-8")
+        with _os_errors():
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
         write_plan(folder / "plan.json", plan, dict(facts or {}))
+        # safetensors keeps its files to their owner
+        for path in folder.glob("*.safetensors"):
+            shutil.copymode(folder / "config.json", path)
+
+
+@contextlib.contextmanager
+def _os_errors() -> Iterator[None]:
+    """The operating system's errors as such: libraries in Rust raise them as exceptions of their own."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise os_error(error) from error
+    except Exception as error:
+        if type(error) is Exception and "(os error " in str(error):  # tokenizers
+            raise os_error(SafetensorError(str(error))) from error
+        raise

@@ -19,6 +19,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from allmend.errors import UserError
+from allmend.models import modeling_paired  # noqa: F401  # registers the classes of paired models
 from allmend.models.cache import remembered_digest
 from allmend.models.folder import weight_files
 from allmend.models.quiet import quiet

@@ -5,13 +5,13 @@ Such a layer is the architecture's own decoder layer with w times the heads, key
 perceptron, and everything else (cache, generation, padding, gradient checkpointing) is the architecture's own, too. A
 model is told by one field of its configuration, `layer_widths`.
 
-This file needs nothing but torch and transformers: a saved model's folder holds a copy of it, so that the model loads
-with `trust_remote_code=True` where Allmend is not installed. With Allmend, `import allmend` registers the classes.
+This file needs nothing but torch and transformers: `save_pretrained` puts a copy of it into the model's folder, so that
+the model loads with `trust_remote_code=True` where Allmend is not installed. With Allmend, `import allmend` suffices.
 
 Source: Calvo González et al., "Leveraging the True Depth of LLMs" (arXiv 2502.02790).
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -47,7 +47,7 @@ class LayerConfig:
 
     def __getattr__(self, name: str) -> Any:
         """Only called for what is not an attribute of the layer's own."""
-        if name == "_config":  # while a copy is being made
+        if name == "_config" or name.startswith("__"):  # while a copy is being made
             raise AttributeError(name)
         return getattr(self._config, name)
 
@@ -75,6 +75,8 @@ def wide_layer(kind: type[nn.Module], config: Any, width: int, place: int) -> nn
 class _Paired:
     """What makes an architecture's model one of layers of different widths."""
 
+    _auto_class: Any = "AutoModelForCausalLM"  # has `save_pretrained` copy this file
+
     def __init__(self, config: Any, *others: Any, **named: Any) -> None:
         super().__init__(config, *others, **named)  # type: ignore[call-arg]
         layers = self.model.layers  # type: ignore[attr-defined]
@@ -87,10 +89,14 @@ class _Paired:
 class _Widths:
     """What makes an architecture's configuration one with `layer_widths`, whole numbers of 1 or more for each layer."""
 
+    _auto_class: ClassVar[str | None] = "AutoConfig"
+
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[misc]
         widths, layers = self.layer_widths, self.num_hidden_layers  # type: ignore[attr-defined]
-        if widths is not None and (len(widths) != layers or min(widths, default=1) < 1):
+        if widths is None:
+            return
+        if len(widths) != layers or any(type(width) is not int or width < 1 for width in widths):
             raise ValueError(f"layer_widths {widths} are not {layers} whole numbers of 1 or more")
 
 
@@ -195,6 +201,7 @@ PAIRED = (
     PairedStarcoder2ForCausalLM,
 )
 
-for _kind in PAIRED:
-    AutoConfig.register(_kind.config_class.model_type, _kind.config_class, exist_ok=True)
-    AutoModelForCausalLM.register(_kind.config_class, _kind, exist_ok=True)
+if __name__ == "allmend.models.modeling_paired":  # of a copy, transformers knows which class is meant
+    for _kind in PAIRED:
+        AutoConfig.register(_kind.config_class.model_type, _kind.config_class, exist_ok=True)
+        AutoModelForCausalLM.register(_kind.config_class, _kind, exist_ok=True)

@@ -277,7 +277,7 @@ def apply_folder(
     """
     wanted = read_plan(plan)
     loaded = load_subject(model, merge=merge, device=device)
-    layers = loaded.model.config.num_hidden_layers
+    layers = len(layers_of(loaded.model))
     wanted.check(layers, where=plan)
     changed = apply_plan(loaded.model, wanted, gain=gain)
     save_paired(changed, loaded.tokenizer, out, wanted, {"model": model, "model_digest": loaded.digest})
