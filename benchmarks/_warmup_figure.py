@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from statistics import mean
 
 import torch
@@ -11,6 +10,7 @@ from allmend.optim import GradientNoiseScale, UpdateMonitor, build_optimizer, tr
 from allmend.optim.comparison import Method
 from allmend.optim.small_model import Sequences, Shape, loss_of, make_model
 from allmend.report.charts import Axis, Series, line_chart
+from allmend.report.picture import picture
 
 STEPS = 300
 SHOWN = (
@@ -19,8 +19,6 @@ SHOWN = (
     ("LionAR, none", Method("lionar", 3.2e-2), 0.0),
 )
 """Name, method and warmup."""
-
-WIDE, HIGH = 440, 250
 
 
 @dataclass
@@ -78,22 +76,13 @@ def draw(shown: Sequence[Trajectory]) -> str:
         ("noise", "critical batch size, sequences", (1.0, 10.0, 100.0, 1000.0)),
     )
     parts = []
-    for place, (key, label, ticks) in enumerate(charts):
+    for key, label, ticks in charts:
         series = []
         for look, one in enumerate(shown):
             values = {
                 step: value for step, value in getattr(one, key).items() if ticks[0] / 3 <= value <= ticks[-1] * 5
             }
             series.append(Series(one.name, one.name, look, trace=tuple((float(a), b) for a, b in values.items())))
-        axis = Axis(label, ticks=ticks, log=True)
         steps = Axis("step", ticks=(1.0, 3.0, 10.0, 30.0, 100.0, 300.0), log=True)
-        x, y = (place % 2) * (WIDE + 30), (place // 2) * (HIGH + 20)
-        chart = line_chart(label, series, steps, axis, height=HIGH)
-        parts.append(chart.replace("<svg ", f'<svg x="{x}" y="{y}" width="{WIDE}" height="{HIGH}" ', 1))
-    style = files("allmend.report").joinpath("page.css").read_text()
-    width, height = 2 * WIDE + 30, 2 * HIGH + 20
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-20 -20 {width + 40} {height + 40}" width="{width + 40}">'
-        f"<style>{style}</style>"
-        f'<rect class="paper" x="-20" y="-20" width="{width + 40}" height="{height + 40}"/>{"".join(parts)}</svg>\n'
-    )
+        parts.append(line_chart(label, series, steps, Axis(label, ticks=ticks, log=True)))
+    return picture(parts)

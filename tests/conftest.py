@@ -139,3 +139,38 @@ def log_probs() -> LogProbs:
         return logits.float().log_softmax(-1)[torch.arange(len(ids) - 1), ids[1:]]
 
     return read
+
+
+@pytest.fixture(scope="session")
+def deep_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A Llama of six layers with a tokenizer of bytes."""
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        bos_token_id=None,
+        eos_token_id=256,
+        initializer_range=0.2,
+    )
+    folder = tmp_path_factory.mktemp("deep") / "model"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def two_texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Files of 1,100 and 2,600 bytes that have nothing in common."""
+    folder = tmp_path_factory.mktemp("texts")
+    for name, words, count in (
+        ("search.txt", "a text of few words, over and over. ", 31),
+        ("report.txt", "another. ", 290),
+    ):
+        (folder / name).write_text("".join(f"{place}{words}" for place in range(count)))
+    return folder / "search.txt", folder / "report.txt"

@@ -202,9 +202,9 @@ def test_what_is_cut_how(models: dict[str, Any]) -> None:
         written = name.rpartition(".")[2] in ("o_proj", "down_proj")
         assert isinstance(style, RowwiseParallel if written else ColwiseParallel)
     words = str(sharding_report(models["three heads, paired"], WORLD))
-    assert "of 2 layers (0, 3) the neurons alone" in words
+    assert "the heads and neurons of 2 layers, and the neurons alone of 2 layers (0, 3)" in words
     assert "3 key-value heads do not divide by 2" in words
-    assert "6 all-reduces" in words
+    assert "All-reduces for each token: 6" in words
 
 
 def test_gains_of_single_heads_and_fused_projections_go_with_their_heads(models: dict[str, Any]) -> None:
@@ -231,6 +231,7 @@ def test_heads_of_single_layers_may_stay_whole(models: dict[str, Any]) -> None:
     report = sharding_report(models["llama"], 4)
     assert [layer.layer for layer in report.whole_attention] == list(range(6))
     assert report.all_reduces == 6
+    assert str(report).startswith("4 processes share the neurons alone of 6 layers (0 to 5), since 2 key-value heads")
 
 
 def test_models_without_plain_matrices_are_refused(make_decoder: MakeDecoder) -> None:

@@ -38,7 +38,7 @@ def test_an_adapter_is_merged_only_if_that_is_asked_for(adapter: Path, deep_fold
     expected = PeftModel.from_pretrained(base, str(adapter)).eval()
     ids = torch.arange(20)[None]
     with torch.no_grad():
-        assert torch.allclose(merged.model(ids).logits, expected(ids).logits, atol=1e-5)
+        assert torch.allclose(merged.model(ids).logits, expected(ids).logits, atol=1e-3)
         assert not torch.allclose(merged.model(ids).logits, load_model(str(deep_folder)).model(ids).logits, atol=1e-2)
     assert not any("lora" in name for name, _ in merged.model.named_parameters())
     assert merged.digest != load_model(str(deep_folder)).digest
@@ -64,23 +64,23 @@ def test_a_quantised_model_is_refused_before_it_is_loaded(deep_folder: Path, tmp
         load_subject(str(quantised))
 
 
-def test_two_texts(deep_folder: Path, texts: tuple[Path, Path]) -> None:
+def test_two_texts(deep_folder: Path, two_texts: tuple[Path, Path]) -> None:
     loaded = load_model(str(deep_folder), device="cpu")
 
-    found = read_texts(loaded, *texts)
+    found = read_texts(loaded, *two_texts)
 
     assert found.search.ids.shape == (4, 256)
     assert found.report.ids.shape[1] == 512
     with pytest.raises(UserError, match="that of the search"):
-        read_texts(loaded, texts[1], texts[1])
+        read_texts(loaded, two_texts[1], two_texts[1])
 
 
-def test_one_text_is_cut_in_two(deep_folder: Path, texts: tuple[Path, Path]) -> None:
+def test_one_text_is_cut_in_two(deep_folder: Path, two_texts: tuple[Path, Path]) -> None:
     loaded = load_model(str(deep_folder), device="cpu")
 
-    found = read_texts(loaded, texts[1], None)
+    found = read_texts(loaded, two_texts[1], None)
 
-    whole = texts[1].read_text()
+    whole = two_texts[1].read_text()
     said = [loaded.tokenizer.decode(some.ids.flatten()) for some in (found.search, found.report)]
     assert all(words in whole for words in said)
     assert whole.index(said[0]) + len(said[0]) <= whole.index(said[1])

@@ -9,10 +9,11 @@ from rich.markup import escape
 
 from allmend.cli.as_json import AsJson, print_json, silent
 from allmend.cli.depth_options import Calibration, Device, Merge, Model
-from allmend.cli.figures import ABSENT, percent, plain, show_sections
+from allmend.cli.figures import ABSENT, plain, show_sections
 from allmend.cli.progress import shown
 
 if TYPE_CHECKING:
+    from allmend.depth.frontier import Line
     from allmend.pairing.folders import Searched
 
 
@@ -35,6 +36,7 @@ def search(
         Path | None,
         typer.Option(help="A folder for plan.json, search.json, loss_by_depth.svg, depth.html; a stopped one goes on."),
     ] = None,
+    untimed: Annotated[bool, typer.Option("--untimed", help="Do not time decoding at each depth.")] = False,
     merge: Merge = False,
     device: Device = "",
     as_json: AsJson = False,
@@ -63,6 +65,7 @@ def search(
             out=out,
             merge=merge,
             device=device or None,
+            timed=not untimed,
             listeners=[listen],
         )
     if as_json:
@@ -70,8 +73,9 @@ def search(
     else:
         show_search(Console(), found)
         if out is not None:
-            Console().print(f"Plan    {escape(str((out / 'plan.json').resolve()))}", highlight=False, soft_wrap=True)
-            Console().print(f"Report  {escape(str((out / PAGE).resolve()))}", highlight=False, soft_wrap=True)
+            for name, file in (("Plan", "plan.json"), ("Report", PAGE)):
+                if (out / file).is_file():
+                    Console().print(f"{name:8}{escape(str((out / file).resolve()))}", highlight=False, soft_wrap=True)
     if not found.reached:
         cheapest = found.frontier.lines[1]
         loss = "more" if cheapest.searched is None else f"{cheapest.searched.value:.3f}"
@@ -83,28 +87,42 @@ def search(
         )
 
 
+def _speed(line: "Line") -> str:
+    if line.speed is None:
+        return ABSENT
+    foretold = f" ({line.foretold.median:.2f})" if line.foretold else ""
+    return f"{line.speed.median:.2f}{foretold}"
+
+
 def show_search(console: Console, found: "Searched") -> None:
     """Print a line for each depth."""
+    from allmend.depth.frontier import RUNS
     from allmend.pairing.pages import changed_layers
 
-    columns = {"steps": 5, "perplexity": 22, "added, nats a token": 26, "choices right": 24}
+    columns = {"perplexity": 22, "added, nats a token": 25, "choices right": 10, "speed here": 16}
     sections = {
         f"{line.depth} steps: {changed_layers(line)}": [
             (
-                str(line.depth),
                 plain(line.perplexity),
                 ABSENT if line.added is None else plain(line.added, "+.3f"),
-                percent(line.accuracy),
+                ABSENT if line.accuracy is None else f"{100 * line.accuracy.value:.0f} %",
+                _speed(line),
             )
         ]
         for line in found.frontier.lines
     }
     show_sections(console, "What each depth costs", columns, sections)
     front = found.frontier
+    speed = (
+        f" Speed: tokens a second of greedy decoding over those of the model as it is, median of {RUNS} runs in turns, "
+        f"in brackets what layers timed alone foretell ({front.machine})."
+        if front.machine
+        else ""
+    )
     console.print(
         f"On {escape(front.reported_on)} ({front.report_tokens:,} tokens), which the search has not seen; it searched "
-        f"{escape(front.searched_on)} ({front.search_tokens:,}). Intervals of 95 % over windows, and over "
-        f"{front.questions} choices. Perplexity falls apart before choices do.",
+        f"{escape(front.searched_on)} ({front.search_tokens:,}). Intervals of 95 % over windows; {front.questions} "
+        f"choices. Perplexity falls apart before choices do.{speed}",
         style="dim",
         highlight=False,
     )

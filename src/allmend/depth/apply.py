@@ -50,10 +50,11 @@ def apply_plan(model: Any, plan: Plan, *, gain: Gain = "geometric") -> Any:
         some = [layers[layer] for layer in group]
         layer = some[0] if len(some) == 1 else fold_group(some, gain=gain)
         state |= {f"model.layers.{place}.{name}": tensor for name, tensor in _tensors(layer).items()}
+    for name, parameter in changed.named_parameters():  # or what is shared would be given the new model's
+        parameter.requires_grad_(name in state and state[name].requires_grad)
     strange = changed.load_state_dict(state, assign=True, strict=False).unexpected_keys
     if strange:
         raise RuntimeError(f"{strange[0]} and {len(strange) - 1} more tensors have no place in the paired model")
-    changed.tie_weights()
     # not saved with the weights, so nothing above made them
     changed.model.rotary_emb = copy.deepcopy(model.model.rotary_emb)
     if left := [name for name, tensor in _tensors(changed).items() if tensor.is_meta]:

@@ -1,20 +1,27 @@
 """What each depth costs on text that the search has not seen: perplexity, choices, and what adds up."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from allmend.data.chat import Encoded
 from allmend.data.records import Record
 from allmend.depth.apply import apply_plan
+from allmend.depth.bench import EAGER, compare_speed
 from allmend.depth.choices import answer
 from allmend.depth.decoder import Decoder
 from allmend.depth.measure import Candidate, Measured, added, measure, perplexity, sequential
 from allmend.depth.plan import Plan
 from allmend.depth.search import Result
+from allmend.depth.spread import Spread
 from allmend.depth.text import Windows, check_apart
 from allmend.intervals import paired_difference
 from allmend.learn.evaluate import accuracy
 from allmend.results import Estimate, Table
+
+TOKENS, RUNS = 32, 3
+"""Decoded for a line's speed, and how often."""
+
+_NAMES = {"paired": "paired", "model": "as it is"}
 
 
 class Line(Table):
@@ -30,6 +37,8 @@ class Line(Table):
         perplexity: on the other text; n counts tokens.
         added: to the loss on the other text (nats a token), over its windows.
         accuracy: share of choices answered right, and `accuracy_change` against the model as it is, by question.
+        speed: tokens a second of greedy decoding here, over those of the model as it is in the same run; `foretold` is
+            what layers timed alone make of it.
     """
 
     kind: str
@@ -43,6 +52,8 @@ class Line(Table):
     added: Estimate | None = None
     accuracy: Estimate | None = None
     accuracy_change: Estimate | None = None
+    speed: Spread | None = None
+    foretold: Spread | None = None
 
 
 class Frontier(Table):
@@ -53,6 +64,7 @@ class Frontier(Table):
         searched_on, reported_on: the two texts.
         search_tokens, report_tokens: of them.
         questions: choices asked.
+        machine: that speeds were measured on; empty where they were not.
         notes: what to know.
     """
 
@@ -62,6 +74,7 @@ class Frontier(Table):
     search_tokens: int
     report_tokens: int
     questions: int
+    machine: str = ""
     notes: tuple[str, ...] = ()
 
 
@@ -71,6 +84,9 @@ def frontier(
     searched: Windows,
     report: Windows,
     questions: tuple[list[Record], list[Encoded]],
+    *,
+    timed: bool = False,
+    on_line: Callable[[float], None] = lambda share: None,
 ) -> Frontier:
     """Measure what a search has found on another text.
 
@@ -79,6 +95,8 @@ def frontier(
         results: of the search.
         searched, report: the text of the search and the other one.
         questions: from `choices.choices_of`, of the other text; may be none.
+        timed: whether decoding is timed, too, some seconds for each result.
+        on_line: told the share of results that are done.
 
     Raises:
         UserError: both texts are the same.
@@ -92,14 +110,22 @@ def frontier(
     asked = bool(questions[0])
     before = answer(model, questions) if asked else []
     lines = [_line(plain, found, None, accuracy=accuracy(before))]
-    for one, candidate in zip(results, every, strict=True):
-        facts: dict[str, Any] = {}
-        if asked and isinstance(candidate.change, Plan):
-            scores = answer(apply_plan(model, candidate.change), questions)
-            right = ([float(score.right) for score in some] for some in (scores, before))
-            facts = {"accuracy": accuracy(scores), "accuracy_change": paired_difference(*right)}
-        facts |= {"searched": one.added, "predicted": one.predicted}
+    machine = ""
+    for place, (one, candidate) in enumerate(zip(results, every, strict=True)):
+        facts: dict[str, Any] = {"searched": one.added, "predicted": one.predicted}
+        if isinstance(candidate.change, Plan) and (asked or timed):
+            folded = apply_plan(model, candidate.change)
+            if asked:
+                scores = answer(folded, questions)
+                right = ([float(score.right) for score in some] for some in (scores, before))
+                facts |= {"accuracy": accuracy(scores), "accuracy_change": paired_difference(*right)}
+            if timed:
+                speed = compare_speed({"paired": folded, "model": model}, _NAMES, tokens=TOKENS, runs=RUNS)
+                facts |= {"speed": speed.ratio[EAGER]}
+                facts |= {"foretold": speed.prediction.ratio if speed.prediction else None}
+                machine = f"{speed.machine['name']}, {speed.machine['threads']} threads"
         lines.append(_line(candidate, found, found[plain], **facts))
+        on_line((place + 1) / len(results))
     return Frontier(
         lines=tuple(lines),
         searched_on=searched.source,
@@ -107,6 +133,7 @@ def frontier(
         search_tokens=searched.tokens,
         report_tokens=report.tokens,
         questions=len(questions[0]),
+        machine=machine,
         notes=(*searched.notes, *report.notes),
     )
 

@@ -63,7 +63,7 @@ def load_model(
     device = usable_device(device)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     folder = resolve(source)
-    tokenizer = _load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     auto: Any = AutoModelForCausalLM  # its types do not know that `from_pretrained` may give a pair
     with quiet():
         try:
@@ -117,7 +117,12 @@ def usable_device(device: str | torch.device | None) -> torch.device:
     return device
 
 
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """A model folder's tokenizer, which has a padding token.
+
+    Raises:
+        UserError: it cannot be read, cannot tell which characters a token stands for, or knows no end token.
+    """
     with quiet():
         try:
             tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)

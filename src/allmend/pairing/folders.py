@@ -1,4 +1,4 @@
-"""Scan, search and apply as a user asks for them: a model by name, texts by path, results in a folder."""
+"""Scan and search as a user asks for them: a model by name, texts by path, results in a folder."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,21 +6,20 @@ from pathlib import Path
 from typing import Literal
 
 from allmend import __version__
-from allmend.depth.apply import apply_plan, save_paired
 from allmend.depth.architectures import layers_of
 from allmend.depth.choices import choices_of
-from allmend.depth.fold import Gain
 from allmend.depth.frontier import Frontier, frontier
 from allmend.depth.log import Log
 from allmend.depth.measure import Candidate, Measured, behind
-from allmend.depth.plan import Plan, read_plan, write_plan
+from allmend.depth.plan import Plan, write_plan
 from allmend.depth.scan import Kind, scan
 from allmend.depth.search import Result, search
+from allmend.depth.text import Windows
 from allmend.errors import UserError
 from allmend.events import Event, WorkDone, WorkPlanned
 from allmend.models.load import LoadedModel
 from allmend.pairing.pages import write_scan_pages, write_search_pages
-from allmend.pairing.subject import Texts, load_subject, read_texts
+from allmend.pairing.subject import load_subject, read_calibration, read_texts
 from allmend.run import write_atomic
 
 Listeners = Sequence[Callable[[Event], None]]
@@ -114,9 +113,8 @@ def scan_folder(
         UserError: the model cannot be rearranged, the text is too short, or the folder is of another scan.
     """
     loaded = load_subject(model, merge=merge, device=device)
-    texts = read_texts(loaded, calibration, None)
-    windows = texts.search
-    log = Log(out / "scan.parquet", _facts(loaded, texts)) if out else None
+    windows = read_calibration(loaded, calibration)
+    log = Log(out / "scan.parquet", _facts(loaded, windows)) if out else None
     _tell(listeners, WorkPlanned(work={"scan": 1.0}))
     found = scan(
         loaded.model,
@@ -140,13 +138,12 @@ def _cell(one: Candidate, measured: Measured, plain: Measured) -> Cell:
     return Cell(one.kind, one.start, one.end, measured.depth, gap, error, measured.tokens)
 
 
-def _facts(loaded: LoadedModel, texts: Texts) -> dict[str, str | int]:
-    ids = texts.search.ids
+def _facts(loaded: LoadedModel, windows: Windows) -> dict[str, str | int]:
     return {
         "model": loaded.digest,
-        "text": texts.search.digest,
-        "windows": len(ids),
-        "tokens_of_a_window": ids.shape[1],
+        "text": windows.digest,
+        "windows": len(windows),
+        "tokens_of_a_window": windows.ids.shape[1],
         "numbers": str(loaded.model.dtype),
     }
 
@@ -169,6 +166,7 @@ def search_folder(
     merge: bool = False,
     device: str | None = None,
     questions: int = QUESTIONS,
+    timed: bool = True,
     listeners: Listeners = (),
 ) -> Searched:
     """The best way to run a model at each depth, and what that costs on text that was not searched on.
@@ -186,6 +184,7 @@ def search_folder(
         merge: whether an adapter may be merged into its base.
         device: as of `load_model`.
         questions: choices to ask of the text to report on.
+        timed: whether decoding is timed at each depth.
         listeners: told how far it is.
 
     Raises:
@@ -203,7 +202,7 @@ def search_folder(
     if pairs is not None:
         depth = len(layers_of(loaded.model)) - pairs
     texts = read_texts(loaded, calibration, report)
-    log = Log(out / "search.parquet", _facts(loaded, texts)) if out else None
+    log = Log(out / "search.parquet", _facts(loaded, texts.search)) if out else None
 
     def step(words: str, share: float) -> None:
         _tell(listeners, WorkPlanned(work={words: 1.0}))
@@ -211,7 +210,15 @@ def search_folder(
 
     results = search(loaded.model, texts.search, kind=kind, depth=depth, max_loss=max_loss, log=log, on_step=step)
     step("report", 0.0)
-    found = frontier(loaded.model, results, texts.search, texts.report, choices_of(texts.report, questions))
+    found = frontier(
+        loaded.model,
+        results,
+        texts.search,
+        texts.report,
+        choices_of(texts.report, questions),
+        timed=timed,
+        on_line=lambda share: step("report", share),
+    )
     within = [one for one in results if max_loss is None or one.added.value <= max_loss]
     chosen = within[-1] if within else results[0]
     searched = Searched(model, found, _plan(chosen), bool(within))
@@ -233,53 +240,3 @@ def search_folder(
 def _plan(result: Result) -> Plan:
     """Of what is no plan, the order of its layers."""
     return Plan(tuple(step.layers for step in result.measured.steps))
-
-
-@dataclass(frozen=True)
-class Applied:
-    """A folder that was written.
-
-    Attributes:
-        out: the folder.
-        architecture: class of the model in it.
-        depth: its sequential steps, of so many `layers`.
-        parameters: it has, and the original.
-    """
-
-    out: Path
-    architecture: str
-    depth: int
-    layers: int
-    parameters: tuple[int, int]
-
-
-def apply_folder(
-    model: str,
-    plan: Path,
-    out: Path,
-    *,
-    gain: Gain = "geometric",
-    merge: bool = False,
-    device: str | None = None,
-) -> Applied:
-    """Write the folder of a model whose groups of layers are one wider layer each.
-
-    Args:
-        model: as in a recipe, or a PEFT folder with `merge`.
-        plan: a file of `search_folder`, or one written by hand.
-        out: a folder that is not there yet.
-        gain: see `fold_group`.
-        merge: whether an adapter may be merged into its base.
-        device: as of `load_model`.
-
-    Raises:
-        UserError: the plan does not fit the model, the model cannot be folded, or the folder is there already.
-    """
-    wanted = read_plan(plan)
-    loaded = load_subject(model, merge=merge, device=device)
-    layers = len(layers_of(loaded.model))
-    wanted.check(layers, where=plan)
-    changed = apply_plan(loaded.model, wanted, gain=gain)
-    save_paired(changed, loaded.tokenizer, out, wanted, {"model": model, "model_digest": loaded.digest})
-    counts = tuple(sum(p.numel() for p in one.parameters()) for one in (changed, loaded.model))
-    return Applied(out, type(changed).__name__, wanted.depth, layers, (counts[0], counts[1]))

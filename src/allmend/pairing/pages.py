@@ -44,7 +44,7 @@ def write_scan_pages(out: Path, found: "Scanned") -> Path:
     """
     kinds = list(dict.fromkeys(cell.kind for cell in found.cells))
     maps = {kind: _map(kind, found) for kind in kinds}
-    write_atomic(out / "scan.svg", picture(list(maps.values())).encode())
+    write_atomic(out / "scan.svg", picture(list(maps.values()), titles=[_title(kind) for kind in kinds]).encode())
     page = fill(
         title="depth · allmend",
         head=head_of(
@@ -249,6 +249,7 @@ def _depths(front: Frontier, curve: Html) -> Html:
             _cell(line.searched, numbers.signed),
             "" if line.predicted is None else Cell(numbers.signed(line.predicted), value=line.predicted),
             _cell(line.accuracy, numbers.percent),
+            _speed(line),
         ]
         for line in front.lines
     ]
@@ -260,17 +261,32 @@ def _depths(front: Frontier, curve: Html) -> Html:
         "On the search’s text",
         "Sum of single pairs",
         "Choices right",
+        "Speed here",
     ]
     return section(
         "depths",
         "By depth",
         tag("div", figure("What each depth adds to the loss", curve), class_="charts"),
-        table("The best way found at each depth; 95 % intervals over windows, and over questions", head, rows),
+        table(
+            "The best way found at each depth; 95 % intervals over windows, and over questions. Speed: tokens a second "
+            "of greedy decoding over those of the model as it is, in brackets what layers timed alone foretell"
+            + (f" ({front.machine})" if front.machine else ""),
+            head,
+            rows,
+        ),
     )
 
 
 def _cell(one: Estimate | None, form: numbers.Format) -> Cell | str:
     return "" if one is None else Cell(form(one.value), numbers.interval(one, form), one.value)
+
+
+def _speed(line: Line) -> Cell | str:
+    if line.speed is None:
+        return ""
+    foretold = f" ({line.foretold.median:.2f})" if line.foretold else ""
+    found = line.speed
+    return Cell(f"{found.median:.2f}{foretold}", f"{found.low:.2f} to {found.high:.2f}", found.median)
 
 
 def changed_layers(line: Line) -> str:

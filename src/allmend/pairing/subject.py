@@ -8,6 +8,7 @@ from typing import Any
 
 from allmend.data.icd10cm import category_texts
 from allmend.depth.architectures import quantised_error
+from allmend.depth.recover import windows_after
 from allmend.depth.text import Windows, check_apart, read_text, windows_of
 from allmend.errors import UserError
 from allmend.models.adapters import applied, check_adapter
@@ -74,6 +75,19 @@ def _check_whole(folder: Path) -> None:
         raise quantised_error(folder)
 
 
+def read_calibration(loaded: LoadedModel, calibration: Path | None, *, search: tuple[int, int] = SEARCH) -> Windows:
+    """Text to measure on, where nothing is reported afterwards; arguments and errors as of `read_texts`."""
+    text, name = _text(calibration)
+    return windows_of(text, loaded.tokenizer, length=search[1], most=search[0], source=name)
+
+
+def _text(calibration: Path | None) -> tuple[str, str]:
+    """A text, and what it is called."""
+    if calibration is None:
+        return "\n".join(category_texts()), BUILT_IN
+    return read_text(calibration), str(calibration)
+
+
 def read_texts(
     loaded: LoadedModel,
     calibration: Path | None,
@@ -93,8 +107,7 @@ def read_texts(
     Raises:
         UserError: a file cannot be read, is too short, or both are the same.
     """
-    name = str(calibration) if calibration else BUILT_IN
-    text = read_text(calibration) if calibration else "\n".join(category_texts())
+    text, name = _text(calibration)
     cut = loaded.tokenizer
     if report is not None:
         found = Texts(
@@ -103,9 +116,38 @@ def read_texts(
         )
         check_apart(found.search, found.report)
         return found
-    # the last third of the text, as far as it is needed, is not searched on
-    half = len(text) * 2 // 3
+    begin, end = _split(text)
     return Texts(
-        windows_of(text[:half], cut, length=search[1], most=search[0], source=f"{name}, first two thirds"),
-        windows_of(text[half:], cut, length=reported[1], most=reported[0], source=f"{name}, last third", least=1),
+        windows_of(begin, cut, length=search[1], most=search[0], source=f"{name}, first two thirds"),
+        windows_of(end, cut, length=reported[1], most=reported[0], source=f"{name}, last third", least=1),
     )
+
+
+def _split(text: str) -> tuple[str, str]:
+    """What is searched on or learnt from, and the last third, which is reported on."""
+    at = len(text) * 2 // 3
+    return text[:at], text[at:]
+
+
+def read_recovery_texts(
+    loaded: LoadedModel, calibration: Path | None, report: Path | None, *, windows: int
+) -> tuple[Windows, Windows]:
+    """Text to learn from, without the first tokens, which a search has used, and text to report on.
+
+    Args:
+        loaded: whose tokenizer cuts them.
+        calibration, report: as of `read_texts`.
+        windows: to learn from, at most.
+
+    Raises:
+        UserError: a file cannot be read, is too short, or both are the same.
+    """
+    text, name = _text(calibration)
+    begin, end = (text, read_text(report)) if report is not None else _split(text)
+    learn = windows_after(
+        begin, loaded.tokenizer, after=SEARCH[0] * SEARCH[1], length=REPORT[1], most=windows, source=name
+    )
+    named = f"{name}, last third" if report is None else str(report)
+    unseen = windows_of(end, loaded.tokenizer, length=REPORT[1], most=REPORT[0], source=named, least=1)
+    check_apart(learn, unseen)
+    return learn, unseen

@@ -1,0 +1,101 @@
+"""The folder of a paired model, and what recovery wins back before it is written."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from allmend.depth.apply import apply_plan, save_paired
+from allmend.depth.architectures import layers_of
+from allmend.depth.fold import Gain
+from allmend.depth.plan import read_plan
+from allmend.depth.recover import Recovery, Training, recover
+from allmend.errors import UserError
+from allmend.events import Event, WorkDone, WorkPlanned
+from allmend.pairing.subject import load_subject, read_recovery_texts
+
+Listeners = tuple[Callable[[Event], None], ...] | list[Callable[[Event], None]]
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A folder that was written.
+
+    Attributes:
+        out: the folder.
+        architecture: class of the model in it.
+        depth: its sequential steps, of so many `layers`.
+        parameters: it has, and the original.
+        recovery: what training won back, beside the original with as much of it; None without training.
+    """
+
+    out: Path
+    architecture: str
+    depth: int
+    layers: int
+    parameters: tuple[int, int]
+    recovery: Recovery | None = None
+
+
+def apply_folder(
+    model: str,
+    plan: Path,
+    out: Path,
+    *,
+    gain: Gain = "geometric",
+    training: Training | None = None,
+    calibration: Path | None = None,
+    report: Path | None = None,
+    merge: bool = False,
+    device: str | None = None,
+    listeners: Listeners = (),
+) -> Applied:
+    """Write the folder of a model whose groups of layers are one wider layer each.
+
+    Args:
+        model: as in a recipe, or a PEFT folder with `merge`.
+        plan: a file of `search_folder`, or one written by hand.
+        out: a folder that is not there yet, or is empty.
+        gain: see `fold_group`.
+        training: of the folded layers before they are written; none when None.
+        calibration: text to learn from, beyond its first tokens, which a search takes; the built-in clinical terms when
+            None.
+        report: text to measure recovery on; the last third of the other when None.
+        merge: whether an adapter may be merged into its base.
+        device: as of `load_model`.
+        listeners: told how far it is.
+
+    Raises:
+        UserError: the plan does not fit the model, the model cannot be folded, the folder is there already, a text is
+            too short, or training diverged.
+    """
+    wanted = read_plan(plan)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        # before any work; what writes the folder sees to it again
+        raise UserError("is there already", where=out, hint="Name another folder with --out, or remove this one.")
+    loaded = load_subject(model, merge=merge, device=device)
+    layers = len(layers_of(loaded.model))
+    wanted.check(layers, where=plan)
+    changed = apply_plan(loaded.model, wanted, gain=gain)
+    recovery = None
+    if training is not None:
+        learn, unseen = read_recovery_texts(loaded, calibration, report, windows=training.steps * training.batch_size)
+        models = 1 if training.loss == "kl" else 2
+        steps = models * training.steps
+        for listen in listeners:
+            listen(WorkPlanned(work={"recover": float(steps)}))
+        done = 0
+
+        def count(*_: Any) -> None:
+            nonlocal done
+            done += 1
+            for listen in listeners:
+                listen(WorkDone(phase="recover", share=done / steps))
+
+        recovery = recover(changed, loaded.model, wanted, learn, report=unseen, training=training, on_step=count)
+    facts: dict[str, object] = {"model": model, "model_digest": loaded.digest}
+    if recovery is not None:
+        facts["recovery"] = recovery.model_dump()
+    save_paired(changed, loaded.tokenizer, out, wanted, facts)
+    now, before = (sum(p.numel() for p in one.parameters()) for one in (changed, loaded.model))
+    return Applied(out, type(changed).__name__, wanted.depth, layers, (now, before), recovery)
