@@ -9,10 +9,14 @@ is that of GPUs and their time is not. SmolLM2 has 3 key-value heads, which two 
 single layers sum once and its pairs twice; a Llama of its size with 4 shows what pairs save where all layers are
 shared.
 
-    python benchmarks/depth_speed.py [--quick]
+    python benchmarks/depth_speed.py [--quick] [--processor-time]
+
+With `--processor-time`, the seconds in which this process runs are counted, and one thread alone is measured: what to
+compare where other work shares the cores.
 """
 
 import argparse
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -73,9 +77,10 @@ def rate(one: Decoded) -> str:
     return f"{sorted(one.rates)[len(one.rates) // 2]:.3g}"
 
 
-def on_one_device(models: Mapping[str, Any], *, batch: int, tokens: int, runs: int) -> None:
+def on_one_device(models: Mapping[str, Any], *, batch: int, tokens: int, runs: int, processor: bool) -> None:
     """Print what each model's rate is to that of the last."""
-    decoded = decode_rates(models, batch=batch, tokens=tokens, runs=runs)
+    clock = time.process_time if processor else time.perf_counter
+    decoded = decode_rates(models, batch=batch, tokens=tokens, runs=runs, clock=clock)
     times = layer_times(list(models.values()), batch=batch, length=32 + tokens // 2)
     threads = torch.get_num_threads()
     for count in FIRSTS:
@@ -84,7 +89,7 @@ def on_one_device(models: Mapping[str, Any], *, batch: int, tokens: int, runs: i
         wanted = "0.98 at least is asked for" + (", and 1.03" if count == 8 and batch == 1 else "")
         figure(
             f"greedy decoding of SmolLM2-135M with {count} pairs of layers against none, batch {batch}, {threads} "
-            f"thread{'s' * (threads > 1)} ({wanted})",
+            f"thread{'s' * (threads > 1)}{', by processor time' * processor} ({wanted})",
             f"{shown(ratio(one.rates, other.rates))} times: {rate(one)} against {rate(other)} tokens a second; layers "
             f"timed alone foretell {shown(foretold)}",
         )
@@ -115,15 +120,18 @@ def over_processes(what: str, found: ParallelSpeed, wanted: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer tokens and runs")
-    quick = parser.parse_args().quick
-    tokens, runs = (4, 3) if quick else (16, 11)
+    parser.add_argument("--processor-time", action="store_true", help="count the process's own seconds; one thread")
+    options = parser.parse_args()
+    tokens, runs = (4, 3) if options.quick else (16, 11)
     print(machine(), flush=True)
     models = smollm2(tuple(FIRSTS))
-    for threads in (1, 2):
+    for threads in (1,) if options.processor_time else (1, 2):
         torch.set_num_threads(threads)
         print(*busy(), sep="\n", flush=True)
         for batch in (1, 8):
-            on_one_device(models, batch=batch, tokens=tokens, runs=runs)
+            on_one_device(models, batch=batch, tokens=tokens, runs=runs, processor=options.processor_time)
+    if options.processor_time:
+        return
     del models
     over_processes(
         "SmolLM2-135M with 12 pairs of layers (single layers keep their attention whole)",

@@ -115,14 +115,24 @@ def test_pages_that_begin_with_nothing(page: str, place: Path, allmend: Allmend)
 
 
 @pytest.mark.parametrize(
-    "page", ["docs/audit.md", "docs/privacy.md", "docs/federation.md", "docs/optim.md", "docs/influence.md"]
+    "page",
+    ["docs/audit.md", "docs/privacy.md", "docs/federation.md", "docs/optim.md", "docs/influence.md", "docs/depth.md"],
 )
 def test_pages_that_begin_with_a_run(page: str, runs: Path, allmend: Allmend) -> None:
     assert follow(ROOT / page, allmend) >= 2
 
 
 def test_no_page_has_commands_that_nothing_runs() -> None:
-    followed = {"README.md", "tune.md", "audit.md", "privacy.md", "federation.md", "optim.md", "influence.md"}
+    followed = {
+        "README.md",
+        "tune.md",
+        "audit.md",
+        "privacy.md",
+        "federation.md",
+        "optim.md",
+        "influence.md",
+        "depth.md",
+    }
     for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")):
         left = [line for line in commands(page) if not any(re.match(pattern, line) for pattern in ELSEWHERE)]
         assert page.name in followed or not left, f"{page.name}: who runs {left}?"

@@ -1,5 +1,6 @@
 """Decoding in turns: what is decoded, in what order, and what is said of it. No time is tested."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -42,16 +43,33 @@ def test_compiled_steps_decode_the_same(pair: dict[str, Any], ids: torch.Tensor)
 
 def test_models_take_turns_after_a_warm_up(pair: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     turns, waits, shares = [], [], []
-    own = GreedyDecoder.seconds
+    own, own_steps, own_prefill = GreedyDecoder.seconds, GreedyDecoder.steps, GreedyDecoder.prefill
 
-    def seconds(self: GreedyDecoder) -> tuple[float, float]:
+    now = [0.0]
+
+    def seconds(self: GreedyDecoder, clock: Callable[[], float]) -> tuple[float, float]:
         turns.append(next(name for name, model in pair.items() if model is self.model))
-        own(self)
-        return 0.5, float(len(turns))
+        return own(self, clock)
 
-    monkeypatch.setattr(GreedyDecoder, "seconds", seconds)
+    def steps(self: GreedyDecoder, token: torch.Tensor) -> torch.Tensor:
+        now[0] += len(turns)
+        return own_steps(self, token)
+
+    def prefill(self: GreedyDecoder) -> torch.Tensor:
+        now[0] += 0.5
+        return own_prefill(self)
+
+    for name, instead in (("seconds", seconds), ("steps", steps), ("prefill", prefill)):
+        monkeypatch.setattr(GreedyDecoder, name, instead)
     found = decode_rates(
-        pair, batch=2, prompt_tokens=3, tokens=4, runs=3, before_run=lambda: waits.append(1), on_run=shares.append
+        pair,
+        batch=2,
+        prompt_tokens=3,
+        tokens=4,
+        runs=3,
+        clock=lambda: now[0],
+        before_run=lambda: waits.append(1),
+        on_run=shares.append,
     )
 
     a, b = pair

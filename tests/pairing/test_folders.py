@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 import allmend  # noqa: F401  # registers the paired classes
 from allmend.depth.interventions import intervene
 from allmend.depth.plan import read_plan, stretch_plan, write_plan
+from allmend.depth.recover import Training
 from allmend.errors import UserError
 from allmend.models.load import load_model
 from allmend.pairing.applied import apply_folder
@@ -108,3 +109,61 @@ def test_a_plan_for_another_model(deep_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"plan\.json: group \[6\]: layer 6 is not one of the model's 6"):
         apply_folder(str(deep_folder), tmp_path / "plan.json", tmp_path / "out", device="cpu")
     assert not (tmp_path / "out").exists()
+
+
+def test_recovery_is_told_beside_its_control(deep_folder: Path, two_texts: tuple[Path, Path], tmp_path: Path) -> None:
+    """And what is written is the model that was trained."""
+    long = tmp_path / "long.txt"
+    long.write_text("".join(f"{place} is a number, and {place * place} its square. " for place in range(500)))
+    write_plan(tmp_path / "plan.json", stretch_plan(6, 2, 6))
+    told: list[str] = []
+
+    made = apply_folder(
+        str(deep_folder),
+        tmp_path / "plan.json",
+        tmp_path / "out",
+        corrected=True,
+        training=Training(steps=3),
+        calibration=long,
+        report=two_texts[1],
+        device="cpu",
+        listeners=[lambda event: told.append(event.type)],
+    )
+
+    assert made.correction is not None
+    assert made.recovery is not None
+    assert made.correction.gap_after.value <= made.correction.gap_before.value
+    assert made.recovery.control.before.value != made.recovery.control.after.value
+    assert told.count("work.planned") == 2
+    assert told.count("progress") == 2 * 2 + 2 * 3  # fits of two pairs, steps of two models
+    facts = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert facts["recovery"]["steps"] == 3
+    plain = apply_folder(str(deep_folder), tmp_path / "plan.json", tmp_path / "plain", device="cpu")
+    assert plain.recovery is None
+    ids = torch.arange(20)[None]
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("out", "plain")]
+    with torch.no_grad():
+        assert not torch.allclose(models[0](ids).logits, models[1](ids).logits, atol=1e-3)
+
+
+def test_a_text_that_the_search_has_used_up(deep_folder: Path, two_texts: tuple[Path, Path], tmp_path: Path) -> None:
+    write_plan(tmp_path / "plan.json", stretch_plan(6, 2, 6))
+
+    with pytest.raises(UserError, match="tokens"):
+        apply_folder(
+            str(deep_folder),
+            tmp_path / "plan.json",
+            tmp_path / "out",
+            training=Training(steps=1),
+            calibration=two_texts[1],
+            device="cpu",
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_there_is_left_alone(deep_folder: Path, tmp_path: Path) -> None:
+    write_plan(tmp_path / "plan.json", stretch_plan(6, 2, 6))
+
+    with pytest.raises(UserError, match="is there already"):
+        apply_folder(str(deep_folder), tmp_path / "plan.json", tmp_path, device="cpu")
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]

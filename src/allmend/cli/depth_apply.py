@@ -21,6 +21,10 @@ def apply(
     model: Model,
     plan: Annotated[Path, typer.Option(help="plan.json of `allmend depth search`, or one of your own.")],
     out: Annotated[Path, typer.Option(help="A folder that is not there yet.")],
+    correct: Annotated[
+        bool,
+        typer.Option("--correct", help="Fit the folded layers' last projections to the original."),
+    ] = False,
     recover: Annotated[
         int, typer.Option(min=0, help="Steps of training the folded layers, beside the original as a control.")
     ] = 0,
@@ -30,7 +34,8 @@ def apply(
     learning_rate: Annotated[float, typer.Option(help="With --recover; it falls linearly.")] = 5e-4,
     seed: Annotated[int, typer.Option(help="With --recover.")] = 0,
     calibration: Annotated[
-        Path | None, typer.Option(help="With --recover: text to learn from; the built-in clinical terms if absent.")
+        Path | None,
+        typer.Option(help="For --correct and --recover; the built-in clinical terms if absent."),
     ] = None,
     report: Annotated[
         Path | None, typer.Option(help="With --recover: text to measure it on; the last third of the other if absent.")
@@ -43,7 +48,7 @@ def apply(
 
     What a search has found:  allmend depth apply MODEL --plan found/plan.json --out paired
 
-    And win some of the loss back:  allmend depth apply MODEL --plan found/plan.json --out paired --recover 26
+    And win some of the loss back:  allmend depth apply MODEL --plan found/plan.json --out paired --correct
     """
     from allmend.depth.recover import Training
     from allmend.errors import UserError
@@ -60,6 +65,7 @@ def apply(
             model,
             plan,
             out,
+            corrected=correct,
             training=training,
             calibration=calibration,
             report=report,
@@ -81,6 +87,15 @@ def show_applied(console: Console, found: "Applied") -> None:
         f"{before:,}.",
         highlight=False,
     )
+    if found.correction is not None:
+        one = found.correction
+        console.print(
+            f"Correction: {plain(one.gap_before, '+.3f')} nats a token above the original before and "
+            f"{plain(one.gap_after, '+.3f')} after it, on text that it was not fitted on.",
+            highlight=False,
+        )
+        for note in one.notes:
+            console.print(escape(note), highlight=False)
     if found.recovery is not None:
         show_recovery(console, found.recovery)
     console.print(

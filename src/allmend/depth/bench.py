@@ -125,16 +125,16 @@ class GreedyDecoder:
             found.append(out.logits[:, -1:].argmax(-1))
         return torch.cat(found[1:], dim=1)
 
-    def seconds(self) -> tuple[float, float]:
+    def seconds(self, clock: Callable[[], float]) -> tuple[float, float]:
         """Decode once: seconds to the first token, and of the others."""
         finish(self.ids.device)
-        start = time.perf_counter()
+        start = clock()
         token = self.prefill()
         finish(self.ids.device)
-        middle = time.perf_counter()
+        middle = clock()
         self.steps(token)
         finish(self.ids.device)
-        return middle - start, time.perf_counter() - middle
+        return middle - start, clock() - middle
 
 
 def decode_rates(
@@ -146,6 +146,7 @@ def decode_rates(
     runs: int = RUNS,
     compiled: bool = False,
     seed: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
     before_run: Callable[[], None] = lambda: None,
     on_run: Callable[[float], None] = lambda share: None,
 ) -> dict[str, Decoded]:
@@ -162,6 +163,8 @@ def decode_rates(
         runs: that count, of each model.
         compiled: as of `GreedyDecoder`; a model's first run then takes minutes.
         seed: of the prompts.
+        clock: seconds. `time.process_time` counts those in which this process runs, the ones to compare where other
+            work shares a core with it; on one thread of the CPU alone.
         before_run: called before each run.
         on_run: told the share of runs that are done.
 
@@ -176,7 +179,7 @@ def decode_rates(
     for number in range(runs + 1):
         for place, name in enumerate(in_turns(models, number)):
             before_run()
-            prefill, seconds = decoders[name].seconds()
+            prefill, seconds = decoders[name].seconds(clock)
             if number:
                 found[name].append((prefill, batch * tokens / seconds))
             on_run((number + (place + 1) / len(models)) / (runs + 1))

@@ -1,18 +1,24 @@
 """The folder of a paired model, and what recovery wins back before it is written."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from allmend.depth.apply import apply_plan, save_paired
 from allmend.depth.architectures import layers_of
+from allmend.depth.correction import CorrectionReport, Fit, correct
 from allmend.depth.fold import Gain
 from allmend.depth.plan import read_plan
 from allmend.depth.recover import Recovery, Training, recover
+from allmend.depth.text import Windows
 from allmend.errors import UserError
 from allmend.events import Event, WorkDone, WorkPlanned
 from allmend.pairing.subject import load_subject, read_recovery_texts
+
+FITTED, JUDGED = 24, 4
+"""Windows that a correction is fitted on, and that it is judged by."""
 
 Listeners = tuple[Callable[[Event], None], ...] | list[Callable[[Event], None]]
 
@@ -26,6 +32,7 @@ class Applied:
         architecture: class of the model in it.
         depth: its sequential steps, of so many `layers`.
         parameters: it has, and the original.
+        correction: what fitting the output projections won back; None where it was not asked for.
         recovery: what training won back, beside the original with as much of it; None without training.
     """
 
@@ -34,6 +41,7 @@ class Applied:
     depth: int
     layers: int
     parameters: tuple[int, int]
+    correction: CorrectionReport | None = None
     recovery: Recovery | None = None
 
 
@@ -43,6 +51,7 @@ def apply_folder(
     out: Path,
     *,
     gain: Gain = "geometric",
+    corrected: bool = False,
     training: Training | None = None,
     calibration: Path | None = None,
     report: Path | None = None,
@@ -57,9 +66,10 @@ def apply_folder(
         plan: a file of `search_folder`, or one written by hand.
         out: a folder that is not there yet, or is empty.
         gain: see `fold_group`.
+        corrected: whether the folded layers' output projections are fitted to the original first (`depth.correct`).
         training: of the folded layers before they are written; none when None.
-        calibration: text to learn from, beyond its first tokens, which a search takes; the built-in clinical terms when
-            None.
+        calibration: text to fit on and learn from, beyond its first tokens, which a search takes; the built-in clinical
+            terms when None.
         report: text to measure recovery on; the last third of the other when None.
         merge: whether an adapter may be merged into its base.
         device: as of `load_model`.
@@ -77,9 +87,27 @@ def apply_folder(
     layers = len(layers_of(loaded.model))
     wanted.check(layers, where=plan)
     changed = apply_plan(loaded.model, wanted, gain=gain)
+    for_fits = FITTED + JUDGED if corrected else 0
+    lessons = training.steps * training.batch_size if training is not None else 0
+    if for_fits or lessons:
+        learn, unseen = read_recovery_texts(loaded, calibration, report, windows=for_fits + lessons)
+    correction = None
+    if corrected:
+        fitted, judged, learn = _parts(learn, need=bool(lessons))
+        for listen in listeners:
+            listen(WorkPlanned(work={"correct": 1.0}))
+        fits = 2 * len(wanted.together)
+        made = 0
+
+        def fit(_: Fit) -> None:
+            nonlocal made
+            made += 1
+            for listen in listeners:
+                listen(WorkDone(phase="correct", share=made / fits))
+
+        correction = correct(changed, loaded.model, wanted, fitted, held_out=judged, on_fit=fit)
     recovery = None
     if training is not None:
-        learn, unseen = read_recovery_texts(loaded, calibration, report, windows=training.steps * training.batch_size)
         models = 1 if training.loss == "kl" else 2
         steps = models * training.steps
         for listen in listeners:
@@ -94,8 +122,28 @@ def apply_folder(
 
         recovery = recover(changed, loaded.model, wanted, learn, report=unseen, training=training, on_step=count)
     facts: dict[str, object] = {"model": model, "model_digest": loaded.digest}
-    if recovery is not None:
-        facts["recovery"] = recovery.model_dump()
+    facts |= {"correction": correction.model_dump()} if correction is not None else {}
+    facts |= {"recovery": recovery.model_dump()} if recovery is not None else {}
     save_paired(changed, loaded.tokenizer, out, wanted, facts)
     now, before = (sum(p.numel() for p in one.parameters()) for one in (changed, loaded.model))
-    return Applied(out, type(changed).__name__, wanted.depth, layers, (now, before), recovery)
+    return Applied(out, type(changed).__name__, wanted.depth, layers, (now, before), correction, recovery)
+
+
+def _parts(windows: Windows, *, need: bool) -> tuple[Windows, Windows, Windows]:
+    """Text to fit on, to judge by, and the rest; all of a short one shrinks.
+
+    Raises:
+        UserError: there is not enough of it.
+    """
+    if len(windows) < (least := 4 if need else 3):
+        raise UserError(
+            f"the text has {len(windows)} windows of {windows.ids.shape[1]} tokens that no search has used, and a "
+            f"correction needs {least} or more",
+            where=windows.source,
+            hint="Name a longer text with --calibration.",
+        )
+    judged = min(JUDGED, len(windows) // 4 or 1)
+    fitted = min(FITTED, len(windows) - judged - need)
+    ends = (0, fitted, fitted + judged, len(windows))
+    first, second, rest = (replace(windows, ids=windows.ids[start:end]) for start, end in pairwise(ends))
+    return first, second, rest
