@@ -7,6 +7,7 @@ objects of a test's own.
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,22 +67,21 @@ def make_tiny_tokenizer() -> MakeTokenizer:
 
 @pytest.fixture(scope="session")
 def make_tiny_model() -> MakeModel:
-    """A Llama of 300 tokens and two layers, whose weights depend on `seed` alone."""
+    """A Llama of 300 tokens and two layers, whose weights depend on `seed` and the configuration alone."""
 
-    def make(*, tied: bool = True, seed: int = 0, vocab_size: int = 300) -> LlamaForCausalLM:
-        config = LlamaConfig(
-            vocab_size=vocab_size,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-            tie_word_embeddings=tied,
-            bos_token_id=None,
-            eos_token_id=256,
-            attn_implementation="sdpa",
-        )
+    def make(*, tied: bool = True, seed: int = 0, vocab_size: int = 300, **other: Any) -> LlamaForCausalLM:
+        facts = {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "bos_token_id": None,
+            "eos_token_id": 256,
+            "attn_implementation": "sdpa",
+        }
+        config = LlamaConfig(vocab_size=vocab_size, tie_word_embeddings=tied, **(facts | other))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return LlamaForCausalLM(config).eval()
@@ -142,24 +142,12 @@ def log_probs() -> LogProbs:
 
 
 @pytest.fixture(scope="session")
-def deep_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
+def deep_folder(
+    tmp_path_factory: pytest.TempPathFactory, make_tiny_model: MakeModel, tiny_tokenizer: PreTrainedTokenizerFast
+) -> Path:
     """A Llama of six layers with a tokenizer of bytes."""
-    config = LlamaConfig(
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        bos_token_id=None,
-        eos_token_id=256,
-        initializer_range=0.2,
-    )
     folder = tmp_path_factory.mktemp("deep") / "model"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(folder)
+    make_tiny_model(num_hidden_layers=6, max_position_embeddings=1024, initializer_range=0.2).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
 
