@@ -17,7 +17,7 @@ def logits_at_sources(model: Any, row: Row) -> torch.Tensor:
         row: on the model's device, U sources.
 
     Returns:
-        [U, vocabulary], float32.
+        [U, vocabulary], float32; float64 of a model in double precision.
     """
     dtype = torch.get_default_dtype() if (found := getattr(model, "dtype", None)) is None else found
     # additive rather than boolean: every attention implementation understands it
@@ -32,11 +32,11 @@ def logits_at_sources(model: Any, row: Row) -> torch.Tensor:
             logits_to_keep=row.sources,
             use_cache=False,
         ).logits
-    return logits[0].float()
+    return logits[0] if logits.dtype == torch.float64 else logits[0].float()
 
 
 def log_likelihood(model: Any, row: Row) -> torch.Tensor:
-    """log p(target | what stands before it) of each of the row's N targets (nats), float32 [N]."""
+    """log p(target | what stands before it) of each of the row's N targets (nats), [N], of the logits' type."""
     found: torch.Tensor = _LogLikelihood.apply(logits_at_sources(model, row), row.source_of, row.targets)  # type: ignore[no-untyped-call]
     return found
 
