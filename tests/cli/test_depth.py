@@ -72,6 +72,13 @@ def test_for_programs(invoke: Invoke, deep_folder: Path, two_texts: tuple[Path, 
     assert made["depth"] == 5
 
 
+def test_what_cannot_be_exported(invoke: Invoke, deep_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model.gguf"
+    assert "'int8' is none of" in refused(invoke("export", deep_folder, "--out", out, "--kind", "int8"))
+    assert refused(invoke("export", tmp_path / "nowhere", "--out", out))
+    assert not out.exists()
+
+
 @pytest.mark.parametrize(("kind", "plan"), [("pairs", True), ("prune", False)])
 def test_a_loss_that_no_depth_keeps(
     deep_folder: Path,
