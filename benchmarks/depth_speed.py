@@ -127,7 +127,7 @@ def main() -> None:
     models = smollm2(tuple(FIRSTS))
     for threads in (1,) if options.processor_time else (1, 2):
         torch.set_num_threads(threads)
-        print(*busy(), sep="\n", flush=True)
+        print(*busy(threads), sep="\n", flush=True)
         for batch in (1, 8):
             on_one_device(models, batch=batch, tokens=tokens, runs=runs, processor=options.processor_time)
     if options.processor_time:

@@ -139,7 +139,9 @@ def test_a_busy_machine_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench.os, "cpu_count", lambda: 2)
     for load, told in ((0.3, False), (1.9, False), (7.0, True)):
         monkeypatch.setattr(bench.os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
-        assert any("load 7.0 on 2 cores" in note for note in bench.busy()) == told
+        assert any("load 7.0 on 2 cores" in note for note in bench.busy(1)) == told
+        assert any("wait for each other" in note for note in bench.busy(2)) == told
+        assert not any("wait for each other" in note for note in bench.busy(1))
 
 
 def test_spreads() -> None:

@@ -264,7 +264,7 @@ def compare_speed(
     first = next(iter(models.values()))
     ways = [EAGER, COMPILED] if (compiled if compiled is not None else first.device.type == "cuda") else [EAGER]
     decoded: dict[str, dict[str, Decoded]] = {}
-    load = busy()
+    load = busy(torch.get_num_threads())
     for place, way in enumerate(ways):
         with quiet():
             decoded[way] = decode_rates(
@@ -321,8 +321,8 @@ def _predicted(models: Mapping[str, Any], *, batch: int, length: int, seed: int)
     return Prediction(times=times, rates=rates, ratio=ratio(b, a))
 
 
-def busy() -> tuple[str, ...]:
-    """A note where other work runs on this machine."""
+def busy(threads: int) -> tuple[str, ...]:
+    """A note where other work runs on this machine, for a process with so many threads."""
     try:
         load, cores = os.getloadavg()[0], os.cpu_count() or 1
     except (AttributeError, OSError):
@@ -331,7 +331,7 @@ def busy() -> tuple[str, ...]:
     if load < 0.5 * cores + 1:
         return ()
     words = f"Other work was running here (load {load:.1f} on {cores} cores): ranges are wider than they need to be."
-    if torch.get_num_threads() > 1:
+    if threads > 1:
         words += (
             " The threads of an operation then wait for each other at its end, and fewer operations wait less: ratios "
             "are higher than on a quiet machine."

@@ -201,7 +201,7 @@ def compare_in_parallel(
         )
     settings = {"batch": batch, "prompt_tokens": prompt_tokens, "tokens": tokens, "runs": runs, "seed": seed}
     threads = threads or max(1, torch.get_num_threads() // world)
-    notes = busy()
+    notes = busy(threads)
     with tempfile.TemporaryDirectory() as folder:
         torch_multiprocessing: Any = multiprocessing  # partly untyped
         torch_multiprocessing.spawn(
