@@ -165,6 +165,7 @@ def test_a_correction_closes_part_of_the_gap_and_touches_nothing_else(make_decod
     found = correct(paired, model, PLAN, said_by(model, 1, 60), held_out=held_out, on_fit=seen.append)
 
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any(one._forward_hooks for one in (*model.modules(), *paired.modules()))
     changed = {
         name
         for (name, one), two in zip(paired.state_dict().items(), other.state_dict().values(), strict=True)

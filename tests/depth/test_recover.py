@@ -193,12 +193,50 @@ def test_everything_follows_from_the_seed(model: Any) -> None:
     assert one[1].paired.after != three[1].paired.after
 
 
-@pytest.mark.parametrize("rate", [1e4, 1e30])
-def test_training_that_diverges_leaves_both_as_they_were(model: Any, paired: Any, rate: float) -> None:
+def test_steps_start_from_the_models_as_they_are_and_drop_nothing_out(make_decoder: MakeDecoder) -> None:
+    model = make_decoder(dtype=torch.float32, attention_dropout=0.5)
+    paired, windows = apply_plan(model, PLAN), text(1)
+    starts = [measured(*one, windows).loss for one in ((model, ALONE), (paired, PLAN))]
+    steps: list[Step] = []
+    training = Training(steps=1, batch_size=len(windows), rank=4)
+
+    recover(paired, model, PLAN, windows, report=text(2), training=training, on_step=lambda _, step: steps.append(step))
+
+    assert [step.loss for step in steps] == pytest.approx(starts, rel=1e-5)
+    assert [step.targets for step in steps] == [6 * 19] * 2
+
+
+def test_the_order_of_windows_follows_from_the_seed(model: Any) -> None:
+    windows = text(1)
+    alone = [measured(model, ALONE, Windows(window[None], "", "")).loss for window in windows.ids]
+    firsts: list[float] = []
+    for seed in range(5):
+        steps: list[Step] = []
+        recover(
+            apply_plan(model, PLAN),
+            model,
+            PLAN,
+            windows,
+            report=text(2, 1),
+            training=Training(steps=1, rank=4, seed=seed),
+            on_step=lambda _, step, steps=steps: steps.append(step),  # type: ignore[misc]
+        )
+        firsts.append(steps[0].loss or 0.0)
+
+    assert all(min(abs(first - one) for one in alone) < 1e-5 for first in firsts)
+    assert max(firsts) - min(firsts) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("rate", "words"),
+    [(30.0, r"step [2-8]: loss [\d.]+ after [\d.]+"), (1e30, "step [1-8]")],
+    ids=["losses that rise", "what is not finite"],
+)
+def test_training_that_diverges_leaves_both_as_they_were(model: Any, paired: Any, rate: float, words: str) -> None:
     before = tensors(model), tensors(paired)
     training = Training(steps=8, rank=4, learning_rate=rate)
 
-    with pytest.raises(DivergedError, match="recovery diverged at step") as raised:
+    with pytest.raises(DivergedError, match=f"recovery diverged at {words}") as raised:
         recover(paired, model, PLAN, text(1), report=text(2), training=training)
 
     assert "Choose a lower learning rate." in str(raised.value)

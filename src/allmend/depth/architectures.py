@@ -129,22 +129,27 @@ def layers_of(model: Any) -> list[nn.Module]:
     if hasattr(model, "peft_config") or hasattr(model, "base_model_name_or_path"):
         raise UserError("the model carries an adapter", hint="Merge it first: `allmend depth … --adapter DIR --merge`.")
     config = model.config
+    where = getattr(config, "_name_or_path", "") or None
     if getattr(config, "quantization_config", None) is not None or not all(
         torch.is_floating_point(parameter) for parameter in model.parameters()
     ):
-        raise quantised_error()
+        raise quantised_error(where)
     if getattr(config, "layer_widths", None) is not None:
-        raise UserError("some of the model's layers run side by side already", hint="Start from the original model.")
+        raise UserError(
+            "some of the model's layers run side by side already", where=where, hint="Start from the original model."
+        )
     layers = list(getattr(getattr(model, "model", None), "layers", ()))
     if not layers:
         raise UserError(
-            f"{type(model).__name__} has no decoder layers that are known here", hint=f"Use one of {KNOWN}."
+            f"{type(model).__name__} has no decoder layers that are known here",
+            where=where,
+            hint=f"Use one of {KNOWN}.",
         )
     architecture_of(layers[0])
     return layers
 
 
-def quantised_error(where: Path | None = None) -> UserError:
+def quantised_error(where: str | Path | None = None) -> UserError:
     """For a model whose matrices are quantised."""
     return UserError(
         "the model is quantised, and quantised matrices cannot be stacked",
