@@ -95,7 +95,7 @@ def show_applied(console: Console, found: "Applied") -> None:
             highlight=False,
         )
         for note in one.notes:
-            console.print(escape(note), highlight=False)
+            console.print(escape(note), highlight=False, soft_wrap=True)
     if found.recovery is not None:
         show_recovery(console, found.recovery)
     console.print(
@@ -119,4 +119,4 @@ def show_recovery(console: Console, found: "Recovery") -> None:
         highlight=False,
     )
     for note in found.notes:
-        console.print(escape(note), highlight=False)
+        console.print(escape(note), highlight=False, soft_wrap=True)

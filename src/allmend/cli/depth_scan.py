@@ -89,4 +89,4 @@ def show_scan(console: Console, found: "Scanned") -> None:
         highlight=False,
     )
     for note in found.notes:
-        console.print(escape(note), highlight=False)
+        console.print(escape(note), highlight=False, soft_wrap=True)

@@ -127,4 +127,4 @@ def show_search(console: Console, found: "Searched") -> None:
         highlight=False,
     )
     for note in front.notes:
-        console.print(escape(note), highlight=False)
+        console.print(escape(note), highlight=False, soft_wrap=True)
