@@ -7,7 +7,7 @@ difference and its standard error over tokens), and what the single pairs' costs
 (which of four answers belongs to a question, by the likelihood of its first 24 tokens) at a depth of 26, and what the
 scan itself costs: time with and without what candidates share, and memory.
 
-    python benchmarks/depth.py --data FOLDER [--depths 28 26 24 22] [--quick]
+    python benchmarks/depth.py --data FOLDER [--depths 28 26 24 22] [--only costs depths choices] [--quick]
 """
 
 import argparse
@@ -37,6 +37,7 @@ from allmend.depth.text import Windows, read_text, windows_of
 from allmend.intervals import paired_difference
 from allmend.models.load import LoadedModel, load_model
 
+PARTS = ("costs", "depths", "choices")
 LAYERS, ANSWER, CHOICES = 30, 24, 4
 LIMITS = {("pairs", 28): 0.10, ("pairs", 26): 0.25, ("free", 24): 0.36, ("free", 22): 0.58}
 """Nats a token, by kind and depth."""
@@ -204,6 +205,7 @@ def judged(found: Sequence[Row]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depths", type=int, nargs="+", default=[28, 26, 24, 22])
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--quick", action="store_true", help="a depth of 28, 20 choices, 6 candidates")
     options = with_data(parser)
     print(machine(), flush=True)
@@ -213,9 +215,21 @@ def main() -> None:
     search = windows_of(texts["valid"], loaded.tokenizer, length=256, most=4, source="valid")
     report = windows_of(texts["test"], loaded.tokenizer, length=512, most=4, source="test")
     depths = [28] if options.quick else options.depths
-    fold_cost(loaded)
-    scan_cost(loaded, search, range(0, 30, 10) if options.quick else range(30))
-    found = rows(loaded.model, Search(loaded.model, search), report, depths)
+    if "costs" in options.only:
+        fold_cost(loaded)
+        scan_cost(loaded, search, range(0, 30, 10) if options.quick else range(30))
+    if "depths" in options.only:
+        show(rows(loaded.model, Search(loaded.model, search), report, depths))
+    if "choices" in options.only:
+        ways = {
+            "free pairs, 26 steps": apply_plan(loaded.model, pairs_plan(LAYERS, [4, 7, 24, 26])),
+            "layers 4 to 7 left out, 26 steps": intervene(loaded.model, Prune(4, 8)),
+        }
+        choices(loaded, data, 20 if options.quick else 400, ways)
+
+
+def show(found: Sequence[Row]) -> None:
+    """Print the table, and what the limits come to."""
     print("\n| depth | kind | layers | perplexity | added | single pairs |\n| --- | --- | --- | --- | --- | --- |")
     for row in found:
         guess = "" if row.predicted is None else f"{row.predicted:.3f}"
@@ -225,11 +239,6 @@ def main() -> None:
         )
     print()
     judged(found)
-    ways = {
-        "free pairs, 26 steps": apply_plan(loaded.model, pairs_plan(LAYERS, [4, 7, 24, 26])),
-        "layers 4 to 7 left out, 26 steps": intervene(loaded.model, Prune(4, 8)),
-    }
-    choices(loaded, data, 20 if options.quick else 400, ways)
 
 
 if __name__ == "__main__":

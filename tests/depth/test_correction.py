@@ -14,7 +14,7 @@ from allmend.depth.apply import apply_plan
 from allmend.depth.architectures import architecture_of
 from allmend.depth.correction import Normal, correct, measured, normal_of, row_of
 from allmend.depth.decoder import Decoder
-from allmend.depth.interventions import attention_update
+from allmend.depth.interventions import SideBySide, attention_update
 from allmend.depth.plan import Plan, pairs_plan, stretch_plan
 from allmend.depth.text import Windows
 from allmend.errors import UserError
@@ -111,10 +111,11 @@ def test_a_ridge_that_is_lost_in_rounding_is_refused() -> None:
 
 @pytest.mark.parametrize("group", PLAN.together, ids=str)
 def test_projections_are_fitted_to_the_layers_one_after_the_other(decoder: Any, group: tuple[int, ...]) -> None:
-    """V, R and the fit from the layers themselves, which nothing is folded of."""
+    """V, R and the fit from the layers themselves, none of them folded, on the streams of layers side by side."""
     windows, architecture = text(3, 6), architecture_of(decoder.model.layers[0])
     paired = apply_plan(decoder, PLAN)
-    folded = paired.model.layers[PLAN.groups.index(group)]
+    place = PLAN.groups.index(group)
+    folded = paired.model.layers[place]
     V: dict[str, list[torch.Tensor]] = {"attention": [], "perceptron": []}
     U: dict[str, list[torch.Tensor]] = {"attention": [], "perceptron": []}
     layers = [decoder.model.layers[layer] for layer in group]
@@ -122,7 +123,9 @@ def test_projections_are_fitted_to_the_layers_one_after_the_other(decoder: Any, 
     with torch.no_grad():
         for window in windows.ids:
             trunk = Decoder(decoder).trunk(window[None])
-            stream, named = trunk.states[group[0]], trunk.named[group[0]]
+            stream, named = trunk.states[1], trunk.named[group[0]]
+            if group[0] > 1:
+                stream = SideBySide(decoder.model.layers[1:3])(stream, **trunk.named[1])
             one_by_one = [
                 attention_update(architecture, decoder.model.layers[layer], trunk.states[layer], **named)
                 for layer in group
@@ -148,7 +151,7 @@ def test_projections_are_fitted_to_the_layers_one_after_the_other(decoder: Any, 
         before = projection.weight.detach().numpy()
         expected = ridge(given, wanted, before, 0.1 * np.square(given).sum(0).mean())
 
-        found = before + normal_of(Decoder(decoder), folded, group, outputs[name], windows).change(0.1).numpy()
+        found = before + normal_of(Decoder(decoder), paired, PLAN, place, outputs[name], windows).change(0.1).numpy()
 
         assert np.abs(expected - before).max() > 1e-3
         assert np.allclose(found, expected, atol=1e-8)
@@ -212,8 +215,7 @@ def test_rho_is_that_of_the_smallest_held_out_error(make_decoder: MakeDecoder) -
     first = found.fits[0]
     paired = apply_plan(model, PLAN)
     fitted, judged = (
-        normal_of(Decoder(model), paired.model.layers[1], first.layers, first.projection, some)
-        for some in (windows, held_out)
+        normal_of(Decoder(model), paired, PLAN, 1, first.projection, some) for some in (windows, held_out)
     )
     errors = {rho: judged.error(fitted.change(rho)) for rho in grid}
     assert first.rho == min(errors, key=lambda rho: errors[rho])

@@ -8,9 +8,10 @@ in what it does see, and a ridge regression puts it into the weights that the fo
 where V are the inputs of a projection on some text, U what it ought to put out, and W₀ its weights. With R = U − V W₀ᵀ
 that is W = W₀ + Rᵀ V (VᵀV + λ I)⁻¹, of which VᵀV and VᵀR are added up window by window.
 
-The attention's projection ought to put out the sum of the layers' attention updates, the perceptron's what then is
-missing to the stream after the last of them. Layer by layer in order of depth, both are fitted on the streams of the
-sequential model.
+The attention's projection ought to put out the sum of the layers' attention updates in the sequential model, the
+perceptron's what then is missing to the sequential model's stream after the last of them. Layer by layer in order of
+depth, both are fitted on what they will read: the streams of the model that is corrected up to there. So a layer also
+makes up for what is left of the errors before it, which one that is fitted on the sequential model's streams does not.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ from torch import nn
 from allmend.data.chat import Encoded
 from allmend.data.packing import Row, pack
 from allmend.depth.architectures import architecture_of, layers_of
-from allmend.depth.decoder import Decoder
+from allmend.depth.decoder import Decoder, common_prefix
 from allmend.depth.interventions import shallow
 from allmend.depth.measure import Measured, added
 from allmend.depth.plan import Plan
@@ -153,12 +154,12 @@ def correct(
     for place, group in enumerate(plan.groups):
         if len(group) == 1:
             continue
-        decoder, folded = Decoder(_until(model, group[-1])), paired.model.layers[place]
+        decoder = Decoder(_until(model, group[-1]))
         for output in (architecture.attention.output, architecture.perceptron.output):
-            weight = folded.get_parameter(f"{output}.weight")
+            weight = paired.model.layers[place].get_parameter(f"{output}.weight")
             kept = weight.detach().clone()
             widest = max(widest, kept.shape[1])
-            fitted, judged = (normal_of(decoder, folded, group, output, text) for text in (windows, held_out))
+            fitted, judged = (normal_of(decoder, paired, plan, place, output, text) for text in (windows, held_out))
             rho, change = _best(fitted, judged, grid)
             with torch.no_grad():
                 weight.add_(change.to(weight))
@@ -272,25 +273,30 @@ def row_of(ids: torch.Tensor) -> Row:
 
 
 @torch.inference_mode()
-def normal_of(decoder: Decoder, folded: nn.Module, group: tuple[int, ...], output: str, windows: Windows) -> Normal:
+def normal_of(decoder: Decoder, paired: Any, plan: Plan, place: int, output: str, windows: Windows) -> Normal:
     """The normal equations of what a folded layer's projection ought to put out beside what it does.
 
     Args:
-        decoder: the sequential model, or as much of it as holds the group.
-        folded: the layer that stands for the group.
-        group: its layers.
+        decoder: the sequential model, or as much of it as holds the layer's group.
+        paired: the model with folded layers, corrected up to there.
+        plan: that was applied.
+        place: of the folded layer.
         output: name of the projection.
         windows: the text.
     """
+    group, folded = plan.groups[place], paired.model.layers[place]
     layers = [decoder.layers[layer] for layer in group]
     architecture = architecture_of(layers[0])
     projections = [layer.get_submodule(output) for layer in (folded, *layers)]
     weight = folded.get_parameter(f"{output}.weight")
     found = Normal.empty(weight.shape[1], weight.shape[0], weight.device)
+    same = common_prefix(plan.steps(sum(plan.widths)))
     for window in windows.ids:
         with _watched(projections) as calls:
             trunk = decoder.trunk(window[None])
-            stream = folded(trunk.states[group[0]], **trunk.named[group[0]])
+            stream = trunk.states[same]
+            for step in range(same, place + 1):
+                stream = paired.model.layers[step](stream, **trunk.named[plan.groups[step][0]])
         (inputs, out), *apart = calls
         if output == architecture.attention.output:
             missing = torch.stack([update for _, update in apart]).sum(0) - out
