@@ -276,8 +276,8 @@ def test_packed_records_are_read_one_by_one(paired: Any, ids: torch.Tensor) -> N
         found = log_likelihood(paired, row)
         for number, one in enumerate(records):
             logits = paired(one.ids[None]).logits[0, :-1].log_softmax(-1)
-            expected = logits.gather(1, one.ids[1:, None])[:, 0].float()
-            assert torch.allclose(found[row.owner == number], expected, atol=1e-6)
+            expected = logits.gather(1, one.ids[1:, None])[:, 0]
+            assert torch.allclose(found[row.owner == number], expected, atol=1e-9)
 
 
 @pytest.mark.slow  # the compiler takes seconds to import
