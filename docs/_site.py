@@ -24,7 +24,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links as they are in the repository, as they are in the site."""
+    """Links as they are in the repository, as they are in the site; and fences without what is said to the tests."""
+    markdown = re.sub(r"^(```\w+) [\w-]+$", r"\1", markdown, flags=re.MULTILINE)  # the site takes one word
     if page.file.src_uri in BESIDE:
         markdown = markdown.replace("](docs/index.md)", "](README.md)")
         return re.sub(r"\]\(docs/", "](", markdown)

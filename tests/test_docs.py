@@ -54,6 +54,21 @@ def prose(text: str) -> str:
     return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
 
 
+@pages
+def test_the_site_knows_every_fence(page: Path) -> None:
+    """With a second word, which is for these tests, it would show the rest of the page as running text."""
+    spec = importlib.util.spec_from_file_location("_site", ROOT / "docs/_site.py")
+    assert spec is not None
+    assert spec.loader is not None
+    site = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(site)
+
+    shown = site.on_page_markdown(read(page), mock.Mock(), mock.Mock(), mock.Mock())
+
+    assert len(fences(shown)) == len(fences(read(page)))
+    assert all(re.fullmatch(r"\w*", info) for info, _ in fences(shown))
+
+
 # --- the recipe's keys
 
 

@@ -9,6 +9,7 @@ from allmend.depth.interventions import intervene
 from allmend.depth.measure import Candidate, Measured, added, behind, measure, perplexity, sequential
 from allmend.depth.plan import Prune, Shuffle, Step, Stretch, pairs_plan, stretch_plan
 from allmend.depth.text import Windows
+from allmend.errors import UserError
 
 CHANGES = [
     stretch_plan(6, 0, 6),
@@ -125,3 +126,31 @@ def test_it_tells_how_far_it_is(make_decoder: Any, windows: Windows) -> None:
     assert shares == sorted(shares)
     assert shares[-1] == 1.0
     assert done == [1, 2, 3]
+
+
+def test_a_change_that_leaves_no_number_is_behind_all_others(
+    make_decoder: Any, windows: Windows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = Decoder(make_decoder())
+    spoilt = Candidate("spoilt", 0, 6, Prune(0, 1), "all")
+    honest = Decoder.losses
+
+    def losses(self: Decoder, trunk: Any, steps: Any, modules: Any) -> torch.Tensor:
+        found = honest(self, trunk, steps, modules)
+        return torch.full_like(found, torch.nan) if len(steps) == 5 and steps[0].layers == (1,) else found
+
+    monkeypatch.setattr(Decoder, "losses", losses)
+    found = measure(decoder, windows, [sequential(6), spoilt, Candidate("other", 2, 3, Prune(2, 3), "all")])
+
+    assert found[spoilt].dropped
+    assert found[spoilt].loss == np.inf
+    assert len(found[spoilt].losses) == 1
+
+
+def test_a_damaged_model_is_told_as_such(make_decoder: Any, windows: Windows) -> None:
+    model = make_decoder()
+    with torch.no_grad():
+        model.model.layers[3].mlp.down_proj.weight[0, 0] = torch.nan
+
+    with pytest.raises(UserError, match="random tokens: the model's loss on the text is no number"):
+        measure(Decoder(model), windows, candidates())

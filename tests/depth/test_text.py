@@ -56,3 +56,18 @@ def test_files_that_are_no_text(tmp_path: Path) -> None:
     for name, words in (("a.txt", "UTF-8"), ("b.txt.gz", "cannot be read"), ("none.txt", "No such file")):
         with pytest.raises(UserError, match=rf"{name}: .*{words}"):
             read_text(tmp_path / name)
+
+
+@pytest.mark.parametrize("unit", ["word ", "ß€𝄞", "x" * 40 + " "])
+def test_of_a_long_text_no_more_is_split_than_it_takes(tiny_tokenizer: Any, unit: str) -> None:
+    text, seen = unit * 20_000, list[int]()
+
+    def counting(some: str, **named: Any) -> Any:
+        seen.append(len(some))
+        return tiny_tokenizer(some, **named)
+
+    found = windows_of(text, counting, length=128, most=8, source="")
+
+    whole = tiny_tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert found.ids.flatten().tolist() == whole[:1024]
+    assert max(seen) < len(text) / 2

@@ -103,6 +103,12 @@ def test_a_search_needs_one_end(ends: dict[str, float]) -> None:
         search_folder("nowhere", **ends)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number(loss: float) -> None:
+    with pytest.raises(UserError, match=f"{loss} is no loss"):
+        search_folder("nowhere", max_loss=loss)
+
+
 def test_a_plan_for_another_model(deep_folder: Path, tmp_path: Path) -> None:
     write_plan(tmp_path / "plan.json", stretch_plan(8, 2, 6))
 
@@ -134,7 +140,7 @@ def test_recovery_is_told_beside_its_control(deep_folder: Path, two_texts: tuple
     assert made.recovery is not None
     assert made.correction.gap_after.value <= made.correction.gap_before.value
     assert made.recovery.control.before.value != made.recovery.control.after.value
-    assert told.count("work.planned") == 2
+    assert told.count("work.planned") == told.count("phase") == 2
     assert told.count("progress") == 2 * 2 + 2 * 3  # fits of two pairs, steps of two models
     facts = json.loads((tmp_path / "out" / "plan.json").read_text())
     assert facts["recovery"]["steps"] == 3
@@ -164,6 +170,6 @@ def test_a_text_that_the_search_has_used_up(deep_folder: Path, two_texts: tuple[
 def test_a_folder_that_is_there_is_left_alone(deep_folder: Path, tmp_path: Path) -> None:
     write_plan(tmp_path / "plan.json", stretch_plan(6, 2, 6))
 
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="not empty"):
         apply_folder(str(deep_folder), tmp_path / "plan.json", tmp_path, device="cpu")
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]

@@ -9,8 +9,12 @@ import numpy as np
 from allmend.depth.decoder import Decoder
 from allmend.depth.plan import Intervention, Plan, Step
 from allmend.depth.text import Windows
+from allmend.errors import UserError
 from allmend.intervals import mean, paired_difference
 from allmend.results import Estimate
+
+SEQUENTIAL = "sequential"
+"""The model as it is, as a kind of candidate."""
 
 ERRORS = 4.0
 """Standard errors by which a candidate must be behind the best of its rivals to be dropped."""
@@ -88,7 +92,7 @@ def perplexity(one: Measured) -> Estimate:
 
 def sequential(layers: int) -> Candidate:
     """The model as it is."""
-    return Candidate("sequential", 0, 0, Plan(tuple((layer,) for layer in range(layers))))
+    return Candidate(SEQUENTIAL, 0, 0, Plan(tuple((layer,) for layer in range(layers))))
 
 
 def measure(
@@ -116,6 +120,9 @@ def measure(
         keep: rivals that are wanted: it is the last of so many best that a candidate must be behind.
         after_window: told the windows done and all that was found so far.
         on_candidate: told the share of the work that is done, as if nobody were dropped from here on.
+
+    Raises:
+        UserError: the model as it is has a loss that is no number.
     """
     found = {one: (known or {}).get(one) or Measured(one.change.steps(len(decoder.layers))) for one in candidates}
     _drop(found, errors, keep)  # of what is known
@@ -128,11 +135,25 @@ def measure(
             so_far = found[one]
             start = time.perf_counter()
             losses = decoder.losses(trunk, so_far.steps, decoder.modules(so_far.steps))
-            so_far.losses.append(losses[0].cpu().numpy())
+            so_far.losses.append(_finite(one, losses[0].cpu().numpy(), windows))
             so_far.seconds += time.perf_counter() - start
             on_candidate((place + (number + 1) / len(left)) / len(windows))
         _drop(found, errors, keep)
         after_window(place + 1, found)
+    return found
+
+
+def _finite(one: Candidate, losses: np.ndarray, windows: Windows) -> np.ndarray:
+    """Losses as they are, and infinite where a change has left no number."""
+    if np.isfinite(losses).all():
+        return losses
+    if one.kind == SEQUENTIAL:
+        raise UserError(
+            "the model's loss on the text is no number: its weights are damaged, or its precision does not hold them",
+            where=windows.source,
+            hint="Load it elsewhere and look at its weights, or use another one.",
+        )
+    found: np.ndarray = np.nan_to_num(losses, nan=np.inf, posinf=np.inf)
     return found
 
 
@@ -144,4 +165,5 @@ def _drop(found: Mapping[Candidate, Measured], errors: float, keep: int) -> None
         *_, last = sorted(running, key=lambda some: some.loss)[:keep]
         for one in running:
             gap, error = behind(one, last)
-            one.dropped = gap > 0 and gap > errors * error
+            # an infinite loss has no standard error, and is behind all the same
+            one.dropped = gap > 0 and not gap <= errors * error

@@ -17,6 +17,9 @@ from allmend.recipe import Fields
 LEAST, FEW = 1024, 8192
 """Tokens of a text to search on: fewer than the first tell nothing, fewer than the second little."""
 
+LETTERS, SPARE = 8, 64
+"""Letters that are split at first for each token that is wanted, and tokens at the end of a part that do not count."""
+
 PLAIN = (".txt", ".txt.gz", ".md", ".md.gz")
 
 
@@ -76,7 +79,7 @@ def windows_of(text: str, tokenizer: Any, *, length: int, most: int, source: str
     Raises:
         UserError: the text is too short.
     """
-    ids: Sequence[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = _first_tokens(text, tokenizer, most * length)
     count = min(most, len(ids) // length)
     if count * length < least or count == 0:
         raise UserError(
@@ -90,6 +93,17 @@ def windows_of(text: str, tokenizer: Any, *, length: int, most: int, source: str
         notes = (f"{source}: {count * length:,} tokens say little, {FEW:,} or more are better",)
     digest = hashlib.sha256(text.encode()).hexdigest()
     return Windows(torch.tensor(ids[: count * length]).view(count, length), source, digest, notes)
+
+
+def _first_tokens(text: str, tokenizer: Any, wanted: int) -> Sequence[int]:
+    """The first tokens of a text, or all if it has fewer; of a long text no more is split than it takes."""
+    letters = LETTERS * wanted
+    while True:
+        ids: Sequence[int] = tokenizer(text[:letters], add_special_tokens=False, verbose=False)["input_ids"]
+        # the last tokens of a part may be others than in the whole
+        if letters >= len(text) or len(ids) >= wanted + SPARE:
+            return ids[:wanted]
+        letters *= 2
 
 
 def check_apart(search: Windows, report: Windows) -> None:

@@ -1,26 +1,27 @@
 """The folder of a paired model, and what recovery wins back before it is written."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from allmend.depth.apply import apply_plan, save_paired
+from allmend.depth.apply import apply_plan, check_new, save_paired
 from allmend.depth.architectures import layers_of
-from allmend.depth.correction import CorrectionReport, Fit, correct
+from allmend.depth.correction import CorrectionReport, correct
 from allmend.depth.fold import Gain
-from allmend.depth.plan import read_plan
+from allmend.depth.plan import Plan, read_plan
 from allmend.depth.recover import Recovery, Training, recover
 from allmend.depth.text import Windows
 from allmend.errors import UserError
-from allmend.events import Event, WorkDone, WorkPlanned
+from allmend.events import Event, WorkPlanned
+from allmend.meter import Meter
+from allmend.models.load import LoadedModel
+from allmend.pairing.folders import tell
 from allmend.pairing.subject import load_subject, read_recovery_texts
 
 FITTED, JUDGED = 24, 4
 """Windows that a correction is fitted on, and that it is judged by."""
-
-Listeners = tuple[Callable[[Event], None], ...] | list[Callable[[Event], None]]
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def apply_folder(
     report: Path | None = None,
     merge: bool = False,
     device: str | None = None,
-    listeners: Listeners = (),
+    listeners: Sequence[Callable[[Event], None]] = (),
 ) -> Applied:
     """Write the folder of a model whose groups of layers are one wider layer each.
 
@@ -80,53 +81,65 @@ def apply_folder(
             too short, or training diverged.
     """
     wanted = read_plan(plan)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        # before any work; what writes the folder sees to it again
-        raise UserError("is there already", where=out, hint="Name another folder with --out, or remove this one.")
+    check_new(out)  # before any work
     loaded = load_subject(model, merge=merge, device=device)
     layers = len(layers_of(loaded.model))
     wanted.check(layers, where=plan)
     changed = apply_plan(loaded.model, wanted, gain=gain)
-    for_fits = FITTED + JUDGED if corrected else 0
-    lessons = training.steps * training.batch_size if training is not None else 0
-    if for_fits or lessons:
-        learn, unseen = read_recovery_texts(loaded, calibration, report, windows=for_fits + lessons)
-    correction = None
-    if corrected:
-        fitted, judged, learn = _parts(learn, need=bool(lessons))
-        for listen in listeners:
-            listen(WorkPlanned(work={"correct": 1.0}))
-        fits = 2 * len(wanted.together)
-        made = 0
-
-        def fit(_: Fit) -> None:
-            nonlocal made
-            made += 1
-            for listen in listeners:
-                listen(WorkDone(phase="correct", share=made / fits))
-
-        correction = correct(changed, loaded.model, wanted, fitted, held_out=judged, on_fit=fit)
-    recovery = None
-    if training is not None:
-        models = 1 if training.loss == "kl" else 2
-        steps = models * training.steps
-        for listen in listeners:
-            listen(WorkPlanned(work={"recover": float(steps)}))
-        done = 0
-
-        def count(*_: Any) -> None:
-            nonlocal done
-            done += 1
-            for listen in listeners:
-                listen(WorkDone(phase="recover", share=done / steps))
-
-        recovery = recover(changed, loaded.model, wanted, learn, report=unseen, training=training, on_step=count)
+    correction, recovery = _won_back(
+        loaded, changed, wanted, corrected, training, calibration, report, emit=lambda event: tell(listeners, event)
+    )
     facts: dict[str, object] = {"model": model, "model_digest": loaded.digest}
     facts |= {"correction": correction.model_dump()} if correction is not None else {}
     facts |= {"recovery": recovery.model_dump()} if recovery is not None else {}
     save_paired(changed, loaded.tokenizer, out, wanted, facts)
     now, before = (sum(p.numel() for p in one.parameters()) for one in (changed, loaded.model))
     return Applied(out, type(changed).__name__, wanted.depth, layers, (now, before), correction, recovery)
+
+
+def _won_back(
+    loaded: LoadedModel,
+    changed: Any,
+    plan: Plan,
+    corrected: bool,
+    training: Training | None,
+    calibration: Path | None,
+    report: Path | None,
+    *,
+    emit: Callable[[Event], None],
+) -> tuple[CorrectionReport | None, Recovery | None]:
+    """Fit and train the folded layers of a paired model, in place, as far as it is asked for."""
+    lessons = training.steps * training.batch_size if training is not None else 0
+    windows = lessons + (FITTED + JUDGED if corrected else 0)
+    if not windows:
+        return None, None
+    learn, unseen = read_recovery_texts(loaded, calibration, report, windows=windows)
+    correction = recovery = None
+    if corrected:
+        fitted, judged, learn = _parts(learn, need=bool(lessons))
+        each = fitted.tokens + judged.tokens
+        meter = _announced("correct", 2 * len(plan.together) * each, emit)
+        correction = correct(changed, loaded.model, plan, fitted, held_out=judged, on_fit=lambda fit: meter.add(each))
+        meter.done()
+    if training is not None:
+        models = 1 if training.loss == "kl" else 2
+        counted = _announced("recover", models * lessons * learn.ids.shape[1], emit)
+        recovery = recover(
+            changed,
+            loaded.model,
+            plan,
+            learn,
+            report=unseen,
+            training=training,
+            on_step=lambda which, step: counted.add(step.tokens),
+        )
+        counted.done()
+    return correction, recovery
+
+
+def _announced(phase: str, tokens: int, emit: Callable[[Event], None]) -> Meter:
+    emit(WorkPlanned(work={phase: float(tokens)}))
+    return Meter(emit, phase, tokens)
 
 
 def _parts(windows: Windows, *, need: bool) -> tuple[Windows, Windows, Windows]:

@@ -1,5 +1,6 @@
 """Scan and search as a user asks for them: a model by name, texts by path, results in a folder."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,6 @@ from allmend.models.load import LoadedModel
 from allmend.pairing.pages import write_scan_pages, write_search_pages
 from allmend.pairing.subject import load_subject, read_calibration, read_texts
 from allmend.run import write_atomic
-
-Listeners = Sequence[Callable[[Event], None]]
 
 QUESTIONS = 96
 
@@ -94,7 +93,7 @@ def scan_folder(
     merge: bool = False,
     device: str | None = None,
     seed: int = 0,
-    listeners: Listeners = (),
+    listeners: Sequence[Callable[[Event], None]] = (),
 ) -> Scanned:
     """What every stretch of a model's layers costs when it runs otherwise.
 
@@ -115,7 +114,7 @@ def scan_folder(
     loaded = load_subject(model, merge=merge, device=device)
     windows = read_calibration(loaded, calibration)
     log = Log(out / "scan.parquet", _facts(loaded, windows)) if out else None
-    _tell(listeners, WorkPlanned(work={"scan": 1.0}))
+    tell(listeners, WorkPlanned(work={"scan": 1.0}))
     found = scan(
         loaded.model,
         windows,
@@ -123,7 +122,7 @@ def scan_folder(
         longest=longest,
         seed=seed,
         log=log,
-        on_share=lambda share: _tell(listeners, WorkDone(phase="scan", share=share)),
+        on_share=lambda share: tell(listeners, WorkDone(phase="scan", share=share)),
     )
     (_, base), *rest = found.items()
     cells = tuple(_cell(one, measured, base) for one, measured in rest)
@@ -148,7 +147,7 @@ def _facts(loaded: LoadedModel, windows: Windows) -> dict[str, str | int]:
     }
 
 
-def _tell(listeners: Listeners, event: Event) -> None:
+def tell(listeners: Sequence[Callable[[Event], None]], event: Event) -> None:
     for listen in listeners:
         listen(event)
 
@@ -167,7 +166,7 @@ def search_folder(
     device: str | None = None,
     questions: int = QUESTIONS,
     timed: bool = True,
-    listeners: Listeners = (),
+    listeners: Sequence[Callable[[Event], None]] = (),
 ) -> Searched:
     """The best way to run a model at each depth, and what that costs on text that was not searched on.
 
@@ -198,6 +197,8 @@ def search_folder(
             hint="Name one: the steps to come down to (--depth 24), the pairs (--pairs 6), or what may be added to the "
             "loss (--max-loss 0.10).",
         )
+    if max_loss is not None and not math.isfinite(max_loss):
+        raise UserError(f"{max_loss} is no loss", where="--max-loss", hint="Name a number, such as 0.10.")
     loaded = load_subject(model, merge=merge, device=device)
     if pairs is not None:
         depth = len(layers_of(loaded.model)) - pairs
@@ -205,8 +206,8 @@ def search_folder(
     log = Log(out / "search.parquet", _facts(loaded, texts.search)) if out else None
 
     def step(words: str, share: float) -> None:
-        _tell(listeners, WorkPlanned(work={words: 1.0}))
-        _tell(listeners, WorkDone(phase=words, share=share))
+        tell(listeners, WorkPlanned(work={words: 1.0}))
+        tell(listeners, WorkDone(phase=words, share=share))
 
     results = search(loaded.model, texts.search, kind=kind, depth=depth, max_loss=max_loss, log=log, on_step=step)
     step("report", 0.0)

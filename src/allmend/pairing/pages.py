@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from allmend import __version__
 from allmend.depth.frontier import Frontier, Line
+from allmend.depth.measure import SEQUENTIAL
 from allmend.depth.scan import WORDS
 from allmend.report import numbers
 from allmend.report.charts import Axis, Point, Series, line_chart
@@ -292,7 +293,7 @@ def _speed(line: Line) -> Cell | str:
 def changed_layers(line: Line) -> str:
     """What a depth does, in few words: its pairs by their layers."""
     together = [group for group in line.groups if len(group) > 1]
-    if line.kind == "sequential":
+    if line.kind == SEQUENTIAL:
         return "none: the model as it is"
     if not line.groups:
         return f"{line.start} to {line.end - 1}, {WORDS[line.kind]}"
