@@ -66,6 +66,7 @@ def scan(
 def show_scan(console: Console, found: "Scanned") -> None:
     """Print the cheapest stretches of each kind."""
     from allmend.depth.scan import WORDS
+    from allmend.pairing.pages import span
 
     columns = {"layers": 10, "steps left": 10, "added, nats a token": 20, "tokens": 8}
     sections = {}
@@ -73,7 +74,7 @@ def show_scan(console: Console, found: "Scanned") -> None:
         some = sorted((cell for cell in found.cells if cell.kind == kind), key=lambda cell: cell.added)
         rows = [
             (
-                f"{cell.start} to {cell.end - 1}",
+                span(cell.start, cell.end),
                 str(cell.depth),
                 f"{cell.added:+.3f} ± {cell.error:.3f}",
                 f"{cell.tokens:,}",

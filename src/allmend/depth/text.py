@@ -60,9 +60,11 @@ def read_text(path: Path) -> str:
         raw = path.read_bytes()
         return (gzip.decompress(raw) if path.name.lower().endswith(".gz") else raw).decode()
     except UnicodeDecodeError as error:
-        raise UserError(f"is not UTF-8 text: {error.reason} at byte {error.start}", where=path) from None
+        what = f"is not UTF-8 text: {error.reason} at byte {error.start}"
+        raise UserError(what, where=path, hint="Export it again as UTF-8 text.") from None
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"cannot be read: {getattr(error, 'strerror', None) or error}", where=path) from None
+        what = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+        raise UserError(what, where=path, hint="Check the path, and copy the file again if it is damaged.") from None
 
 
 def windows_of(text: str, tokenizer: Any, *, length: int, most: int, source: str, least: int = LEAST) -> Windows:

@@ -67,6 +67,16 @@ def write_scan_pages(out: Path, found: "Scanned") -> Path:
     return out / PAGE
 
 
+def span(start: int, end: int) -> str:
+    """The layers start … end − 1 in few words: `4` or `4 to 7`."""
+    return str(start) if end - start == 1 else f"{start} to {end - 1}"
+
+
+def named_layers(start: int, end: int) -> str:
+    """The same with what they are."""
+    return f"layer{'s' * (end - start > 1)} {span(start, end)}"
+
+
 def _title(kind: str) -> str:
     words = WORDS[kind]
     return words[0].upper() + words[1:]
@@ -77,7 +87,7 @@ def _map(kind: str, found: "Scanned") -> Html:
     for cell in found.cells:
         if cell.kind == kind:
             tip = (
-                f"layers {cell.start} to {cell.end - 1}, {WORDS[kind]}\n{numbers.signed(cell.added)} nats a token "
+                f"{named_layers(cell.start, cell.end)}, {WORDS[kind]}\n{numbers.signed(cell.added)} nats a token "
                 f"(standard error {numbers.number(cell.error)}, {numbers.count(cell.tokens)} tokens)\n"
                 f"{cell.depth} steps left"
             )
@@ -103,9 +113,10 @@ def _scan_summary(found: "Scanned", kinds: Sequence[str]) -> Html:
         best = min(some, key=lambda cell: (cell.added, cell.start))
         words.append(
             paragraph(
-                f"{_title(kind)}: cheapest are layers {best.start} to {best.end - 1} with "
+                f"{_title(kind)}: cheapest {'is' if best.end - best.start == 1 else 'are'} "
+                f"{named_layers(best.start, best.end)} with "
                 f"{numbers.signed(best.added)} nats a token (standard error {numbers.number(best.error)}), which "
-                f"leaves {best.depth} steps of {found.layers}."
+                f"leaves {numbers.counted(best.depth, 'step')} of {found.layers}."
             )
         )
     return join(
@@ -126,7 +137,7 @@ def _kind(kind: str, drawn: Html, found: "Scanned") -> Html:
     some = sorted((cell for cell in found.cells if cell.kind == kind), key=lambda cell: cell.added)
     rows: Rows = [
         [
-            f"{cell.start} to {cell.end - 1}",
+            span(cell.start, cell.end),
             Cell(str(cell.depth), value=cell.depth),
             Cell(numbers.signed(cell.added), value=cell.added),
             Cell(numbers.number(cell.error), value=cell.error),
@@ -296,7 +307,7 @@ def changed_layers(line: Line) -> str:
     if line.kind == SEQUENTIAL:
         return "none: the model as it is"
     if not line.groups:
-        return f"{line.start} to {line.end - 1}, {WORDS[line.kind]}"
+        return f"{span(line.start, line.end)}, {WORDS[line.kind]}"
     return ", ".join("+".join(map(str, group)) for group in together)
 
 
