@@ -2,12 +2,13 @@
 
 SmolLM2-135M, single precision. The search is on 4 windows of 256 tokens of WikiText-2's validation text, the report on
 the first 4 windows of 512 of its test text. At each depth: the best stretch of pairs, the best pairs anywhere, the best
-stretch left out; at 28 also three layers at once and three merged. For each, the loss that it adds (mean of the paired
-difference and its standard error over tokens), and what the single pairs' costs foretell. Then 400 choices of MedQuAD
-(which of four answers belongs to a question, by the likelihood of its first 24 tokens) at a depth of 26, and what the
-scan itself costs: time with and without what candidates share, and memory.
+stretch merged and left out, and single layers left out in the order of their block influence (ShortGPT) or one after
+the other by the loss that is left; at the first depth also one stretch at once. For each, the loss that it adds (mean
+of the paired difference and its standard error over tokens), what the single pairs' costs foretell, and how many of 400
+choices of MedQuAD stay right (which of four answers belongs to a question, by the likelihood of its first 24 tokens).
+Then what the scan itself costs: time with and without what candidates share, and memory.
 
-    python benchmarks/depth.py --data FOLDER [--depths 28 26 24 22] [--only costs depths choices] [--quick]
+    python benchmarks/depth.py --data FOLDER [--depths 28 26 24 22] [--only costs depths] [--choices 400] [--quick]
 """
 
 import argparse
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 
+from _depth_peers import by_block_influence, by_loss
 from _measure import figure, machine, with_data
 from allmend.data.chat import Encoded
 from allmend.data.records import Record
@@ -31,13 +33,14 @@ from allmend.depth.choices import answer, question_of
 from allmend.depth.decoder import Decoder
 from allmend.depth.interventions import intervene
 from allmend.depth.measure import Candidate, behind, measure, perplexity, sequential
-from allmend.depth.plan import Plan, Prune, pairs_plan, stretch_plan
+from allmend.depth.plan import Drop, Intervention, Plan, Prune, pairs_plan, stretch_plan
 from allmend.depth.search import Result, Search
 from allmend.depth.text import Windows, read_text, windows_of
 from allmend.intervals import paired_difference
 from allmend.models.load import LoadedModel, load_model
+from allmend.results import Estimate
 
-PARTS = ("costs", "depths", "choices")
+PARTS = ("costs", "depths")
 LAYERS, ANSWER, CHOICES = 30, 24, 4
 LIMITS = {("pairs", 28): 0.10, ("pairs", 26): 0.25, ("free", 24): 0.36, ("free", 22): 0.58}
 """Nats a token, by kind and depth."""
@@ -54,20 +57,29 @@ class Row:
     added: float
     error: float
     predicted: float | None = None
+    right: tuple[float, ...] = ()
+    """Of each choice, 1 where it is the right one."""
 
 
-def rows(model: Any, search: Search, report: Windows, depths: Sequence[int]) -> list[Row]:
+def rows(
+    model: Any, search: Search, report: Windows, depths: Sequence[int], questions: tuple[list[Record], list[Encoded]]
+) -> list[Row]:
     """The table of depths."""
     found: list[tuple[str, int, Result]] = []
+    influence = by_block_influence(search, depths)
+    greedy = by_loss(search, depths)
     for depth in depths:
         pairs = LAYERS - depth
         some = {
-            "pairs": search.contiguous("pairs", depth),
             "free": search.free(pairs, wanted=LAYERS - min(depths)),
+            "pairs": search.contiguous("pairs", depth),
+            "merge": search.contiguous("merge", depth),
             "prune": search.contiguous("prune", depth),
+            "greedy": greedy[depth],
+            "block influence": influence[depth],
         }
         if depth == max(depths):
-            some |= {"parallel": search.contiguous("parallel", depth), "merge": search.contiguous("merge", depth)}
+            some["parallel"] = search.contiguous("parallel", depth)
         for kind, one in some.items():
             if one is not None:
                 found.append((kind, depth, one))
@@ -77,15 +89,41 @@ def rows(model: Any, search: Search, report: Windows, depths: Sequence[int]) -> 
         Candidate(kind, one.candidate.start, one.candidate.end, one.candidate.change) for kind, _, one in found
     ]
     measured = measure(Decoder(model), report, [plain, *dict.fromkeys(candidates)])
-    made = [Row("sequential", LAYERS, "", perplexity(measured[plain]).value, 0.0, 0.0)]
+
+    def right(change: Intervention) -> tuple[float, ...]:
+        return tuple(float(one.right) for one in answer(intervene(model, change), questions))
+
+    made = [
+        Row("sequential", LAYERS, "", perplexity(measured[plain]).value, 0.0, 0.0, right=right(plain.change)),
+    ]
     for (kind, depth, one), candidate in zip(found, candidates, strict=True):
         gap, error = behind(measured[candidate], measured[plain])
         change = candidate.change
-        layers = f"{candidate.start}–{candidate.end}"
-        if kind == "free" and isinstance(change, Plan):
-            layers = ", ".join(str(group[0]) for group in change.together)
-        made.append(Row(kind, depth, layers, perplexity(measured[candidate]).value, gap, error, one.predicted))
+        made.append(
+            Row(
+                kind,
+                depth,
+                _layers(kind, candidate),
+                perplexity(measured[candidate]).value,
+                gap,
+                error,
+                one.predicted,
+                right(change),
+            )
+        )
+        print(f"{kind}, {depth} steps: measured on the report and on choices", flush=True)
     return made
+
+
+def _layers(kind: str, candidate: Candidate) -> str:
+    """Those that it changes: a stretch, from the first to the last, or the first of each pair, or each."""
+    match candidate.change:
+        case Plan() as plan if kind == "free":
+            return ", ".join(str(group[0]) for group in plan.together)
+        case Drop(layers):
+            return ", ".join(map(str, sorted(layers)))
+        case _:
+            return f"{candidate.start}–{candidate.end - 1}"
 
 
 def medical(loaded: LoadedModel, data: Path, count: int) -> tuple[list[Record], list[Encoded]]:
@@ -109,21 +147,6 @@ def medical(loaded: LoadedModel, data: Path, count: int) -> tuple[list[Record], 
         records.append(Record(name, text=asked, choices=tuple(map(str, range(CHOICES))), answer=right))
         encoded.append(question_of(name, trunk, [torch.tensor(answers[other]) for other in others]))
     return records, encoded
-
-
-def choices(loaded: LoadedModel, data: Path, count: int, plans: dict[str, Any]) -> None:
-    """Accuracy of each way, and paired differences to the model as it is."""
-    questions = medical(loaded, data, count)
-    right = {}
-    for name, model in ({"sequential": loaded.model} | plans).items():
-        right[name] = [float(score.right) for score in answer(model, questions)]
-        gap = paired_difference(right[name], right["sequential"])
-        said = "" if name == "sequential" else f", {_interval(gap)} against the model as it is"
-        figure(f"{len(questions[0])} choices of MedQuAD, {name}", f"{sum(right[name]) / len(right[name]):.3f}{said}")
-
-
-def _interval(gap: Any) -> str:
-    return f"{gap.value:+.3f} ({gap.low:+.3f} to {gap.high:+.3f})" if gap.low is not None else f"{gap.value:+.3f}"
 
 
 def scan_cost(loaded: LoadedModel, windows: Windows, firsts: Sequence[int]) -> None:
@@ -195,6 +218,11 @@ def judged(found: Sequence[Row]) -> None:
         asked = "0.10" if depth >= 28 else "0.20"
         figure(f"{depth} steps: how far pairs are ahead of leaving out and merging ({asked})", f"{others - better:.3f}")
         figure(f"{depth} steps: free minus contiguous pairs (0.02 at most)", f"{free.added - pairs.added:+.3f}")
+        for row in (by["sequential", LAYERS], *(by[kind, depth] for kind in ("prune", "greedy", "block influence"))):
+            figure(
+                f"{depth} steps: share of {len(free.right)} choices that free pairs have right, minus {row.kind}'s",
+                interval_of(paired_difference(free.right, row.right)),
+            )
         if free.predicted:
             figure(
                 f"{depth} steps: sum of single pairs over what free pairs add (0.8 to 1.4)",
@@ -206,6 +234,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depths", type=int, nargs="+", default=[28, 26, 24, 22])
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--choices", type=int, default=400, help="of MedQuAD")
     parser.add_argument("--quick", action="store_true", help="a depth of 28, 20 choices, 6 candidates")
     options = with_data(parser)
     print(machine(), flush=True)
@@ -219,23 +248,26 @@ def main() -> None:
         fold_cost(loaded)
         scan_cost(loaded, search, range(0, 30, 10) if options.quick else range(30))
     if "depths" in options.only:
-        show(rows(loaded.model, Search(loaded.model, search), report, depths))
-    if "choices" in options.only:
-        ways = {
-            "free pairs, 26 steps": apply_plan(loaded.model, pairs_plan(LAYERS, [4, 7, 24, 26])),
-            "layers 4 to 7 left out, 26 steps": intervene(loaded.model, Prune(4, 8)),
-        }
-        choices(loaded, data, 20 if options.quick else 400, ways)
+        questions = medical(loaded, data, 20 if options.quick else options.choices)
+        show(rows(loaded.model, Search(loaded.model, search), report, depths, questions))
+
+
+def interval_of(gap: Estimate) -> str:
+    return f"{gap.value:+.3f} ({gap.low:+.3f} to {gap.high:+.3f})" if gap.low is not None else f"{gap.value:+.3f}"
 
 
 def show(found: Sequence[Row]) -> None:
     """Print the table, and what the limits come to."""
-    print("\n| depth | kind | layers | perplexity | added | single pairs |\n| --- | --- | --- | --- | --- | --- |")
+    print(
+        "\n| depth | kind | layers | perplexity | added | single pairs | choices right | against the model as it is |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for row in found:
         guess = "" if row.predicted is None else f"{row.predicted:.3f}"
         print(
             f"| {row.depth} | {row.kind} | {row.layers} | {row.perplexity:.2f} | {row.added:+.3f} ± {row.error:.3f} "
-            f"| {guess} |"
+            f"| {guess} | {sum(row.right) / len(row.right):.3f} "
+            f"| {interval_of(paired_difference(row.right, found[0].right))} |"
         )
     print()
     judged(found)

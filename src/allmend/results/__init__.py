@@ -1,0 +1,59 @@
+"""The tables that stages leave in a run's `results/` folder and that the report reads.
+
+A table is one JSON file (`results/<name>.json`), written as a whole.
+"""
+
+from allmend.results.audit import (
+    AuditTable,
+    Cell,
+    Discoverable,
+    EpsilonBound,
+    Exposure,
+    Extraction,
+    Learnt,
+    LikelihoodGap,
+    Membership,
+    View,
+    longest_prefix,
+)
+from allmend.results.comparison import ComparedModel, ComparedPair, Comparison
+from allmend.results.figures import BASE, MEMBERS, POOLED, Estimate, Table
+from allmend.results.influence import ArmInfluence, InfluenceByMember, LegTraffic, MemberInfluence, in_typical_scores
+from allmend.results.own import OwnRecord, OwnRecords, OwnTable
+from allmend.results.privacy import Budget, PrivacyTable
+from allmend.results.utility import Difference, Utility, UtilityTable
+
+__all__ = [
+    "BASE",
+    "MEMBERS",
+    "POOLED",
+    "ArmInfluence",
+    "AuditTable",
+    "Budget",
+    "Cell",
+    "ComparedModel",
+    "ComparedPair",
+    "Comparison",
+    "Difference",
+    "Discoverable",
+    "EpsilonBound",
+    "Estimate",
+    "Exposure",
+    "Extraction",
+    "InfluenceByMember",
+    "Learnt",
+    "LegTraffic",
+    "LikelihoodGap",
+    "MemberInfluence",
+    "Membership",
+    "OwnRecord",
+    "OwnRecords",
+    "OwnTable",
+    "PrivacyTable",
+    "Table",
+    "Utility",
+    "UtilityTable",
+    "View",
+    "in_typical_scores",
+    "longest_prefix",
+]
