@@ -393,3 +393,9 @@ class RunFolder:
                 yield
             finally:
                 file.truncate(0)  # nobody works here any more, as `worked_on` can tell
+
+
+def run_and_arm(name: str) -> tuple[RunFolder, str]:
+    """The run in `RUN` or `RUN:ARM`, which may not be there, and the arm, which is empty where none is named."""
+    folder, _, arm = name.rpartition(":") if ":" in name and not Path(name).is_dir() else (name, "", "")
+    return RunFolder(Path(folder)), arm

@@ -1,3 +1,4 @@
+import hashlib
 import json
 from pathlib import Path
 
@@ -7,12 +8,19 @@ from transformers import AutoModelForCausalLM
 
 import allmend  # noqa: F401  # registers the paired classes
 from allmend.depth.interventions import intervene
-from allmend.depth.plan import read_plan, stretch_plan, write_plan
+from allmend.depth.plan import Plan, read_plan, stretch_plan, write_plan
 from allmend.depth.recover import Training
 from allmend.errors import UserError
+from allmend.life import tune
+from allmend.models.adapters import applied
 from allmend.models.load import load_model
+from allmend.pairing import subject
 from allmend.pairing.applied import apply_folder
 from allmend.pairing.folders import scan_folder, search_folder
+from allmend.pairing.subject import load_subject
+from allmend.recipe import make_recipe
+from allmend.results import DepthTable
+from allmend.run import RunFolder
 
 
 def test_scan_leaves_a_table_a_picture_and_a_page(
@@ -52,9 +60,9 @@ def test_search_apply_load(deep_folder: Path, two_texts: tuple[Path, Path], tmp_
         "depth.html",
     }
     assert [line.depth for line in found.frontier.lines] == [6, 5, 4]
-    assert found.chosen.depth == 4
-    assert read_plan(out / "plan.json") == found.chosen
-    assert json.loads((out / "search.json").read_text())["lines"][2]["depth"] == 4
+    assert len(found.chosen) == 4
+    assert read_plan(out / "plan.json").groups == found.chosen
+    assert json.loads((out / "search.json").read_text())["frontier"]["lines"][2]["depth"] == 4
 
     made = apply_folder(str(deep_folder), out / "plan.json", tmp_path / "paired", device="cpu")
 
@@ -62,7 +70,7 @@ def test_search_apply_load(deep_folder: Path, two_texts: tuple[Path, Path], tmp_
     assert made.parameters[0] == made.parameters[1] - 2 * 2 * 32
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "paired")
     ids = torch.arange(20)[None]
-    expected = intervene(load_model(str(deep_folder), device="cpu").model, found.chosen)
+    expected = intervene(load_model(str(deep_folder), device="cpu").model, Plan(found.chosen))
     with torch.no_grad():
         assert torch.allclose(model(ids).logits, expected(ids).logits, atol=1e-4)
     with pytest.raises(UserError, match="side by side already"):
@@ -80,7 +88,7 @@ def test_as_much_as_the_loss_allows(deep_folder: Path, two_texts: tuple[Path, Pa
         device="cpu",
     )
     assert some.reached
-    assert some.chosen.depth == 3
+    assert len(some.chosen) == 3
 
     none = search_folder(
         str(deep_folder),
@@ -93,8 +101,8 @@ def test_as_much_as_the_loss_allows(deep_folder: Path, two_texts: tuple[Path, Pa
         device="cpu",
     )
     assert not none.reached
-    assert none.chosen.depth == 5
-    assert read_plan(tmp_path / "out" / "plan.json") == none.chosen
+    assert len(none.chosen) == 5
+    assert read_plan(tmp_path / "out" / "plan.json").groups == none.chosen
 
 
 @pytest.mark.parametrize("ends", [{}, {"depth": 5, "max_loss": 0.1}, {"depth": 5, "pairs": 1}])
@@ -173,3 +181,57 @@ def test_a_folder_that_is_there_is_left_alone(deep_folder: Path, tmp_path: Path)
     with pytest.raises(UserError, match="not empty"):
         apply_folder(str(deep_folder), tmp_path / "plan.json", tmp_path, device="cpu")
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_the_model_of_a_run_is_searched_for_its_report(
+    deep_folder: Path, two_texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The arm's adapter merged, its results among those of the run, another arm's beside them."""
+    rows = [{"id": str(place), "prompt": f"{place}?", "response": f"It is {7 * place}."} for place in range(8)]
+    (tmp_path / "north.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = make_recipe(
+        {
+            "model": {"source": str(deep_folder)},
+            "data": {"held_out": 0.25},
+            "clients": [{"name": "north", "data": "north.jsonl"}],
+            "adapter": {"rank": 2, "targets": ["q_proj", "down_proj"]},
+            "train": {"learning_rate": 0.1, "batch_size": 2},
+            "strategy": {"name": "fedavg", "rounds": 1},
+            "compare": {"longer": {"strategy": {"rounds": 2}}},
+        }
+    )
+    run = tune(recipe, tmp_path / "run", base=tmp_path)
+    texts = {"calibration": two_texts[0], "report": two_texts[1], "questions": 0, "timed": False, "device": "cpu"}
+
+    first = search_folder(str(run.path), kind="free", pairs=1, **texts)
+    search_folder(f"{run.path}:longer", kind="free", pairs=1, **texts)
+    again = search_folder(str(run.path), kind="free", pairs=2, **texts)
+
+    assert first.arm == again.arm == "fedavg"
+    assert {path.name for path in (run.path / "depth").iterdir()} == {"fedavg", "longer"}
+    assert read_plan(run.path / "depth" / "fedavg" / "plan.json").groups == again.chosen
+    table = run.read_table("depth", DepthTable)
+    assert table is not None
+    assert table.searches[1] == again
+    assert [one.arm for one in table.searches] == ["longer", "fedavg"]
+    assert "How deep it must be" in (run.path / "report.html").read_text()
+    with pytest.raises(UserError, match=r"has no arm 'other'\n.*It has fedavg, longer"):
+        search_folder(f"{run.path}:other", pairs=1, **texts)
+
+    base, loaded = load_model(str(deep_folder), device="cpu"), load_subject(str(run.path), device="cpu")
+    with applied(base.model, run.arm("fedavg") / "adapter") as tuned, torch.no_grad():
+        ids = torch.arange(20)[None]
+        assert torch.allclose(loaded.model(ids).logits, tuned(ids).logits, atol=1e-3)
+    assert loaded.digest not in (base.digest, load_subject(f"{run.path}:longer", device="cpu").digest)
+
+
+def test_a_run_without_a_model_is_told_before_any_work(
+    deep_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = f'[model]\nsource = "{deep_folder}"\n[[clients]]\nname = "north"\ndata = "north.jsonl"\n'
+    facts = {"recipe": hashlib.sha256(recipe.encode()).hexdigest(), "base": str(tmp_path)}
+    RunFolder.create(tmp_path / "run", recipe, facts)
+    monkeypatch.setattr(subject, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+
+    with pytest.raises(UserError, match="no tuned model is here yet"):
+        search_folder(str(tmp_path / "run"), pairs=1)

@@ -8,7 +8,6 @@ import torch
 
 from allmend.audit.likelihood import Reading, check_finite, read_texts
 from allmend.audit.mine import own_records
-from allmend.audit_runs.outcomes import outcome, with_outcome
 from allmend.check import audited
 from allmend.data.chat import Encoded
 from allmend.data.files import load_client
@@ -16,6 +15,7 @@ from allmend.data.records import Record
 from allmend.events import Event, WorkPlanned, to_all
 from allmend.meter import Meter
 from allmend.models.load import LoadedModel
+from allmend.outcomes import outcome, with_outcome
 from allmend.prepare import differs, prepare_model, read_frozen, threads
 from allmend.recipe import Recipe
 from allmend.results import BASE, OwnRecord, OwnRecords, OwnTable

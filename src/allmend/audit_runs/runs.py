@@ -14,7 +14,6 @@ from allmend.audit.views import view_rows
 from allmend.audit_runs.guarantees import accounted_epsilon, largest_delta, privacy_table
 from allmend.audit_runs.kept import KeptFindings, stamp
 from allmend.audit_runs.learnt import learnt_rows, never_learnt, read_learnt
-from allmend.audit_runs.outcomes import outcome, with_outcome
 from allmend.audit_runs.tables import PROBES, check_same_canaries, check_settings, findings_table
 from allmend.check import audited
 from allmend.data.canaries import Canary, read_canaries
@@ -25,6 +24,7 @@ from allmend.federation.arm import trainable_of
 from allmend.meter import Meter
 from allmend.models.load import LoadedModel
 from allmend.models.tensors import read_tensors
+from allmend.outcomes import outcome, with_outcome
 from allmend.prepare import Prepared, differs, prepare, read_frozen, threads
 from allmend.probes import write_probes
 from allmend.recipe import Audit, Recipe

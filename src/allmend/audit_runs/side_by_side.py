@@ -12,7 +12,7 @@ from allmend.errors import UserError
 from allmend.learn.scores import read_scores
 from allmend.probes import read_probes
 from allmend.results import BASE, AuditTable, Comparison, PrivacyTable, UtilityTable
-from allmend.run import RunFolder
+from allmend.run import RunFolder, run_and_arm
 
 
 def compare_runs(runs: Sequence[Path | str]) -> Comparison:
@@ -24,7 +24,7 @@ def compare_runs(runs: Sequence[Path | str]) -> Comparison:
     Raises:
         UserError: a folder is no run, it is not audited yet, or it has no such arm; a model is named twice.
     """
-    named = [_run_and_arm(str(name)) for name in runs]
+    named = [(RunFolder.open(run.path), arm) for run, arm in (run_and_arm(str(name)) for name in runs)]
     counts = Counter((run.path.resolve(), arm) for run, arm in named)
     if twice := [run.path for run, arm in named if counts[run.path.resolve(), arm] > 1]:
         raise UserError("stands twice: a model would be compared with itself", where=twice[0], hint="Name it once.")
@@ -42,12 +42,6 @@ def compare_runs(runs: Sequence[Path | str]) -> Comparison:
             hint=f"Name another beside it: `allmend audit compare {runs[0]} RUN`.",
         )
     return compare(models)
-
-
-def _run_and_arm(name: str) -> tuple[RunFolder, str]:
-    """The run in `RUN` or `RUN:ARM`, and the arm, which is empty where none is named."""
-    folder, _, arm = name.rpartition(":") if ":" in name and not Path(name).is_dir() else (name, "", "")
-    return RunFolder.open(Path(folder)), arm
 
 
 def _audited_models(run: RunFolder, arm: str, prefix: str) -> list[Audited]:

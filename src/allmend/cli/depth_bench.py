@@ -17,7 +17,7 @@ from allmend.cli.progress import counted, shown
 if TYPE_CHECKING:
     from allmend.depth.bench import Speed
     from allmend.depth.bench_parallel import ParallelSpeed
-    from allmend.depth.spread import Spread
+    from allmend.results import Spread
 
 FILE = Path("speed.json")
 """Where everything is written unless a file is named."""

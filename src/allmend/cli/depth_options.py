@@ -5,7 +5,10 @@ from typing import Annotated
 
 import typer
 
-Model = Annotated[str, typer.Argument(help="A folder, a Hub name, a GGUF file; with --merge also a PEFT folder.")]
+Model = Annotated[
+    str,
+    typer.Argument(help="A folder, a Hub name, a GGUF file; RUN or RUN:ARM; with --merge also a PEFT folder."),
+]
 
 Calibration = Annotated[
     Path | None,

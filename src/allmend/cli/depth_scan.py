@@ -65,8 +65,8 @@ def scan(
 
 def show_scan(console: Console, found: "Scanned") -> None:
     """Print the cheapest stretches of each kind."""
-    from allmend.depth.scan import WORDS
-    from allmend.pairing.pages import span
+    from allmend.report.depth_figures import span
+    from allmend.results import KINDS_IN_WORDS
 
     columns = {"layers": 10, "steps left": 10, "added, nats a token": 20, "tokens": 8}
     sections = {}
@@ -81,7 +81,7 @@ def show_scan(console: Console, found: "Scanned") -> None:
             )
             for cell in some[:SHOWN]
         ]
-        sections[f"{kind}: {WORDS[kind]}"] = rows
+        sections[f"{kind}: {KINDS_IN_WORDS[kind]}"] = rows
     show_sections(console, f"The cheapest stretches of {found.layers} layers", columns, sections)
     console.print(
         f"Added to the loss on {escape(found.text)}, {found.loss:.3f} nats a token as it is, ± a standard error. What "

@@ -13,8 +13,7 @@ from allmend.cli.figures import ABSENT, plain, show_sections
 from allmend.cli.progress import shown
 
 if TYPE_CHECKING:
-    from allmend.depth.frontier import Line
-    from allmend.pairing.folders import Searched
+    from allmend.results import DepthLine, DepthSearch
 
 
 def search(
@@ -34,7 +33,10 @@ def search(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="A folder for plan.json, search.json, loss_by_depth.svg, depth.html; a stopped one goes on."),
+        typer.Option(
+            help="A folder for plan.json, search.json, loss_by_depth.svg, depth.html; a stopped one goes on. Of a run, "
+            "RUN/depth/ARM if absent."
+        ),
     ] = None,
     untimed: Annotated[bool, typer.Option("--untimed", help="Do not time decoding at each depth.")] = False,
     merge: Merge = False,
@@ -46,13 +48,16 @@ def search(
     As far as 0.10 nats a token allow:  allmend depth search MODEL --max-loss 0.10 --free --out found
 
     Down to 24 steps:  allmend depth search MODEL --depth 24 --calibration valid.txt --report test.txt --out found
+
+    In the model that a run has tuned, for its report:  allmend depth search RUN:fedavg --pairs 4 --free
     """
     from allmend.errors import UserError
-    from allmend.pairing.folders import search_folder
+    from allmend.pairing.folders import kept_in, search_folder
     from allmend.pairing.pages import PAGE
 
     if free and kind != "pairs":
         raise UserError("pairs anywhere are pairs", where="--kind", hint="Leave out --kind, or --free.")
+    out = kept_in(model, out)
     with silent() if as_json else shown(Console()) as listen:
         found = search_folder(
             model,
@@ -73,9 +78,12 @@ def search(
     else:
         show_search(Console(), found)
         if out is not None:
-            for name, file in (("Plan", "plan.json"), ("Report", PAGE)):
-                if (out / file).is_file():
-                    Console().print(f"{name:8}{escape(str((out / file).resolve()))}", highlight=False, soft_wrap=True)
+            written = {"Plan": out / "plan.json", "Report": out / PAGE}
+            for name, path in written.items():
+                if path.is_file():
+                    Console().print(f"{name:8}{escape(str(path.resolve()))}", highlight=False, soft_wrap=True)
+        if found.arm:
+            Console().print("The run's report shows it, too.", highlight=False)
     if not found.reached:
         cheapest = found.frontier.lines[1]
         loss = "more" if cheapest.searched is None else f"{cheapest.searched.value:.3f}"
@@ -87,17 +95,17 @@ def search(
         )
 
 
-def _speed(line: "Line") -> str:
+def _speed(line: "DepthLine") -> str:
     if line.speed is None:
         return ABSENT
     foretold = f" ({line.foretold.median:.2f})" if line.foretold else ""
     return f"{line.speed.median:.2f}{foretold}"
 
 
-def show_search(console: Console, found: "Searched") -> None:
+def show_search(console: Console, found: "DepthSearch") -> None:
     """Print a line for each depth."""
     from allmend.depth.frontier import RUNS
-    from allmend.pairing.pages import changed_layers
+    from allmend.report.depth_figures import changed_layers
 
     columns = {"perplexity": 22, "added, nats a token": 25, "choices right": 10, "speed here": 16}
     sections = {

@@ -11,10 +11,10 @@ import torch
 from transformers import StaticCache
 
 from allmend.depth.layer_times import LayerTimes, layer_times, token_seconds, widths_of
-from allmend.depth.spread import Spread, finish, ratio, spread
+from allmend.depth.spread import finish, ratio, spread
 from allmend.errors import UserError
 from allmend.models.quiet import quiet
-from allmend.results import Table
+from allmend.results import Spread, Table
 from allmend.versions import versions
 
 EAGER, COMPILED = "eager", "compiled"

@@ -33,13 +33,13 @@ from allmend.depth.bench import (
     machine,
     random_prompts,
 )
-from allmend.depth.spread import Spread, finish, ratio, spread
+from allmend.depth.spread import finish, ratio, spread
 from allmend.depth.tensor_parallel import ShardingReport, sharding_report, tensor_parallel_plan
 from allmend.errors import UserError
 from allmend.models.load import load_model, usable_device
 from allmend.models.quiet import quiet
 from allmend.models.sources import resolve
-from allmend.results import Table
+from allmend.results import Spread, Table
 
 TIMEOUT = timedelta(minutes=10)
 """After which a process that waits for the others gives up."""

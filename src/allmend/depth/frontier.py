@@ -12,70 +12,15 @@ from allmend.depth.decoder import Decoder
 from allmend.depth.measure import Candidate, Measured, added, measure, perplexity, sequential
 from allmend.depth.plan import Plan
 from allmend.depth.search import Result
-from allmend.depth.spread import Spread
 from allmend.depth.text import Windows, check_apart
 from allmend.intervals import paired_difference
 from allmend.learn.evaluate import accuracy
-from allmend.results import Estimate, Table
+from allmend.results import DepthLine, Frontier
 
 TOKENS, RUNS = 32, 3
 """Decoded for a line's speed, and how often."""
 
 _NAMES = {"paired": "paired", "model": "as it is"}
-
-
-class Line(Table):
-    """A depth, or the model as it is.
-
-    Attributes:
-        kind: of search; `sequential` for the model as it is.
-        depth: sequential steps.
-        groups: of layers, one for each step; empty where layers are left out or merged.
-        start, end: of the stretch that is changed.
-        searched: added to the loss on the text of the search (nats a token), over its windows.
-        predicted: the same as the sum of what single pairs add; None where they were not measured.
-        perplexity: on the other text; n counts tokens.
-        added: to the loss on the other text (nats a token), over its windows.
-        accuracy: share of choices answered right, and `accuracy_change` against the model as it is, by question.
-        speed: tokens a second of greedy decoding here, over those of the model as it is in the same run; `foretold` is
-            what layers timed alone make of it.
-    """
-
-    kind: str
-    depth: int
-    groups: tuple[tuple[int, ...], ...]
-    start: int
-    end: int
-    searched: Estimate | None = None
-    predicted: float | None = None
-    perplexity: Estimate
-    added: Estimate | None = None
-    accuracy: Estimate | None = None
-    accuracy_change: Estimate | None = None
-    speed: Spread | None = None
-    foretold: Spread | None = None
-
-
-class Frontier(Table):
-    """What depths cost.
-
-    Attributes:
-        lines: the model as it is, then each depth.
-        searched_on, reported_on: the two texts.
-        search_tokens, report_tokens: of them.
-        questions: choices asked.
-        machine: that speeds were measured on; empty where they were not.
-        notes: what to know.
-    """
-
-    lines: tuple[Line, ...]
-    searched_on: str
-    reported_on: str
-    search_tokens: int
-    report_tokens: int
-    questions: int
-    machine: str = ""
-    notes: tuple[str, ...] = ()
 
 
 def frontier(
@@ -138,9 +83,9 @@ def frontier(
     )
 
 
-def _line(one: Candidate, found: Mapping[Candidate, Measured], plain: Measured | None, **facts: Any) -> Line:
+def _line(one: Candidate, found: Mapping[Candidate, Measured], plain: Measured | None, **facts: Any) -> DepthLine:
     measured = found[one]
-    return Line(
+    return DepthLine(
         kind=one.kind,
         depth=measured.depth,
         groups=one.change.groups if isinstance(one.change, Plan) else (),

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from allmend.depth.interventions import shallow
-from allmend.depth.spread import Spread, finish, ratio
-from allmend.results import Table
+from allmend.depth.spread import finish, ratio
+from allmend.results import Spread, Table
 
 ROUNDS = 20
 """In which every width has a turn."""

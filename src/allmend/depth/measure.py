@@ -11,10 +11,7 @@ from allmend.depth.plan import Intervention, Plan, Step
 from allmend.depth.text import Windows
 from allmend.errors import UserError
 from allmend.intervals import mean, paired_difference
-from allmend.results import Estimate
-
-SEQUENTIAL = "sequential"
-"""The model as it is, as a kind of candidate."""
+from allmend.results import SEQUENTIAL, Estimate
 
 ERRORS = 4.0
 """Standard errors by which a candidate must be behind the best of its rivals to be dropped."""

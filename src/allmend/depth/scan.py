@@ -13,16 +13,6 @@ from allmend.errors import UserError
 Kind = Literal["pairs", "triples", "parallel", "parallel_sum", "merge", "prune", "shuffle"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
-WORDS: dict[str, str] = {
-    "pairs": "pairs side by side",
-    "triples": "threes side by side",
-    "parallel": "all at once",
-    "parallel_sum": "whole blocks at once",
-    "merge": "one layer with the mean weights",
-    "prune": "left out",
-    "shuffle": "in a random order",
-}
-
 
 def change_of(kind: Kind, layers: int, start: int, end: int, *, seed: int = 0) -> Intervention:
     """The layers start … end − 1 of a model run otherwise."""

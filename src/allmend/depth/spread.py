@@ -5,21 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from allmend.results import Table
-
-
-class Spread(Table):
-    """Runs of one thing.
-
-    Attributes:
-        median, low, high: of the runs.
-        n: how many they were.
-    """
-
-    median: float
-    low: float
-    high: float
-    n: int
+from allmend.results import Spread
 
 
 def spread(values: Sequence[float]) -> Spread:

@@ -1,5 +1,6 @@
 """Scan and search as a user asks for them: a model by name, texts by path, results in a folder."""
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Literal
 from allmend import __version__
 from allmend.depth.architectures import layers_of
 from allmend.depth.choices import choices_of
-from allmend.depth.frontier import Frontier, frontier
+from allmend.depth.frontier import frontier
 from allmend.depth.log import Log
 from allmend.depth.measure import Candidate, Measured, behind
 from allmend.depth.plan import Plan, write_plan
@@ -20,10 +21,15 @@ from allmend.errors import UserError
 from allmend.events import Event, WorkDone, WorkPlanned
 from allmend.models.load import LoadedModel
 from allmend.pairing.pages import write_scan_pages, write_search_pages
-from allmend.pairing.subject import load_subject, read_calibration, read_texts
-from allmend.run import write_atomic
+from allmend.pairing.subject import arm_of, load_subject, read_calibration, read_texts
+from allmend.report.page import write_report
+from allmend.results import DepthSearch, DepthTable
+from allmend.run import RunFolder, write_atomic
 
 QUESTIONS = 96
+
+FOLDER = TABLE = "depth"
+"""Where a run keeps the searches of its arms, and the table of their results."""
 
 
 @dataclass(frozen=True)
@@ -64,23 +70,6 @@ class Scanned:
     loss: float
     cells: tuple[Cell, ...]
     notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Searched:
-    """A search.
-
-    Attributes:
-        model: what was searched.
-        frontier: what each depth costs.
-        chosen: the plan that was asked for.
-        reached: whether it costs no more than it may.
-    """
-
-    model: str
-    frontier: Frontier
-    chosen: Plan
-    reached: bool
 
 
 def scan_folder(
@@ -167,11 +156,11 @@ def search_folder(
     questions: int = QUESTIONS,
     timed: bool = True,
     listeners: Sequence[Callable[[Event], None]] = (),
-) -> Searched:
+) -> DepthSearch:
     """The best way to run a model at each depth, and what that costs on text that was not searched on.
 
     Args:
-        model: as in a recipe, or a PEFT folder with `merge`.
+        model: as in a recipe, a PEFT folder with `merge`, or `RUN` or `RUN:ARM`, whose report then shows the search.
         kind: `free` for pairs anywhere, or a kind of scan for the best stretch.
         depth: sequential steps to come down to; one of this, `pairs` and `max_loss` is given.
         pairs: steps less than layers.
@@ -179,7 +168,7 @@ def search_folder(
         calibration: text to search on; the built-in clinical terms when None.
         report: text to report on; what the search leaves of its own when None.
         out: a folder for `plan.json`, `search.parquet`, `search.json`, `loss_by_depth.svg` and `depth.html`; a search
-            that was stopped is gone on with.
+            that was stopped is gone on with. Of a run, `RUN/depth/ARM` when None.
         merge: whether an adapter may be merged into its base.
         device: as of `load_model`.
         questions: choices to ask of the text to report on.
@@ -199,45 +188,75 @@ def search_folder(
         )
     if max_loss is not None and not math.isfinite(max_loss):
         raise UserError(f"{max_loss} is no loss", where="--max-loss", hint="Name a number, such as 0.10.")
-    loaded = load_subject(model, merge=merge, device=device)
-    if pairs is not None:
-        depth = len(layers_of(loaded.model)) - pairs
-    texts = read_texts(loaded, calibration, report)
-    log = Log(out / "search.parquet", _facts(loaded, texts.search)) if out else None
+    whose, out = arm_of(model), kept_in(model, out)
+    with whose[0].lock() if whose else contextlib.nullcontext():
+        loaded = load_subject(model, merge=merge, device=device)
+        texts = read_texts(loaded, calibration, report)
+        log = Log(out / "search.parquet", _facts(loaded, texts.search)) if out else None
 
-    def step(words: str, share: float) -> None:
-        tell(listeners, WorkPlanned(work={words: 1.0}))
-        tell(listeners, WorkDone(phase=words, share=share))
+        def step(words: str, share: float) -> None:
+            tell(listeners, WorkPlanned(work={words: 1.0}))
+            tell(listeners, WorkDone(phase=words, share=share))
 
-    results = search(loaded.model, texts.search, kind=kind, depth=depth, max_loss=max_loss, log=log, on_step=step)
-    step("report", 0.0)
-    found = frontier(
-        loaded.model,
-        results,
-        texts.search,
-        texts.report,
-        choices_of(texts.report, questions),
-        timed=timed,
-        on_line=lambda share: step("report", share),
-    )
-    within = [one for one in results if max_loss is None or one.added.value <= max_loss]
-    chosen = within[-1] if within else results[0]
-    searched = Searched(model, found, _plan(chosen), bool(within))
-    if out:
+        least = depth if pairs is None else len(layers_of(loaded.model)) - pairs
+        results = search(loaded.model, texts.search, kind=kind, depth=least, max_loss=max_loss, log=log, on_step=step)
+        step("report", 0.0)
+        front = frontier(
+            loaded.model,
+            results,
+            texts.search,
+            texts.report,
+            choices_of(texts.report, questions),
+            timed=timed,
+            on_line=lambda share: step("report", share),
+        )
+        within = [one for one in results if max_loss is None or one.added.value <= max_loss]
+        chosen = within[-1] if within else results[0]
+        found = DepthSearch(
+            model=model,
+            arm=whose[1] if whose else "",
+            weights=loaded.digest,
+            frontier=front,
+            chosen=tuple(step.layers for step in chosen.measured.steps),
+            reached=bool(within),
+        )
+        if out:
+            _write_search(out, found, chosen)
+        if whose:
+            _keep(whose[0], found)
+    return found
+
+
+def kept_in(model: str, out: Path | None) -> Path | None:
+    """Where a search is written: the folder that is named, or that of the arm whose model is searched.
+
+    Raises:
+        UserError: the run cannot be read, or has no such arm.
+    """
+    if out is None and (whose := arm_of(model)):
+        run, arm = whose
+        return run.path / FOLDER / arm
+    return out
+
+
+def _write_search(out: Path, found: DepthSearch, chosen: Result) -> None:
+    """Plan, figures and pages."""
+    if isinstance(chosen.candidate.change, Plan):
         facts: dict[str, object] = {
-            "model": model,
-            "model_digest": loaded.digest,
-            "kind": kind,
+            "model": found.model,
+            "model_digest": found.weights,
+            "kind": chosen.kind,
             "added_on_search_text": chosen.added.value,
             "allmend": __version__,
         }
-        if isinstance(chosen.candidate.change, Plan):
-            write_plan(out / "plan.json", chosen.plan, facts)
-        write_atomic(out / "search.json", (found.model_dump_json(indent=1) + "\n").encode())
-        write_search_pages(out, searched)
-    return searched
+        write_plan(out / "plan.json", chosen.plan, facts)
+    write_atomic(out / "search.json", (found.model_dump_json(indent=1) + "\n").encode())
+    write_search_pages(out, found)
 
 
-def _plan(result: Result) -> Plan:
-    """Of what is no plan, the order of its layers."""
-    return Plan(tuple(step.layers for step in result.measured.steps))
+def _keep(run: RunFolder, found: DepthSearch) -> None:
+    """Put a search among a run's results, in the place of an earlier one of the same arm."""
+    before = run.read_table(TABLE, DepthTable)
+    others = [one for one in (before.searches if before else ()) if one.arm != found.arm]
+    run.write_table(TABLE, DepthTable(searches=(*others, found)))
+    write_report(run.path)

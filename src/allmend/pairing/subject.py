@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from allmend.check import source_of
 from allmend.data.icd10cm import category_texts
 from allmend.depth.architectures import quantised_error
 from allmend.depth.recover import windows_after
@@ -14,6 +15,9 @@ from allmend.errors import UserError
 from allmend.models.adapters import applied, check_adapter
 from allmend.models.load import LoadedModel, load_model
 from allmend.models.sources import resolve
+from allmend.outcomes import with_outcome
+from allmend.prepare import differs, read_frozen
+from allmend.run import RunFolder, run_and_arm
 
 SEARCH, REPORT = (32, 256), (16, 512)
 """Windows and their tokens."""
@@ -33,13 +37,15 @@ def load_subject(source: str, *, merge: bool = False, device: str | None = None)
     """A model to rearrange; of a PEFT folder the base with the adapter merged into it.
 
     Args:
-        source: a model as in a recipe, or a PEFT folder.
-        merge: whether an adapter may be merged.
+        source: a model as in a recipe, a PEFT folder, or the model of a run, `RUN` or `RUN:ARM`.
+        merge: whether a PEFT folder may be merged; that of a run always is.
         device: as of `load_model`.
 
     Raises:
         UserError: the source is an adapter and may not be merged, or cannot be loaded.
     """
+    if found := arm_of(source):
+        return _of_run(source, *found, device)
     folder = Path(source).expanduser()
     if not (folder / "adapter_config.json").is_file():
         _check_whole(resolve(source))
@@ -55,7 +61,40 @@ def load_subject(source: str, *, merge: bool = False, device: str | None = None)
         base = json.loads((folder / "adapter_config.json").read_bytes())["base_model_name_or_path"]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"does not name its base model: {error}", where=folder / "adapter_config.json") from error
-    loaded = load_model(str(base), device=device)
+    return _merged(source, load_model(str(base), device=device), folder)
+
+
+def arm_of(source: str) -> tuple[RunFolder, str] | None:
+    """The run that a model is named by, and its arm; None of a model that is named otherwise.
+
+    Raises:
+        UserError: the run cannot be read, or has no such arm.
+    """
+    run, arm = run_and_arm(source)
+    if not run.marker.is_file():
+        return None
+    run = RunFolder.open(run.path)
+    recipe = read_frozen(run)
+    arm = arm or recipe.strategy.name
+    if arm not in recipe.arms():
+        raise UserError(f"has no arm {arm!r}", where=run.path, hint=f"It has {', '.join(recipe.arms())}.")
+    return run, arm
+
+
+def _of_run(source: str, run: RunFolder, arm: str, device: str | None) -> LoadedModel:
+    """The model that all members of an arm share."""
+    with_outcome(run, [arm])  # before anything is loaded
+    folder = run.arm(arm)
+    if not (folder / "adapter").is_dir():
+        return load_model(str(folder / "model"), device=device)
+    loaded = load_model(source_of(read_frozen(run), Path(str(run.facts["base"]))), device=device)
+    if loaded.digest != run.facts.get("model"):
+        raise differs("the base model", run)
+    return _merged(source, loaded, folder / "adapter")
+
+
+def _merged(source: str, loaded: LoadedModel, folder: Path) -> LoadedModel:
+    """A base with an adapter merged into it."""
     with applied(loaded.model, folder) as wrapped:
         whole: Any = wrapped
         whole.merge_adapter()

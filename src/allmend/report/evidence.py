@@ -27,6 +27,7 @@ from allmend.results import (
     BASE,
     POOLED,
     AuditTable,
+    DepthTable,
     Difference,
     InfluenceByMember,
     PrivacyTable,
@@ -62,7 +63,7 @@ class Evidence:
         warnings: each once.
         offered: members that the run was offered to, where they are on other machines.
         running: whether a process of this machine works on the run.
-        utility, audit, privacy, influence, recipe: None when the file is not there.
+        utility, audit, privacy, influence, depth, recipe: None when the file is not there.
         probes: of the audit, none when their file is not there.
     """
 
@@ -84,6 +85,7 @@ class Evidence:
     audit: AuditTable | None = None
     privacy: PrivacyTable | None = None
     influence: InfluenceByMember | None = None
+    depth: DepthTable | None = None
     probes: tuple[Probe, ...] = ()
     recipe: str | None = None
 
@@ -182,6 +184,7 @@ def read_evidence(run: Path) -> Evidence:
             audit=folder.read_table("audit", AuditTable),
             privacy=folder.read_table("privacy", PrivacyTable),
             influence=folder.read_table("influence", InfluenceByMember),
+            depth=folder.read_table("depth", DepthTable),
             probes=read_probes(probes) if (probes := run / "results" / "audit.parquet").is_file() else (),
             recipe=recipe.read_text(errors="replace") if recipe.is_file() else None,
             running=folder.worked_on,
@@ -238,6 +241,7 @@ def _sorted(events: list[Event], files: Evidence) -> Evidence:
         audit=files.audit,
         privacy=files.privacy,
         influence=files.influence,
+        depth=files.depth,
         probes=files.probes,
         recipe=files.recipe,
     )

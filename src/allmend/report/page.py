@@ -12,6 +12,7 @@ from string import Template
 
 from allmend.report.evidence import Evidence, read_evidence
 from allmend.report.markup import Html, join, paragraph, tag, text
+from allmend.report.sections.depth import depth
 from allmend.report.sections.exchange import exchange
 from allmend.report.sections.influence import influence
 from allmend.report.sections.learning import learning
@@ -29,6 +30,7 @@ SECTIONS = (
     ("learning", "Learning", learning),
     ("memorisation", "Memorisation", memorisation),
     ("influence", "Influence", influence),
+    ("depth", "Depth", depth),
     ("privacy", "Privacy", privacy),
     ("exchange", "Exchange", exchange),
     ("data", "Data", records),

@@ -17,7 +17,8 @@ from allmend.results.audit import (
     longest_prefix,
 )
 from allmend.results.comparison import ComparedModel, ComparedPair, Comparison
-from allmend.results.figures import BASE, MEMBERS, POOLED, Estimate, Table
+from allmend.results.depth import KINDS_IN_WORDS, SEQUENTIAL, DepthLine, DepthSearch, DepthTable, Frontier
+from allmend.results.figures import BASE, MEMBERS, POOLED, Estimate, Spread, Table
 from allmend.results.influence import ArmInfluence, InfluenceByMember, LegTraffic, MemberInfluence, in_typical_scores
 from allmend.results.own import OwnRecord, OwnRecords, OwnTable
 from allmend.results.privacy import Budget, PrivacyTable
@@ -25,8 +26,10 @@ from allmend.results.utility import Difference, Utility, UtilityTable
 
 __all__ = [
     "BASE",
+    "KINDS_IN_WORDS",
     "MEMBERS",
     "POOLED",
+    "SEQUENTIAL",
     "ArmInfluence",
     "AuditTable",
     "Budget",
@@ -34,12 +37,16 @@ __all__ = [
     "ComparedModel",
     "ComparedPair",
     "Comparison",
+    "DepthLine",
+    "DepthSearch",
+    "DepthTable",
     "Difference",
     "Discoverable",
     "EpsilonBound",
     "Estimate",
     "Exposure",
     "Extraction",
+    "Frontier",
     "InfluenceByMember",
     "Learnt",
     "LegTraffic",
@@ -50,6 +57,7 @@ __all__ = [
     "OwnRecords",
     "OwnTable",
     "PrivacyTable",
+    "Spread",
     "Table",
     "Utility",
     "UtilityTable",

@@ -25,3 +25,17 @@ class Estimate(Table):
     low: float | None = None
     high: float | None = None
     n: int
+
+
+class Spread(Table):
+    """Times of repeated runs of one thing, or what is made of them.
+
+    Attributes:
+        median, low, high: of the runs.
+        n: how many they were.
+    """
+
+    median: float
+    low: float
+    high: float
+    n: int
