@@ -10,7 +10,7 @@ import torch
 
 from allmend.depth.measure import Candidate
 from allmend.depth.plan import Drop
-from allmend.depth.search import Result, Search
+from allmend.depth.searching import Result, Search
 
 
 def block_influence(search: Search) -> torch.Tensor:

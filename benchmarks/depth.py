@@ -34,7 +34,7 @@ from allmend.depth.decoder import Decoder
 from allmend.depth.interventions import intervene
 from allmend.depth.measure import Candidate, behind, measure, perplexity, sequential
 from allmend.depth.plan import Drop, Intervention, Plan, Prune, pairs_plan, stretch_plan
-from allmend.depth.search import Result, Search
+from allmend.depth.searching import Result, Search
 from allmend.depth.text import Windows, read_text, windows_of
 from allmend.intervals import paired_difference
 from allmend.models.load import LoadedModel, load_model

@@ -29,6 +29,7 @@ from allmend.errors import UserError
 from allmend.events import Event
 from allmend.federation.strategies import STRATEGIES, build_strategy, options_of
 from allmend.life import rehearse
+from allmend.models.load import load_model
 from allmend.models.tensors import Tensors
 from allmend.recipe import Data, Model, RecipeError, load_recipe, make_recipe
 from allmend.strategy import Client, Seen, State, Strategy, Sums, Trained, Turn
@@ -334,6 +335,23 @@ def test_the_readme_shows_the_example_as_it_is() -> None:
     assert runnable(ROOT / "README.md") == [example]
     assert example in [body for _, body in fences(read(ROOT / "docs/library.md"))]
     assert len([line for line in example.splitlines() if line.strip()]) <= 10
+
+
+def test_the_example_on_depth(
+    deep_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = read(ROOT / "examples/depth.py")
+    assert example in [body for _, body in fences(read(ROOT / "docs/depth.md"))]
+    shutil.copytree(deep_folder, tmp_path / "tiny")
+    (tmp_path / "text.txt").write_text("".join(f"{place} and so on. " for place in range(200)), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+
+    code = example.replace(SOURCE, "tiny").replace("depth=28", "depth=4")
+    exec(compile(code, "depth.py", "exec"), {"__name__": "page"})
+
+    lines = capsys.readouterr().out.splitlines()
+    assert re.match(r"4 steps, layers \d and \d, \d and \d side by side: [+-]\d\.\d{3} nats a token", lines[1])
+    assert load_model("paired", device="cpu").model.config.layer_widths.count(2) == 2
 
 
 def furnish(folder: Path, model: Path) -> None:

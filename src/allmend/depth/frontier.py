@@ -11,7 +11,7 @@ from allmend.depth.choices import answer
 from allmend.depth.decoder import Decoder
 from allmend.depth.measure import Candidate, Measured, added, measure, perplexity, sequential
 from allmend.depth.plan import Plan
-from allmend.depth.search import Result
+from allmend.depth.searching import Result
 from allmend.depth.text import Windows, check_apart
 from allmend.intervals import paired_difference
 from allmend.learn.evaluate import accuracy

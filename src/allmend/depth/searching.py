@@ -189,7 +189,18 @@ def _moves(firsts: Sequence[int], place: int, costs: Sequence[float]) -> Iterato
     yield from (tuple(sorted([*rest, first])) for first in (*near, *cheap))
 
 
-Goal = Literal["depth", "max_loss"]
+def pair_costs(model: Any, windows: Windows) -> list[float]:
+    """What each pair of neighbours adds to the loss when it alone runs side by side (nats a token).
+
+    Args:
+        model: as `architectures.layers_of` asks for.
+        windows: the text.
+
+    Raises:
+        UserError: the model cannot be rearranged.
+    """
+    one = Search(model, windows)
+    return one.costs(one.layers)
 
 
 def search(

@@ -12,7 +12,7 @@ from allmend.depth.frontier import frontier
 from allmend.depth.log import Log
 from allmend.depth.measure import Candidate, measure, sequential
 from allmend.depth.plan import Plan, pairs_plan, stretch_plan
-from allmend.depth.search import Search, least_depth, search
+from allmend.depth.searching import Search, least_depth, search
 from allmend.depth.text import Windows
 from allmend.errors import UserError
 
