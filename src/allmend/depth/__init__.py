@@ -5,7 +5,7 @@ from allmend.depth.apply import apply_plan, save_paired
 from allmend.depth.fold import fold_group
 from allmend.depth.interventions import intervene
 from allmend.depth.plan import Drop, Plan, Prune, Shuffle, Stretch, pairs_plan, read_plan, stretch_plan, write_plan
-from allmend.depth.scan import scan
+from allmend.depth.scanning import scan
 from allmend.depth.searching import Result, pair_costs, search
 from allmend.depth.tensor_parallel import tensor_parallel_plan
 from allmend.depth.text import Windows, read_text, windows_of

@@ -9,7 +9,7 @@ from allmend.depth.decoder import Decoder
 from allmend.depth.log import Log
 from allmend.depth.measure import Candidate, Measured, added, measure, sequential
 from allmend.depth.plan import Intervention, Plan, pairs_plan
-from allmend.depth.scan import Kind, change_of, stretches
+from allmend.depth.scanning import Kind, change_of, stretches
 from allmend.depth.text import Windows
 from allmend.errors import UserError
 from allmend.results import Estimate

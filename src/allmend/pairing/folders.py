@@ -14,7 +14,7 @@ from allmend.depth.frontier import frontier
 from allmend.depth.log import Log
 from allmend.depth.measure import Candidate, Measured, behind
 from allmend.depth.plan import Plan, write_plan
-from allmend.depth.scan import Kind, scan
+from allmend.depth.scanning import Kind, scan
 from allmend.depth.searching import Result, search
 from allmend.depth.text import Windows
 from allmend.errors import UserError

@@ -8,7 +8,7 @@ import torch
 
 from allmend.depth.log import Log
 from allmend.depth.measure import sequential
-from allmend.depth.scan import KINDS, candidates, scan, stretches
+from allmend.depth.scanning import KINDS, candidates, scan, stretches
 from allmend.depth.text import Windows
 from allmend.errors import UserError
 
