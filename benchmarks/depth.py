@@ -8,7 +8,7 @@ of the paired difference and its standard error over tokens), what the single pa
 choices of MedQuAD stay right (which of four answers belongs to a question, by the likelihood of its first 24 tokens).
 Then what the scan itself costs: time with and without what candidates share, and memory.
 
-    python benchmarks/depth.py --data FOLDER [--depths 28 26 24 22] [--only costs depths] [--choices 400] [--quick]
+    python benchmarks/depth.py --data FOLDER [--depths 28 26 24 22] [--only costs depths] [--keep FOLDER] [--quick]
 """
 
 import argparse
@@ -17,7 +17,7 @@ import json
 import random
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from allmend.depth.apply import apply_plan
 from allmend.depth.choices import answer, question_of
 from allmend.depth.decoder import Decoder
 from allmend.depth.interventions import intervene
+from allmend.depth.log import Log
 from allmend.depth.measure import Candidate, behind, measure, perplexity, sequential
 from allmend.depth.plan import Drop, Intervention, Plan, Prune, pairs_plan, stretch_plan
 from allmend.depth.searching import Result, Search
@@ -62,9 +63,14 @@ class Row:
 
 
 def rows(
-    model: Any, search: Search, report: Windows, depths: Sequence[int], questions: tuple[list[Record], list[Encoded]]
+    model: Any,
+    search: Search,
+    report: Windows,
+    depths: Sequence[int],
+    questions: tuple[list[Record], list[Encoded]],
+    asked: Collection[int],
 ) -> list[Row]:
-    """The table of depths."""
+    """The table of depths; choices are asked at some of them."""
     found: list[tuple[str, int, Result]] = []
     influence = by_block_influence(search, depths)
     greedy = by_loss(search, depths)
@@ -108,10 +114,10 @@ def rows(
                 gap,
                 error,
                 one.predicted,
-                right(change),
+                right(change) if depth in asked else (),
             )
         )
-        print(f"{kind}, {depth} steps: measured on the report and on choices", flush=True)
+        print(f"{made[-1]}"[:120], flush=True)
     return made
 
 
@@ -214,11 +220,15 @@ def judged(found: Sequence[Row]) -> None:
         pairs, free, prune = (by[kind, depth] for kind in ("pairs", "free", "prune"))
         merge = by.get(("merge", depth))
         better = min(pairs.added, free.added)
-        others = min(row.added for row in (prune, merge) if row is not None)
+        rivals = min(row.added for row in (prune, merge) if row is not None)
         asked = "0.10" if depth >= 28 else "0.20"
-        figure(f"{depth} steps: how far pairs are ahead of leaving out and merging ({asked})", f"{others - better:.3f}")
+        figure(f"{depth} steps: how far pairs are ahead of leaving out and merging ({asked})", f"{rivals - better:.3f}")
         figure(f"{depth} steps: free minus contiguous pairs (0.02 at most)", f"{free.added - pairs.added:+.3f}")
-        for row in (by["sequential", LAYERS], *(by[kind, depth] for kind in ("prune", "greedy", "block influence"))):
+        others = (
+            by["sequential", LAYERS],
+            *(by[kind, depth] for kind in ("merge", "prune", "greedy", "block influence")),
+        )
+        for row in others if free.right else ():
             figure(
                 f"{depth} steps: share of {len(free.right)} choices that free pairs have right, minus {row.kind}'s",
                 interval_of(paired_difference(free.right, row.right)),
@@ -235,6 +245,8 @@ def main() -> None:
     parser.add_argument("--depths", type=int, nargs="+", default=[28, 26, 24, 22])
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--choices", type=int, default=400, help="of MedQuAD")
+    parser.add_argument("--choices-at", type=int, nargs="+", default=[26, 24], help="depths at which they are asked")
+    parser.add_argument("--keep", type=Path, help="a folder for what the search measures, to go on from")
     parser.add_argument("--quick", action="store_true", help="a depth of 28, 20 choices, 6 candidates")
     options = with_data(parser)
     print(machine(), flush=True)
@@ -249,7 +261,17 @@ def main() -> None:
         scan_cost(loaded, search, range(0, 30, 10) if options.quick else range(30))
     if "depths" in options.only:
         questions = medical(loaded, data, 20 if options.quick else options.choices)
-        show(rows(loaded.model, Search(loaded.model, search), report, depths, questions))
+        log = None
+        if options.keep:
+            log = Log(options.keep / "searched.parquet", {"text": search.digest, "windows": len(search)})
+        found = rows(loaded.model, Search(loaded.model, search, log=log), report, depths, questions, options.choices_at)
+        show(found)
+
+
+def _choices(row: Row, plain: Row) -> str:
+    if not row.right:
+        return " | "
+    return f"{sum(row.right) / len(row.right):.3f} | {interval_of(paired_difference(row.right, plain.right))}"
 
 
 def interval_of(gap: Estimate) -> str:
@@ -266,8 +288,7 @@ def show(found: Sequence[Row]) -> None:
         guess = "" if row.predicted is None else f"{row.predicted:.3f}"
         print(
             f"| {row.depth} | {row.kind} | {row.layers} | {row.perplexity:.2f} | {row.added:+.3f} ± {row.error:.3f} "
-            f"| {guess} | {sum(row.right) / len(row.right):.3f} "
-            f"| {interval_of(paired_difference(row.right, found[0].right))} |"
+            f"| {guess} | {_choices(row, found[0])} |"
         )
     print()
     judged(found)
