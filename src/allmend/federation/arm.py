@@ -19,6 +19,7 @@ from allmend.federation.privacy.ledger import Ledger, member_account, open_ledge
 from allmend.federation.privacy.vectors import VectorCode, rounding
 from allmend.federation.rounds import Observer, run_rounds
 from allmend.federation.strategies import build_strategy
+from allmend.federation.strategies.cobo import CoBo
 from allmend.federation.strategies.fedavg import FedAvg
 from allmend.federation.strategies.private_fedavg import PrivateFedAvg
 from allmend.federation.strategies.product import FedAvgProduct
@@ -88,6 +89,8 @@ def strategy_of(arm: Arm, *, seed: int) -> Strategy:
         UserError: no noise is enough for the budget.
     """
     strategy = build_strategy(arm.strategy.name, arm.strategy.options, seed=seed)
+    if isinstance(strategy, CoBo):
+        _check_cobo(strategy, arm)
     if isinstance(strategy, FedAvgProduct) and arm.adapter.kind != "lora":
         raise ValueError(f"{strategy.name} averages products of LoRA's factors: adapter.kind must be 'lora'")
     if isinstance(strategy, FedAvgProduct) and arm.train.largest_update is not None:
@@ -117,6 +120,16 @@ def strategy_of(arm: Arm, *, seed: int) -> Strategy:
         seed=seed,
         distributed=hidden,
     )
+
+
+def _check_cobo(strategy: CoBo, arm: Arm) -> None:
+    if strategy.geometry == "product" and arm.adapter.kind != "lora":
+        raise ValueError("geometry 'product' mixes products of LoRA's factors: set geometry to 'factors'")
+    if arm.privacy.record is not None:
+        raise ValueError(
+            "privacy.record promises something for what training steps tell, and cobo's gradients at midpoints tell "
+            "more: remove one of the two"
+        )
 
 
 def at_member(member: Member, arm: Arm) -> tuple[Member, Ledger]:

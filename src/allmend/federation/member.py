@@ -8,10 +8,10 @@ import torch
 
 from allmend.data.chat import Encoded
 from allmend.errors import UserError
-from allmend.learn.loop import Step, mean_loss, train
+from allmend.learn.loop import Step, gradient, mean_loss, train
 from allmend.learn.private import RecordNoise
 from allmend.learn.schedule import steps_per_round
-from allmend.models.adapters import Trainable, first_components, with_components
+from allmend.models.adapters import Trainable, first_components, of_other_rank, with_components
 from allmend.models.tensors import Tensors
 from allmend.recipe import Train
 from allmend.strategy import State, Trained, Turn, grouped, of_group
@@ -141,3 +141,29 @@ class MemberClient:
         # without noise of its own, the loss would be a release that no guarantee covers
         loss = mean_loss(outcome.steps) if self.member.noise is None else None
         return Trained(tensors, loss, steps, tokens, outcome.optimizer)
+
+    def gradient(self, at: Tensors, turn: Turn, *, records: int | None = None, held_out: bool = False) -> Tensors:
+        """The gradient of the mean loss of this member's records at some parameters, by name.
+
+        Args:
+            at: parameters; factors of LoRA may have another rank than the member's.
+            turn: the round, which decides the records that are drawn.
+            records: that are drawn, or as many as there are; all when None.
+            held_out: whether of the held-out records instead.
+
+        Raises:
+            UserError: no record has a token to learn from; the member is named.
+        """
+        source = [one for one in (self.held_out if held_out else self.records) if one.learns]
+        if records is not None and len(source) > records:
+            generator = torch.Generator().manual_seed((self.member.seed * 1_000_003 + turn.round) % 2**63)
+            source = [source[place] for place in torch.randperm(len(source), generator=generator)[:records].tolist()]
+        own = self.trainable.parameters()
+        try:
+            if all(tensor.shape == own[name].shape for name, tensor in at.items()):
+                self.trainable.load(at)
+                return gradient(self.trainable, source, tokens_per_pass=self.settings.tokens_per_pass)
+            with of_other_rank(self.trainable, at) as other:
+                return gradient(other, source, tokens_per_pass=self.settings.tokens_per_pass)
+        except UserError as error:
+            raise type(error)(error.what, where=f"client {self.name!r}, round {turn.round}", hint=error.hint) from error

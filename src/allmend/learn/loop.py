@@ -171,6 +171,33 @@ def train(
     return Outcome(state, descent.state(), tuple(done), learnt)
 
 
+def gradient(trainable: Trainable, records: Sequence[Encoded], *, tokens_per_pass: int) -> Tensors:
+    """The gradient of the mean negative log-likelihood per target of some records, by name, on the CPU.
+
+    Args:
+        trainable: model and parameters, which stay as they are; nothing is dropped out.
+        records: those without a target are passed over.
+        tokens_per_pass: that go through the model at once.
+
+    Raises:
+        UserError: no record has a token to learn from.
+    """
+    rows = pack([record for record in records if record.learns], tokens_per_pass)
+    if not rows:
+        raise UserError("no record has a token to learn from", hint="Look at data.max_tokens and the response fields.")
+    parameters = trainable.parameters()
+    trainable.model.eval()
+    try:
+        _token_mean(trainable, rows)
+        return {
+            name: torch.zeros_like(one, device="cpu") if one.grad is None else one.grad.detach().to("cpu", copy=True)
+            for name, one in parameters.items()
+        }
+    finally:
+        for one in parameters.values():
+            one.grad = None
+
+
 def _check_finite(number: int, loss: float | None, norm: float, rate: float) -> None:
     if not (math.isfinite(loss or 0.0) and math.isfinite(norm)):
         raise DivergedError(

@@ -149,6 +149,45 @@ class Trainable:
                 shutil.copyfile(path, folder / path.name)
 
 
+A, B = ".lora_A.weight", ".lora_B.weight"
+"""Ends of the names of LoRA's factors."""
+
+
+def layers_of_factors(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[str, str]]:
+    """Names of A [r, in] and B [out, r] by layer, in order of the layers.
+
+    Raises:
+        ValueError: a tensor is no factor of a LoRA layer.
+    """
+    if not all(name.endswith((A, B)) for name in tensors):
+        raise ValueError("products are of LoRA's factors, and something else learns here")
+    layers = sorted({name.removesuffix(A).removesuffix(B) for name in tensors})
+    return {layer: (layer + A, layer + B) for layer in layers}
+
+
+@contextlib.contextmanager
+def of_other_rank(trainable: Trainable, tensors: Mapping[str, torch.Tensor]) -> Iterator[Trainable]:
+    """A LoRA with factors of another rank in the place of its own, scaled as these are; afterwards they are back.
+
+    Args:
+        trainable: a LoRA.
+        tensors: its names, each with a shape that differs in the rank alone.
+    """
+    own = trainable.parameters()
+    other = {name: nn.Parameter(tensors[name].to(parameter.device, parameter.dtype)) for name, parameter in own.items()}
+
+    def put(parameters: Mapping[str, nn.Parameter]) -> None:
+        for name, parameter in parameters.items():
+            layer: Any = trainable.model.get_submodule(f"{name.removesuffix('.weight')}.{_ADAPTER}")
+            layer.weight = parameter
+
+    put(other)
+    try:
+        yield Trainable(trainable.model, "lora", other)
+    finally:
+        put(own)
+
+
 def first_components(tensors: Tensors, rank: int) -> Tensors:
     """LoRA factors with all but the first `rank` components zero: A [r, in] and B [out, r] of each layer.
 
@@ -163,9 +202,9 @@ def with_components(tensors: Tensors, others: Tensors, rank: int) -> Tensors:
 
 
 def _components(name: str, first: torch.Tensor, rest: torch.Tensor, rank: int) -> torch.Tensor:
-    if name.endswith(".lora_A.weight"):
+    if name.endswith(A):
         return torch.cat([first[:rank], rest[rank:]])
-    if name.endswith(".lora_B.weight"):
+    if name.endswith(B):
         return torch.cat([first[:, :rank], rest[:, rank:]], dim=1)
     raise ValueError(f"{name} is no factor of a LoRA layer")
 
@@ -282,7 +321,7 @@ def learning_adapter(model: PreTrainedModel, folder: Path) -> Iterator[Trainable
             for name, parameter in wrapped.named_parameters()
             if f".{_ADAPTER}." in name
         }
-        if strange := [name for name in parameters if not name.endswith((".lora_A.weight", ".lora_B.weight"))]:
+        if strange := [name for name in parameters if not name.endswith((A, B))]:
             raise UserError(
                 f"has weights that are no factors of LoRA ({strange[0]})", where=folder, hint="Name a plain LoRA."
             )

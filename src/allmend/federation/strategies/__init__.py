@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from allmend.federation.strategies.centralised import Centralised
+from allmend.federation.strategies.cobo import CoBo
 from allmend.federation.strategies.fedavg import FedAvg
 from allmend.federation.strategies.fedopt import FedAdam, FedYogi
 from allmend.federation.strategies.fedprox import FedProx
@@ -22,6 +23,7 @@ STRATEGIES: dict[str, type[Any]] = {
     "trimmed_mean": TrimmedMean,
     "median": Median,
     "krum": Krum,
+    "cobo": CoBo,
     "local": Local,
     "centralised": Centralised,
 }

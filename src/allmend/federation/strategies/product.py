@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from allmend.federation.strategies.fedavg import FedAvg
+from allmend.models.adapters import A, B, layers_of_factors
 from allmend.models.tensors import Tensors
 from allmend.strategy import (
     Client,
@@ -26,8 +27,6 @@ from allmend.strategy import (
     grouped,
     of_group,
 )
-
-_A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,19 +62,19 @@ class FedAvgProduct(FedAvg):
         model = of_group("model", state.tensors)
         lost = whole = 0.0
         for layer, product in _products(model).items():
-            a, b = model[layer + _A], model[layer + _B]
+            a, b = model[layer + A], model[layer + B]
             mean = product + sums[f"product/{layer}"] / weight
             factors = factored(mean, a.double())
-            model[layer + _A], model[layer + _B] = factors.a.to(a.dtype), factors.b.to(b.dtype)
+            model[layer + A], model[layer + B] = factors.a.to(a.dtype), factors.b.to(b.dtype)
             lost, whole = lost + factors.lost, whole + float(mean.square().sum())
         return State(grouped("model", model), {"discarded": lost / whole if whole else 0.0})
 
     def revealed(self, task: Task, reply: Reply) -> Tensors | None:
         weight, model = reply.summed_facts["weight"], dict(task.tensors)
         for layer, product in _products(task.tensors).items():
-            a, b = model[layer + _A], model[layer + _B]
+            a, b = model[layer + A], model[layer + B]
             factors = factored(product + reply.summed[f"product/{layer}"] / weight, a.double())
-            model[layer + _A], model[layer + _B] = factors.a.to(a.dtype), factors.b.to(b.dtype)
+            model[layer + A], model[layer + B] = factors.a.to(a.dtype), factors.b.to(b.dtype)
         return model
 
 
@@ -122,7 +121,5 @@ def _products(tensors: Tensors) -> Tensors:
     Raises:
         ValueError: a tensor is no factor of a LoRA layer.
     """
-    layers = sorted({name.removesuffix(_A).removesuffix(_B) for name in tensors})
-    if not all(name.endswith((_A, _B)) for name in tensors):
-        raise ValueError("products are of LoRA's factors, and something else learns here")
-    return {layer: tensors[layer + _B].double() @ tensors[layer + _A].double() for layer in layers}
+    layers = layers_of_factors(tensors)
+    return {layer: tensors[b].double() @ tensors[a].double() for layer, (a, b) in layers.items()}
