@@ -13,11 +13,12 @@ import allmend
 from allmend.attribution.legs import codes_of
 from allmend.attribution.legs import strategy_of as influence_of
 from allmend.attribution.runs import TABLE as INFLUENCE
-from allmend.attribution.runs import attribute_arms
+from allmend.attribution.runs import attribute_arms, read_aim
 from allmend.audit_runs.guarantees import privacy_table
 from allmend.audit_runs.learnt import NeverLearntError, write_learnt
 from allmend.audit_runs.runs import VIEWS, audit_arms, design_digest, write_cards
 from allmend.check import influenced
+from allmend.collaborators import write_graphs
 from allmend.data.canaries import write_canaries
 from allmend.events import (
     Event,
@@ -36,14 +37,14 @@ from allmend.learn.scores import read_scores, write_scores
 from allmend.meter import Meter
 from allmend.models.load import LoadedModel
 from allmend.models.tensors import Tensors, nbytes, write_tensors
-from allmend.prepare import Prepared, differs, prepare, read_frozen, threads
+from allmend.prepare import Prepared, checkpoints_of, differs, prepare, read_frozen, threads
 from allmend.recipe import Arm, Recipe
 from allmend.results import BASE, InfluenceByMember
 from allmend.run import EventLog, RunFolder
 from allmend.session import machine, reported, sessions
 from allmend.strategy import Declaration, Strategy
 from allmend.versions import versions
-from allmend.workload import checkpoints_of, work_ahead
+from allmend.workload import work_ahead
 
 Listener = Callable[[Event], None]
 
@@ -166,7 +167,8 @@ def _of_influence(prepared: Prepared, name: str) -> Disclosure:
     assert recipe.influence is not None
     arm = recipe.arms()[name]
     hidden = arm.privacy.secure_aggregation is not None
-    strategy = influence_of(recipe.influence, hidden=hidden)
+    aim = read_aim(recipe.influence, recipe, prepared.base, prepared.encoder)
+    strategy = influence_of(recipe.influence, hidden=hidden, targets=aim.targets)
     with trainable_of(prepared.model, arm.adapter, seed=recipe.seed) as trainable:
         initial = trainable.state()
         codes = codes_of(strategy, initial, len(prepared.members))
@@ -229,6 +231,7 @@ def _live(run: RunFolder, prepared: Prepared, listeners: Sequence[Listener], *, 
         main = prepared.recipe.strategy.name
         run.write_table("utility", utility_table(scores, main=main, seed=prepared.recipe.seed))
         run.write_table("privacy", privacy_table(run, prepared))
+        write_graphs(run, prepared.recipe)
         if prepared.canaries:
             audit_arms(run, prepared, log, prepared.recipe.audit)
         if prepared.recipe.influence is not None and run.read_table(INFLUENCE, InfluenceByMember) is None:

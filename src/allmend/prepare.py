@@ -21,6 +21,7 @@ from allmend.data.icd10cm import build_icd10cm
 from allmend.data.records import ClientData, Record
 from allmend.data.splits import uniform
 from allmend.errors import UserError, all_of
+from allmend.federation.checkpoint import Checkpoints
 from allmend.federation.member import Member
 from allmend.federation.privacy.layers import protected
 from allmend.federation.strategies import STRATEGIES
@@ -179,6 +180,11 @@ def read_frozen(run: RunFolder) -> Recipe:
             hint="Start a new run with the changed recipe: `allmend tune RECIPE.toml --out FOLDER`.",
         )
     return recipe
+
+
+def checkpoints_of(run: RunFolder, recipe: Recipe, arm: str) -> Checkpoints:
+    """An arm's checkpoints, bound to the recipe."""
+    return Checkpoints(run.arm(arm), identity=f"{recipe.digest()}/{arm}")
 
 
 def differs(what: str, run: RunFolder) -> UserError:

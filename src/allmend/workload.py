@@ -9,10 +9,8 @@ from allmend.audit_runs.runs import planned_work
 from allmend.check import audited
 from allmend.data.packing import pack
 from allmend.federation.arm import strategy_of, tokens_per_round
-from allmend.federation.checkpoint import Checkpoints
 from allmend.learn.objective import log_likelihood
-from allmend.prepare import Prepared
-from allmend.recipe import Recipe
+from allmend.prepare import Prepared, checkpoints_of
 from allmend.results import BASE, InfluenceByMember
 from allmend.run import RunFolder
 
@@ -44,11 +42,6 @@ def work_ahead(prepared: Prepared, run: RunFolder | None = None) -> dict[str, fl
     if run is None or run.read_table(TABLE, InfluenceByMember) is None:
         work |= planned_influence(prepared)
     return work
-
-
-def checkpoints_of(run: RunFolder, recipe: Recipe, arm: str) -> Checkpoints:
-    """An arm's checkpoints, bound to the recipe."""
-    return Checkpoints(run.arm(arm), identity=f"{recipe.digest()}/{arm}")
 
 
 @torch.inference_mode()

@@ -14,6 +14,7 @@ import allmend
 from allmend.cli import (
     attribute,
     audit,
+    collaborators,
     coordinate,
     demo,
     depth,
@@ -40,6 +41,7 @@ app.command("demo")(demo.demo)
 app.command("tune")(tune.tune)
 app.command("coordinate")(coordinate.coordinate)
 app.command("join")(join.join)
+app.command("collaborators")(collaborators.collaborators)
 app.command("status")(status.status)
 app.command("report")(report.report)
 app.command("doctor")(doctor.doctor)

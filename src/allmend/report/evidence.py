@@ -27,6 +27,7 @@ from allmend.results import (
     BASE,
     POOLED,
     AuditTable,
+    CollaboratorsTable,
     DepthTable,
     Difference,
     InfluenceByMember,
@@ -63,7 +64,7 @@ class Evidence:
         warnings: each once.
         offered: members that the run was offered to, where they are on other machines.
         running: whether a process of this machine works on the run.
-        utility, audit, privacy, influence, depth, recipe: None when the file is not there.
+        utility, audit, privacy, influence, depth, collaborators, recipe: None when the file is not there.
         probes: of the audit, none when their file is not there.
     """
 
@@ -86,6 +87,7 @@ class Evidence:
     privacy: PrivacyTable | None = None
     influence: InfluenceByMember | None = None
     depth: DepthTable | None = None
+    collaborators: CollaboratorsTable | None = None
     probes: tuple[Probe, ...] = ()
     recipe: str | None = None
 
@@ -185,6 +187,7 @@ def read_evidence(run: Path) -> Evidence:
             privacy=folder.read_table("privacy", PrivacyTable),
             influence=folder.read_table("influence", InfluenceByMember),
             depth=folder.read_table("depth", DepthTable),
+            collaborators=folder.read_table("collaborators", CollaboratorsTable),
             probes=read_probes(probes) if (probes := run / "results" / "audit.parquet").is_file() else (),
             recipe=recipe.read_text(errors="replace") if recipe.is_file() else None,
             running=folder.worked_on,
@@ -242,6 +245,7 @@ def _sorted(events: list[Event], files: Evidence) -> Evidence:
         privacy=files.privacy,
         influence=files.influence,
         depth=files.depth,
+        collaborators=files.collaborators,
         probes=files.probes,
         recipe=files.recipe,
     )

@@ -12,6 +12,7 @@ from string import Template
 
 from allmend.report.evidence import Evidence, read_evidence
 from allmend.report.markup import Html, join, paragraph, tag, text
+from allmend.report.sections.collaborators import collaborators
 from allmend.report.sections.depth import depth
 from allmend.report.sections.exchange import exchange
 from allmend.report.sections.influence import influence
@@ -28,6 +29,7 @@ FILE = "report.html"
 SECTIONS = (
     ("utility", "Utility", utility),
     ("learning", "Learning", learning),
+    ("collaborators", "Collaborators", collaborators),
     ("memorisation", "Memorisation", memorisation),
     ("influence", "Influence", influence),
     ("depth", "Depth", depth),

@@ -16,6 +16,7 @@ from allmend.results.audit import (
     View,
     longest_prefix,
 )
+from allmend.results.collaborators import TOGETHER, ArmGraph, CollaboratorsTable, Pair
 from allmend.results.comparison import ComparedModel, ComparedPair, Comparison
 from allmend.results.depth import KINDS_IN_WORDS, SEQUENTIAL, DepthLine, DepthSearch, DepthTable, Frontier
 from allmend.results.figures import BASE, MEMBERS, POOLED, Estimate, Spread, Table
@@ -30,10 +31,13 @@ __all__ = [
     "MEMBERS",
     "POOLED",
     "SEQUENTIAL",
+    "TOGETHER",
+    "ArmGraph",
     "ArmInfluence",
     "AuditTable",
     "Budget",
     "Cell",
+    "CollaboratorsTable",
     "ComparedModel",
     "ComparedPair",
     "Comparison",
@@ -56,6 +60,7 @@ __all__ = [
     "OwnRecord",
     "OwnRecords",
     "OwnTable",
+    "Pair",
     "PrivacyTable",
     "Spread",
     "Table",

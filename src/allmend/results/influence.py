@@ -62,8 +62,10 @@ class ArmInfluence(Table):
         arm: name.
         weights: SHA-256 of the adapter at which influence was measured.
         target: `held_out`, or the file's name; `target_records` of it, in `targets` groups.
-        records: training records in the blocks of curvature.
-        damping, modules, min_records, reveal: as asked for.
+        method: of influence.
+        records: training records in the curvature; 0 where the method has none.
+        damping, modules, min_records, clip, reveal: as asked for.
+        clipped: gradients of a record and a factor that were scaled down to `clip` for the curvature, of `gradients`.
         members: by member and target; empty where nothing is revealed.
         silent: members that told nothing, since they have too few records.
         legs: what travelled.
@@ -77,10 +79,14 @@ class ArmInfluence(Table):
     target: str
     target_records: int
     targets: tuple[str, ...]
+    method: str = "gfim"
     records: int
     damping: float
     modules: str | None
     min_records: int
+    clip: float | None = None
+    clipped: int = 0
+    gradients: int = 0
     reveal: str
     members: tuple[MemberInfluence, ...]
     silent: tuple[str, ...] = ()

@@ -4,7 +4,7 @@ Rows of a Gaussian matrix S from a common seed make k numbers of a gradient. ⟨
 variance (|g|² |h|² + ⟨g, h⟩²) / k: a cosine is off by about 1/√k.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -61,5 +61,10 @@ def sketch_groups(sketches: torch.Tensor) -> torch.Tensor:
     gaps = np.diff(heights)
     cut = int(gaps.argmax())
     labels = fcluster(tree, (heights[cut] + heights[cut + 1]) / 2, criterion="distance")
-    names = {label: place for place, label in enumerate(dict.fromkeys(labels.tolist()))}
-    return torch.tensor([names[label] for label in labels.tolist()])
+    return torch.tensor(numbered(labels.tolist()))
+
+
+def numbered(labels: Sequence[int]) -> list[int]:
+    """Labels counted from 0, in the order in which they first come."""
+    names = {label: place for place, label in enumerate(dict.fromkeys(labels))}
+    return [names[label] for label in labels]

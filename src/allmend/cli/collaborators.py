@@ -1,0 +1,57 @@
+"""`allmend collaborators RUN`: whom CoBo has pulled together."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from allmend.cli.as_json import AsJson, print_json
+from allmend.cli.figures import show_sections
+
+if TYPE_CHECKING:
+    from allmend.results import ArmGraph
+
+
+def collaborators(
+    run: Annotated[str, typer.Argument(help="A run folder, or RUN:ARM.", metavar="RUN[:ARM]")],
+    round: Annotated[int | None, typer.Option(min=1, help="As the graph was after this round.")] = None,
+    svg: Annotated[Path | None, typer.Option(help="A file for the heat map.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show which clients' models were pulled towards each other, and how often each pair was compared.
+
+    allmend collaborators runs/first --svg graph.svg
+    """
+    from allmend.collaborators import read_graph
+    from allmend.prepare import read_frozen
+    from allmend.report.picture import picture
+    from allmend.report.sections.collaborators import graph_map
+    from allmend.run import RunFolder, run_and_arm, write_atomic
+
+    named, arm = run_and_arm(run)
+    folder = RunFolder.open(named.path)
+    graph = read_graph(folder, read_frozen(folder), arm or None, round=round)
+    if svg is not None:
+        write_atomic(svg, picture([graph_map(graph)], titles=["Who worked with whom"]).encode())
+    if as_json:
+        print_json(graph)
+        return
+    show_graph(Console(), graph)
+    if svg is not None:
+        Console().print(f"Map     {escape(str(svg.resolve()))}", highlight=False, soft_wrap=True)
+
+
+def show_graph(console: Console, graph: "ArmGraph") -> None:
+    """Print a line for each client, group by group."""
+    from allmend.report.sections.collaborators import graph_in_words, notes_of, rows_of
+
+    columns = {"client": 16, "partners": 40, "mean w": 8, "probes": 7, "last probe": 20}
+    sections: dict[str, list[tuple[str, ...]]] = {}
+    for name, group, partners, mean, probes, last in rows_of(graph):
+        row = tuple(str(getattr(cell, "shown", cell)) for cell in (name, partners, mean, probes, last))
+        sections.setdefault(f"group {getattr(group, 'shown', group)}", []).append(row)
+    show_sections(console, f"Who worked with whom in {graph.arm}", columns, sections)
+    for words in (graph_in_words(graph), *notes_of(graph)):
+        console.print(escape(words), highlight=False, style="dim")

@@ -1,0 +1,79 @@
+"""Who worked with whom."""
+
+from pydantic import Field
+
+from allmend.results.figures import Table
+
+TOGETHER = 0.5
+"""Weight above which two members count as partners."""
+
+
+class Pair(Table):
+    """Two members of a graph.
+
+    Attributes:
+        one, other: their places among the members, `one` before `other`.
+        weight: in [0, 1].
+        visits: probes that gave a product.
+        last: round of the last of these; 0 without one.
+        product: of the two gradients then; None without one.
+    """
+
+    one: int
+    other: int
+    weight: float
+    visits: int = 0
+    last: int = 0
+    product: float | None = None
+
+
+class ArmGraph(Table):
+    """The graph of an arm in which members are pulled towards each other.
+
+    Attributes:
+        arm: name.
+        members: in the order of first participation.
+        round: after which the graph was like this.
+        pairs: all of them.
+        groups: of each member, by average linkage of what weights leave to 1, cut at a half.
+        frozen: whether the graph no longer changed.
+        step: by which a product moved a weight; None where too few were known to choose one.
+        discarded: share of the squared size of all mixed adapters that their rank had no room for, in the last round.
+        broken: probes of each member that gave no finite gradient.
+    """
+
+    arm: str
+    members: tuple[str, ...]
+    round: int
+    pairs: tuple[Pair, ...]
+    groups: tuple[int, ...]
+    frozen: bool
+    step: float | None = None
+    discarded: float = 0.0
+    broken: dict[str, int] = Field(default_factory=dict)
+
+    def weights(self, place: int) -> dict[int, Pair]:
+        """A member's pairs, by the other's place."""
+        mine = [pair for pair in self.pairs if place in (pair.one, pair.other)]
+        return {pair.other if pair.one == place else pair.one: pair for pair in mine}
+
+    def partners(self, place: int) -> list[int]:
+        """Those that a member works with, the closest first."""
+        near = [(other, pair.weight) for other, pair in self.weights(place).items() if pair.weight > TOGETHER]
+        return [other for other, _ in sorted(near, key=lambda one: -one[1])]
+
+    @property
+    def probed(self) -> float:
+        """Share of pairs that were probed at all."""
+        return sum(pair.visits > 0 for pair in self.pairs) / len(self.pairs) if self.pairs else 1.0
+
+    @property
+    def visits(self) -> float:
+        """Mean over pairs."""
+        return sum(pair.visits for pair in self.pairs) / len(self.pairs) if self.pairs else 0.0
+
+
+class CollaboratorsTable(Table):
+    """`results/collaborators.json`: the graphs of a run, by arm."""
+
+    arms: tuple[ArmGraph, ...]

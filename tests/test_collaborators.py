@@ -1,0 +1,132 @@
+"""A run whose members find each other: its graph as a table, as it was, in the report and on the terminal."""
+
+import json
+import random
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from allmend import make_recipe, tune
+from allmend.cli import app
+from allmend.collaborators import collaborating, graph_of, groups_of, read_graph
+from allmend.errors import UserError
+from allmend.federation.strategies.cobo import CoBo
+from allmend.recipe import Recipe
+from allmend.results import CollaboratorsTable
+from allmend.run import RunFolder
+from allmend.strategy import State
+
+CLIENTS = {"de-a": "Haus {}", "de-b": "Haus {}", "nl-a": "boom {}"}
+SIZES = dict.fromkeys(CLIENTS, 10)
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_folder: Path) -> Recipe:
+    return make_recipe(
+        {
+            "model": {"source": str(tiny_folder)},
+            "data": {"held_out": 0.2},
+            "clients": [{"name": name, "data": f"{name}.jsonl"} for name in CLIENTS],
+            "adapter": {"rank": 2},
+            "train": {"learning_rate": 0.01, "batch_size": 4},
+            "strategy": {"name": "cobo", "rounds": 4, "pairs_per_member": 3.0, "rho": 0.2},
+            "compare": {"local": {"strategy": {"name": "local"}}},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def run(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    folder = tmp_path_factory.mktemp("work")
+    generator = random.Random(0)
+    for name, words in CLIENTS.items():
+        rows = [
+            {"id": f"{name}{i}", "prompt": f"{i}?", "response": words.format(generator.randrange(99))}
+            for i in range(SIZES[name])
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tune(recipe, folder / "run", base=folder)
+
+
+def test_the_graph_is_among_the_results(run: RunFolder, recipe: Recipe) -> None:
+    table = run.read_table("collaborators", CollaboratorsTable)
+    assert table is not None
+    (graph,) = table.arms
+    assert graph == read_graph(run, recipe)
+    assert graph.members == tuple(CLIENTS)
+    assert [(pair.one, pair.other) for pair in graph.pairs] == [(0, 1), (0, 2), (1, 2)]
+    assert graph.round == 4
+    log = pq.read_table(run.arm("cobo") / "graph.parquet").to_pylist()
+    assert len(log) == sum(pair.visits for pair in graph.pairs) > 0
+    for pair in graph.pairs:
+        names = {graph.members[pair.one], graph.members[pair.other]}
+        mine = [row for row in log if {row["i"], row["j"]} == names]
+        assert (mine[-1]["round"], mine[-1]["product"]) == (pair.last, pair.product)
+        assert mine[-1]["w"] == pytest.approx(pair.weight)
+
+
+def test_each_member_leaves_with_an_adapter(run: RunFolder) -> None:
+    for name in CLIENTS:
+        assert (run.arm("cobo") / "members" / name / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_graph_as_it_was(run: RunFolder, recipe: Recipe) -> None:
+    first, last = (read_graph(run, recipe, "cobo", round=round) for round in (1, 4))
+
+    assert last == read_graph(run, recipe)
+    assert first.round == 1
+    assert all(pair.last <= 1 for pair in first.pairs)
+    assert first.visits <= last.visits
+    with pytest.raises(UserError, match="there is no round 5: 4 are done"):
+        read_graph(run, recipe, round=5)
+    with pytest.raises(UserError, match=r"'local' has no graph.*\n.*cobo"):
+        read_graph(run, recipe, "local")
+
+
+def test_arms_without_a_graph_have_none(recipe: Recipe) -> None:
+    assert [arm.name for arm in collaborating(recipe)] == ["cobo"]
+
+
+def test_it_is_in_the_report_and_on_the_terminal(run: RunFolder, tmp_path: Path) -> None:
+    page = (run.path / "report.html").read_text()
+    assert "Who worked with whom" in page
+    assert "Weights of pairs" in page
+
+    shown = CliRunner().invoke(app, ["collaborators", str(run.path), "--svg", str(tmp_path / "graph.svg")])
+    assert shown.exit_code == 0, shown.output
+    assert "After round 4, 3 clients stand in" in " ".join(shown.output.split())
+    assert all(name in shown.output for name in CLIENTS)
+    assert (tmp_path / "graph.svg").read_text().startswith("<svg")
+
+    told = CliRunner().invoke(app, ["collaborators", f"{run.path}:cobo", "--round", "2", "--json"])
+    assert json.loads(told.output)["round"] == 2
+
+
+def test_groups_are_those_whose_weights_are_high_on_average() -> None:
+    w = torch.tensor(
+        [
+            [0.0, 0.1, 0.9, 0.0, 0.2],
+            [0.1, 0.0, 0.0, 0.8, 0.1],
+            [0.9, 0.0, 0.0, 0.1, 0.0],
+            [0.0, 0.8, 0.1, 0.0, 0.3],
+            [0.2, 0.1, 0.0, 0.3, 0.0],
+        ]
+    )
+    assert groups_of(w) == [0, 1, 0, 1, 2]
+    assert groups_of(torch.zeros(1, 1)) == [0]
+    assert groups_of(1 - torch.eye(3)) == [0, 0, 0]
+
+
+def test_a_coordinators_state_without_any_probe() -> None:
+    state = State({"w": 1 - torch.eye(2), "visits": torch.zeros(2, 2)}, {"members": "a\nb"})
+
+    graph = graph_of("cobo", state, 1, CoBo())
+
+    assert graph.pairs[0].weight == 1
+    assert graph.pairs[0].product is None
+    assert graph.probed == 0
+    assert not graph.frozen
+    assert graph.partners(0) == [1]
