@@ -14,7 +14,7 @@ from allmend.data.chat import Encoder, choose_template
 from allmend.data.files import read_records
 from allmend.errors import UserError
 from allmend.influence.gradients import OfRecords
-from allmend.influence.methods import Gfim
+from allmend.influence.methods import DataInf, Gfim, HessianFree
 from allmend.influence.scores import influence
 from allmend.influence.table import ROWS, read_scores
 from allmend.intervals import mean
@@ -28,6 +28,8 @@ from allmend.run import RunFolder
 
 CLIENTS = ("east", "north", "south")
 ALONE: dict[str, Any] = {"reveal": "client_sums", "min_records": 4, "target": "asked.jsonl"}
+
+METHODS = {"gfim": Gfim(), "datainf": DataInf(), "hessian_free": HessianFree()}
 
 Make = Callable[..., Recipe]
 
@@ -76,7 +78,7 @@ def own(run: RunFolder, name: str) -> dict[str, float]:
     return {row.record_id: float(row.score or 0) for row in found}
 
 
-def pooled(run: RunFolder, place: Path) -> dict[str, float]:
+def pooled(run: RunFolder, place: Path, method: str = "gfim") -> dict[str, float]:
     """By the functions for records in one place, from the files alone."""
     model = load_model(read_frozen(run).model.source)
     encoder = Encoder(model.tokenizer, choose_template("plain", model.tokenizer), 512)
@@ -85,25 +87,80 @@ def pooled(run: RunFolder, place: Path) -> dict[str, float]:
     trained = [encoder.for_training(record) for record in records if record.id in ids]
     asked = [encoder.for_training(one) for one in read_records(str(place / "asked.jsonl"), fields=Fields())[0]]
     with learning_adapter(model.model, run.arm("fedavg") / "adapter") as trainable:
-        values = influence(OfRecords(trainable, trained), OfRecords(trainable, asked), Gfim()).values[:, 0]
+        values = influence(OfRecords(trainable, trained), OfRecords(trainable, asked), METHODS[method]).values[:, 0]
     return {record.id: float(value) for record, value in zip(trained, values, strict=True)}
 
 
 @pytest.mark.parametrize("which", ["run", "hidden"])
-def test_members_scores_are_those_of_pooled_records(which: str, place: Path, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("method", ["datainf", "hessian_free", "gfim"])  # what the recipe asks for stays, at the end
+def test_members_scores_are_those_of_pooled_records(
+    which: str, method: str, place: Path, request: pytest.FixtureRequest
+) -> None:
     it: RunFolder = request.getfixturevalue(which)
-    expected = pooled(it, place)
+    (arm,) = attribute_run(it.path, changes={"method": method}).arms
+    expected = pooled(it, place, method)
     found = {record: score for name in CLIENTS for record, score in own(it, name).items()}
     assert found.keys() == expected.keys()
     assert len(found) == 12 + 16 + 20 - sum(_held_out(it).values())
     a, b = (torch.tensor([one[key] for key in sorted(expected)], dtype=torch.float64) for one in (found, expected))
     assert float((a - b).norm() / b.norm()) < 1e-5  # single precision; what masks add is told below
-    table = it.read_table("influence", InfluenceByMember)
-    assert table is not None
-    (arm,) = table.arms
     assert arm.hidden == (which == "hidden")
-    assert arm.error is None if which == "run" else arm.error is not None and arm.error < 1e-6
-    assert arm.records == len(found)
+    rounded = which == "hidden" and method != "hessian_free"  # nothing is summed that directions are made of
+    assert arm.error is not None and 0 < arm.error < 1e-6 if rounded else arm.error is None
+    assert arm.records == (0 if method == "hessian_free" else len(found))
+    assert arm.method == method
+    rows = read_scores(it.arm("fedavg") / FOLDER / "east" / ROWS)
+    assert {row.method for row in rows} == {method}
+
+
+@pytest.mark.parametrize("which", ["run", "hidden"])
+def test_what_is_not_needed_does_not_travel(which: str, request: pytest.FixtureRequest) -> None:
+    it: RunFolder = request.getfixturevalue(which)
+    legs = {
+        (method, target): attribute_run(it.path, changes={"method": method, "target": target}).arms[0].legs
+        for method in METHODS
+        for target in ("held_out", str(Path(it.facts["base"]) / "asked.jsonl"))
+    }
+    names = {key: [leg.name for leg in some] for key, some in legs.items()}
+    attribute_run(it.path)
+    for (method, target), found in names.items():
+        second = {"gfim": ["sizes", "blocks"], "datainf": ["sizes", "corrections"]}.get(method)
+        assert found == [*(second or (["target"] if target == "held_out" else [])), "scores"]
+    sent = {key: sum(leg.received for leg in some) for key, some in legs.items()}
+    for target in {target for _, target in sent}:
+        assert sent["hessian_free", target] < sent["datainf", target] < sent["gfim", target]
+    (own_file,) = (
+        value for (method, target), value in sent.items() if method == "hessian_free" and target != "held_out"
+    )
+    assert own_file <= 64, "numbers alone"
+
+
+def test_the_error_of_a_held_out_target_is_told_where_it_is_all_that_is_rounded(hidden: RunFolder) -> None:
+    (arm,) = attribute_run(hidden.path, changes={"method": "hessian_free", "target": "held_out"}).arms
+    attribute_run(hidden.path)
+    assert arm.error is not None
+    assert 0 < arm.error < 1e-5
+
+
+@pytest.mark.parametrize("which", ["run", "hidden"])
+@pytest.mark.parametrize("method", ["datainf", "gfim"])
+def test_clipping_is_told_and_one_that_no_gradient_reaches_changes_nothing(
+    which: str, method: str, request: pytest.FixtureRequest
+) -> None:
+    it: RunFolder = request.getfixturevalue(which)
+    (plain,) = attribute_run(it.path, changes={"method": method}).arms
+    before = {name: own(it, name) for name in CLIENTS}
+    (wide,) = attribute_run(it.path, changes={"method": method, "clip": 1e6}).arms
+    assert {name: own(it, name) for name in CLIENTS} == before
+    assert (wide.clip, wide.clipped, wide.members) == (1e6, 0, plain.members)
+    assert wide.gradients == plain.gradients * wide.records if plain.gradients else wide.gradients % wide.records == 0
+    (short,) = attribute_run(it.path, changes={"method": method, "clip": 0.05}).arms
+    assert 0 < short.clipped <= short.gradients
+    assert {name: own(it, name) for name in CLIENTS} != before
+    page = " ".join((it.path / "report.html").read_text().split())
+    assert "were scaled down to norm" in page
+    attribute_run(it.path)
+    assert "were scaled down to norm" not in (it.path / "report.html").read_text()
 
 
 def _held_out(run: RunFolder) -> dict[str, int]:
@@ -150,6 +207,9 @@ def test_targets_by_kind(run: RunFolder) -> None:
     (arm,) = attribute_run(run.path, changes={"targets": "kind"}).arms
     assert arm.targets == ("a", "b")
     assert len(arm.members) == 6
+    for method in ("datainf", "hessian_free"):
+        (other,) = attribute_run(run.path, changes={"targets": "kind", "method": method}).arms
+        assert [(one.client, one.target) for one in other.members] == [(one.client, one.target) for one in arm.members]
     attribute_run(run.path)
 
 
@@ -194,6 +254,10 @@ def test_the_members_held_out_records_have_no_kinds(make: Make) -> None:
         make(influence={"targets": "kind"})
     with pytest.raises(RecipeError, match="no arm of this recipe is called other"):
         make(influence={"arms": ["other"]})
+    with pytest.raises(RecipeError, match="no curvature whose gradients are clipped to 2"):
+        make(influence={"method": "hessian_free", "clip": 2.0})
+    with pytest.raises(RecipeError, match=r"influence\.clip"):
+        make(influence={"clip": 0.0})
 
 
 def test_a_dry_run_tells_what_would_leave(make: Make, place: Path) -> None:
@@ -204,3 +268,6 @@ def test_a_dry_run_tells_what_would_leave(make: Make, place: Path) -> None:
     assert set(told.declaration.seen) == {"scores"}
     assert told.masked is not None
     assert told.masked > told.sizes["block"]
+    kinds = ALONE | {"method": "datainf", "targets": "kind"}
+    _, disclosures = life.rehearse(make(influence=kinds), place)
+    assert "for each of 2 targets" in disclosures[-1].declaration.summed["correction"]

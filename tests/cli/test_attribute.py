@@ -177,6 +177,10 @@ def test_whose_data_helped_in_a_run(allmend: Allmend, run: Path) -> None:
     assert {one["client"] for one in found["arms"][0]["members"]} == {"north", "south"}
     told = allmend("attribute", "runs/tiny", "--reveal", "none", "--min-records", 2)
     assert "Nothing is revealed" in told.out
+    told = allmend("attribute", "runs/tiny", "--method", "datainf", "--clip", 0.01, "--min-records", 2)
+    assert (told.code, told.err) == (0, "")
+    assert "corrections" in told.out
+    assert re.search(r"[1-9]\d* of \d+ gradients, .* were scaled down to norm 0\.01", " ".join(told.out.split()))
 
 
 @pytest.mark.parametrize(
@@ -184,6 +188,9 @@ def test_whose_data_helped_in_a_run(allmend: Allmend, run: Path) -> None:
     [
         (("--target", "nowhere.jsonl"), "is no file"),
         (("--damping", "0"), "influence.damping: must be greater than 0, got 0"),
+        (("--clip", "0"), "influence.clip: must be greater than 0, got 0"),
+        (("--method", "exact"), "influence.method"),
+        (("--method", "hessian_free", "--clip", "1"), "has no curvature whose gradients are clipped to 1"),
         (("--reveal", "everything"), "influence.reveal"),
         (("--arm", "nobody"), "no arm of this recipe is called nobody"),
         (("--by-kind",), "have no kinds"),

@@ -26,6 +26,7 @@ from allmend.strategy import Task, Turn
 MakePlace = Callable[..., Any]
 
 SETTINGS = {"reveal": "client_sums", "min_records": 4}
+SHORT: dict[str, Any] = {"strategy": {"name": "fedavg", "rounds": 1}, "compare": {}, "canaries": None}
 
 
 def write_asked(folder: Path) -> None:
@@ -127,6 +128,36 @@ def test_a_member_is_asked_about_arms_that_it_has_agreed_to_alone(make_place: Ma
         assert "no arm is called" in answer["error"]["what"]
 
 
+@pytest.mark.parametrize("method", ["datainf", "hessian_free"])
+def test_other_methods_come_to_the_scores_of_the_simulation_too(make_place: MakePlace, method: str) -> None:
+    clip = {"clip": 0.05} if method == "datainf" else {}
+    place = make_place(influence=SETTINGS | clip | {"method": method}, **SHORT)
+    there, here = place.coordinate(), tune(place.recipe, place.folder / "simulated", base=place.folder)
+    for name in place.sides:
+        assert apart(at_member(place, name), scores_in(here.arm("fedavg") / FOLDER / name)) < 1e-5
+    one, other = arm_of(there), arm_of(here)
+    assert one.hidden
+    assert one.error is not None
+    assert one.error < 1e-5
+    assert (one.method, one.records, one.clipped, one.gradients) == (
+        method,
+        other.records,
+        other.clipped,
+        other.gradients,
+    )
+    assert bool(one.clipped) == bool(clip)
+    assert [leg.name for leg in one.legs] == [leg.name for leg in other.legs]
+    asked = place.asked[-1][1].influence
+    assert (asked.method, asked.clip) == (method, clip.get("clip")), "members are shown what they agree to"
+
+
+def test_kinds_are_not_agreed_on_by_datainf(make_place: MakePlace) -> None:
+    place = make_place(influence=SETTINGS | {"target": "asked.jsonl", "targets": "kind", "method": "datainf"})
+    write_asked(place.folder)
+    with pytest.raises(UserError, match="before they know the kinds"):
+        place.coordinate()
+
+
 def test_a_run_that_has_ended_is_asked_again_with_consent(make_place: MakePlace) -> None:
     place = make_place()
     write_asked(place.folder)
@@ -144,14 +175,50 @@ def test_a_run_that_has_ended_is_asked_again_with_consent(make_place: MakePlace)
 
 
 def test_a_sum_over_other_members_needs_a_word(make_place: MakePlace) -> None:
-    place = make_place(names=("east", "north", "south", "west"))
+    place = make_place(names=("east", "north", "south", "west"), **SHORT)
+    write_asked(place.folder)
     place.coordinate()
     afterwards(place, SETTINGS)
     place.post.absent = {"west"}
     with pytest.raises(UserError, match=r"west would make the difference"):
         afterwards(place, SETTINGS | {"damping": 0.2})
+    alone = SETTINGS | {"method": "hessian_free", "target": str(place.folder / "asked.jsonl")}
+    afterwards(place, alone)  # sums nothing of any member, and what was summed before stays in mind
+    with pytest.raises(UserError, match=r"size and target were summed .* west would make the difference"):
+        afterwards(place, SETTINGS | {"method": "datainf"})
+    with pytest.raises(UserError, match=r"target were summed .* west would make the difference"):
+        afterwards(place, SETTINGS | {"method": "hessian_free"})
     (arm,) = afterwards(place, SETTINGS | {"damping": 0.2}, again=True).arms
     assert arm.legs[1].members == ("east", "north", "south")
+
+
+def test_a_sum_of_other_records_of_the_same_members_needs_a_word(make_place: MakePlace) -> None:
+    place = make_place(**SHORT)
+    place.coordinate()
+    afterwards(place, SETTINGS)
+    with pytest.raises(UserError, match=r"no clip before, and now with clip = 0\.5"):
+        afterwards(place, SETTINGS | {"clip": 0.5})
+    with pytest.raises(UserError, match="min_records = 4 before, and now with 21"):
+        afterwards(place, SETTINGS | {"min_records": 21})
+    afterwards(place, SETTINGS | {"clip": 0.5}, again=True)
+
+
+def test_a_member_that_is_lost_on_the_way_opens_no_sum_over_fewer(make_place: MakePlace) -> None:
+    place = make_place(names=("east", "north", "south", "west"), **SHORT)
+    place.coordinate()
+    afterwards(place, SETTINGS)
+    answer = place.post.answer["west"]
+
+    def joins_and_goes(question: bytes) -> bytes:
+        if parse(question)[1].get("ask") == "work":
+            place.post.absent.add("west")
+        return answer(question)
+
+    place.post.answer = {**place.post.answer, "west": joins_and_goes}
+    send = place.post.send
+    place.post.send = lambda member, data: None if member in place.post.absent else send(member, data)
+    with pytest.raises(UserError, match="west would make the difference"):
+        afterwards(place, SETTINGS | {"damping": 0.2})
 
 
 def test_members_that_opened_a_sum_open_no_other_over_fewer(make_place: MakePlace) -> None:

@@ -12,9 +12,10 @@ from allmend.federation.member import Member
 from allmend.federation.privacy.vectors import VectorCode
 from allmend.federation.rounds import Traffic, play_leg
 from allmend.influence.fastest_inverse import AUTO, fastest
-from allmend.influence.federated import BLOCKS, SIZES, FederatedInfluence
+from allmend.influence.federated import SCORES, SIZES, TARGET, FederatedInfluence
 from allmend.influence.inverses import INVERSES
 from allmend.influence.methods import Directions
+from allmend.influence.summed_curvature import SummedBlocks, SummedCorrections, SummedCurvature
 from allmend.models.tensors import Tensors
 from allmend.recipe import HELD_OUT, Influence
 from allmend.strategy import State, Sums, Turn
@@ -22,33 +23,39 @@ from allmend.strategy import State, Sums, Turn
 LARGEST = 2.0**22
 """Of a squared size, or of a target's summed gradient; what is larger is refused."""
 
-LEVELS = {SIZES: 2**52, BLOCKS: 2**30}
-"""From 0 to the largest value. Sizes span many orders of magnitude; blocks come in units of them and lie in [−1, 1],
-and so does the sum of all."""
-
-NAMES = ("sizes", "blocks", "scores")
+SIZE_LEVELS, PART_LEVELS = 2**52, 2**30
+"""From 0 to the largest value. Sizes and targets span many orders of magnitude; what a curvature sums comes in units of
+sizes and lies in [−1, 1], and so does the sum of all."""
 
 
 def strategy_of(
-    settings: Influence, *, hidden: bool, on_tokens: Callable[[int], None] = lambda tokens: None
+    settings: Influence, *, hidden: bool, targets: int = 1, on_tokens: Callable[[int], None] = lambda tokens: None
 ) -> FederatedInfluence:
     """The recipe's `[influence]` as a strategy.
 
     Args:
         settings: the section.
         hidden: whether sums are formed out of sight, of integers.
+        targets: how many there are.
         on_tokens: told the tokens of each pass.
     """
     return FederatedInfluence(
         held_out=settings.target == HELD_OUT,
+        curvature=_curvature_of(settings, targets),
         modules=settings.modules,
-        damping=settings.damping,
-        inverse=INVERSES[fastest(torch.device("cpu")) if settings.inverse == AUTO else settings.inverse],
+        clip=settings.clip,
         min_records=settings.min_records,
         reveal=settings.reveal,
-        step=LARGEST / LEVELS[SIZES] if hidden else 0.0,
+        step=LARGEST / SIZE_LEVELS if hidden else 0.0,
         on_tokens=on_tokens,
     )
+
+
+def _curvature_of(settings: Influence, targets: int) -> SummedCurvature | None:
+    if settings.method == "gfim":
+        inverse = fastest(torch.device("cpu")) if settings.inverse == AUTO else settings.inverse
+        return SummedBlocks(settings.damping, INVERSES[inverse])
+    return SummedCorrections(settings.damping, targets) if settings.method == "datainf" else None
 
 
 def codes_of(strategy: FederatedInfluence, initial: Tensors, members: int) -> tuple[VectorCode, ...]:
@@ -61,13 +68,17 @@ def codes_of(strategy: FederatedInfluence, initial: Tensors, members: int) -> tu
     """
     declared = strategy.declare()
     numbers = sorted(set(declared.summed) & declared.numbers)
-    sizes, blocks, scores = (strategy.layout_of(leg, initial) for leg in range(strategy.legs))
-    return (
-        VectorCode(sizes, numbers, LARGEST, members, levels=LEVELS[SIZES]),
+
+    def code(leg: int, name: str) -> VectorCode:
+        layout = strategy.layout_of(leg, initial)
+        if name == SCORES:
+            return VectorCode(layout, numbers, 1.0, members)
+        if name in (SIZES, TARGET):
+            return VectorCode(layout, numbers, LARGEST, members, levels=SIZE_LEVELS)
         # one summand is room enough: the sum of all members' parts lies in [−1, 1] too
-        VectorCode(blocks, numbers, 1.0, 1, bits=32, levels=LEVELS[BLOCKS]),
-        VectorCode(scores, numbers, 1.0, members),
-    )
+        return VectorCode(layout, numbers, 1.0, 1, bits=32, levels=PART_LEVELS)
+
+    return tuple(code(leg, name) for leg, name in enumerate(strategy.names))
 
 
 def scored(member: Member) -> Member:
@@ -97,13 +108,13 @@ class Leg:
 
 @dataclass(frozen=True)
 class Legs:
-    """All three.
+    """All of them.
 
     Attributes:
         state: the coordinator's, at the end: directions, and what members told.
         legs: in their order.
-        error: by how much of their length directions change where the sums of the second leg are rounded once more;
-            None where nothing is rounded.
+        error: by how much of their length directions change where the sums that they are made of are rounded once
+            more; None where nothing is rounded.
     """
 
     state: State
@@ -131,28 +142,33 @@ def play(
     state = strategy.init(initial) if targets is None else strategy.begin(initial, targets[1], targets[0])
     legs: list[Leg] = []
     error = None
-    for leg, name in enumerate(NAMES):
+    for leg, name in enumerate(strategy.names):
         turn, traffic = Turn(1, leg, 1, len(engine.members)), Traffic()
         tasks = strategy.plan(state, turn, engine.members)
         sums, seen = play_leg(strategy, engine, tasks, turn, traffic)
         before, state = state, strategy.combine(state, turn, sums, seen)
-        if leg == BLOCKS and strategy.step:
-            error = _error(strategy, before, sums)
+        if strategy.step and name != SCORES:
+            error = _error(strategy, before, turn, sums)
         legs.append(
             Leg(name, tuple(sorted(traffic.members)), max(traffic.sent.values()), max(traffic.received.values()))
         )
     return Legs(state, tuple(legs), error)
 
 
-def _error(strategy: FederatedInfluence, before: State, sums: Sums) -> float:
+def _error(strategy: FederatedInfluence, before: State, turn: Turn, sums: Sums) -> float | None:
     """What rounding does, from rounding once more: the change of the directions over their length."""
-    spread = math.sqrt(sums.members) / LEVELS[BLOCKS] / 2
+    if (once := strategy.solved(before, turn, sums)) is None:
+        return None
+    step = strategy.step if turn.leg == 0 else 1 / PART_LEVELS
+    spread = math.sqrt(sums.members) * step / 2
     generator = torch.Generator().manual_seed(0)
     again = {
         name: sums[name] + spread * torch.randn(sums[name].shape, generator=generator, dtype=torch.float64)
         for name in sums
     }
-    moved = strategy.solved(before, Sums.of(again, {"records": sums.fact("records")}, sums.members)).directions
-    once = strategy.solved(before, sums).directions
-    change = math.sqrt(sum(float((moved[name] - once[name]).square().sum()) for name in once))
-    return change / math.sqrt(sum(float(one.square().sum()) for one in once.values()))
+    facts = {name: sums.fact(name) for name in ("records", "targets")}
+    moved = strategy.solved(before, turn, Sums.of(again, facts, sums.members))
+    assert moved is not None
+    pairs = [(moved.directions[name], one) for name, one in once.directions.items()]
+    change = math.sqrt(sum(float((other - one).square().sum()) for other, one in pairs))
+    return change / (math.sqrt(sum(float(one.square().sum()) for _, one in pairs)) or 1.0)

@@ -13,7 +13,7 @@ from allmend.report.own import write_own
 from allmend.strategy import State
 
 
-def keep_own(folder: Path, member: Member, state: State, texts: Mapping[str, str], *, arm: str) -> Path:
+def keep_own(folder: Path, member: Member, state: State, texts: Mapping[str, str], *, arm: str, method: str) -> Path:
     """Write a member's scores to `influence.parquet` and `influence.html`, and return the page's path.
 
     Args:
@@ -22,6 +22,7 @@ def keep_own(folder: Path, member: Member, state: State, texts: Mapping[str, str
         state: of the member after the last leg.
         texts: of the records, by id.
         arm: whose weights influence was measured at.
+        method: of the scores.
 
     Raises:
         UserError: the operating system refused.
@@ -37,6 +38,6 @@ def keep_own(folder: Path, member: Member, state: State, texts: Mapping[str, str
             ScoredRecord(record.id, target, float(value), int(rank), float(loss), texts.get(record.id, ""))
             for record, value, rank, loss in zip(member.records, column, ranks, losses / tokens, strict=True)
         ]
-    rows = [Row(one.id, member.name, one.target, one.score, one.rank, one.loss, "gfim") for one in scored]
+    rows = [Row(one.id, member.name, one.target, one.score, one.rank, one.loss, method) for one in scored]
     write_scores(folder / ROWS, rows)
     return write_own(folder / PAGE, scored, client=member.name, arm=arm)

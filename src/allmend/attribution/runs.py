@@ -37,8 +37,8 @@ from allmend.strategy import State
 TABLE = "influence"
 """Name of the table in `results/`."""
 
-PASSES = 2
-"""Over the members' training records: for the blocks, and for the scores."""
+PASSES = {"gfim": 2, "datainf": 3, "hessian_free": 1}
+"""Over the members' training records: for the curvature, once or twice, and for the scores."""
 
 FOLDER = "influence"
 """Folder in an arm's, with what each member keeps to itself."""
@@ -57,6 +57,11 @@ class Aim:
     name: str
     records: tuple[Encoded, ...] = ()
     groups: tuple[str, ...] = ()
+
+    @property
+    def targets(self) -> int:
+        """How many there are."""
+        return len(set(self.groups)) or 1
 
     def gradients(self, trainable: Trainable, settings: Influence) -> tuple[list[str], Directions] | None:
         """Names of the targets and their mean gradients; None where members hold the target out."""
@@ -161,10 +166,10 @@ def planned_influence(prepared: Prepared) -> dict[str, float]:
     recipe = prepared.recipe
     if recipe.influence is None:
         return {}
-    tokens = sum(len(one) for member in prepared.members for one in member.records)
+    tokens = PASSES[recipe.influence.method] * sum(len(one) for member in prepared.members for one in member.records)
     if recipe.influence.target == HELD_OUT:
-        tokens += sum(len(one) for member in prepared.members for one in member.held_out) // PASSES
-    return {f"influence {name}": float(GRADIENT_COST * PASSES * tokens) for name in influenced(recipe)}
+        tokens += sum(len(one) for member in prepared.members for one in member.held_out)
+    return {f"influence {name}": GRADIENT_COST * tokens for name in influenced(recipe)}
 
 
 GRADIENT_COST = 2.7
@@ -194,7 +199,7 @@ def _attribute_arm(
 ) -> ArmInfluence:
     layer = arm.privacy.secure_aggregation
     members = [scored(member) for member in protected(prepared.members, arm.privacy)[0]]
-    strategy = strategy_of(settings, hidden=layer is not None, on_tokens=meter.add)
+    strategy = strategy_of(settings, hidden=layer is not None, targets=aim.targets, on_tokens=meter.add)
     with learning_adapter(prepared.model.model, run.arm(arm.name) / "adapter") as trainable:
         initial = trainable.state()
         inner = InProcessEngine(trainable, members, arm.train, lambda name, turn, step: None)
@@ -212,7 +217,8 @@ def _attribute_arm(
     states = inner.states()
     for member in members:
         texts = {record.id: " ".join(record.texts) for record in prepared.train[member.name]}
-        keep_own(run.arm(arm.name) / FOLDER / member.name, member, states[member.name], texts, arm=arm.name)
+        folder = run.arm(arm.name) / FOLDER / member.name
+        keep_own(folder, member, states[member.name], texts, arm=arm.name, method=settings.method)
     return arm_influence(run, arm.name, settings, aim, strategy, legs, [member.name for member in members])
 
 
@@ -236,10 +242,14 @@ def arm_influence(
         target=aim.name,
         target_records=len(aim.records) or int(facts.get("targets", 0)),
         targets=names,
-        records=int(facts["records"]),
+        method=settings.method,
+        records=int(facts.get("records", 0)),
         damping=settings.damping,
         modules=settings.modules,
         min_records=settings.min_records,
+        clip=settings.clip,
+        clipped=int(facts.get("clipped", 0)),
+        gradients=int(facts.get("gradients", 0)),
         reveal=settings.reveal,
         members=tuple(
             _member(name, target, place, legs.state)

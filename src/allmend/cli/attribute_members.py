@@ -22,9 +22,13 @@ def members(
     ] = None,
     by_kind: Annotated[bool, typer.Option("--by-kind", help="A target for each label of the file's records.")] = False,
     arm: Annotated[list[str] | None, typer.Option(help="Arms to measure; all that can be when absent.")] = None,
+    method: Annotated[str | None, typer.Option(help="gfim, datainf or hessian_free.")] = None,
     damping: Annotated[float | None, typer.Option(help="Times the mean eigenvalue of each block.")] = None,
     modules: Annotated[str | None, typer.Option(help="A regular expression for names of weights.")] = None,
-    min_records: Annotated[int | None, typer.Option(help="Fewest records of a client whose block is summed.")] = None,
+    min_records: Annotated[
+        int | None, typer.Option(help="Fewest records of a client whose curvature is summed.")
+    ] = None,
+    clip: Annotated[float | None, typer.Option(help="Largest norm of a record's gradient in the curvature.")] = None,
     reveal: Annotated[str | None, typer.Option(help="client_sums, or none.")] = None,
     registered: Annotated[
         Path | None, typer.Option("--members", help="Registered members (TOML), of a run among organisations.")
@@ -36,7 +40,7 @@ def members(
     join_within: Annotated[float, typer.Option(help="Seconds to wait for members to join.")] = 3600.0,
     answer_within: Annotated[float, typer.Option(help="Seconds that a member has for its part.")] = 3600.0,
     again: Annotated[
-        bool, typer.Option("--again", help="Sum over other members than before, which shows a block.")
+        bool, typer.Option("--again", help="Sum over other members or records than before, which shows a block.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -58,9 +62,11 @@ def members(
             "target": None if target is None else str(target.resolve()),
             "targets": "kind" if by_kind else None,
             "arms": arm or None,
+            "method": method,
             "damping": damping,
             "modules": modules,
             "min_records": min_records,
+            "clip": clip,
             "reveal": reveal,
         }.items()
         if value is not None
@@ -130,6 +136,12 @@ def _show_arm(console: Console, arm: "ArmInfluence") -> None:
     if arm.silent:
         console.print(
             f"Fewer than {arm.min_records} records, and so nothing told: {escape(', '.join(arm.silent))}.",
+            highlight=False,
+        )
+    if arm.clip is not None:
+        console.print(
+            f"{arm.clipped:,} of {arm.gradients:,} gradients, a record's of a factor each, were scaled down to norm "
+            f"{arm.clip:g} for the curvature.",
             highlight=False,
         )
     legs = ", ".join(f"{leg.name} {size(leg.sent)} and {size(leg.received)}" for leg in arm.legs)

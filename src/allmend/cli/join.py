@@ -139,12 +139,14 @@ def _show(console: Console, offer: "Offer", recipe: "Recipe", client: "EncodedCl
             console.print(words[0].upper() + words[1:] + ".", highlight=False)
     for name in influenced_here(recipe):
         title = f"{name}, influence: what leaves, once, when the arm is trained"
-        _show_declared(console, title, strategy_for(recipe).declare(), hidden=True)
-        console.print(
-            "Curvature over all members' records, and a target's direction in it, let whoever has them probe both; no "
-            "guarantee of differential privacy covers this.",
-            highlight=False,
+        asked = strategy_for(recipe)
+        _show_declared(console, title, asked.declare(), hidden=True)
+        probed = (
+            "A target's gradients let whoever has them probe the target"
+            if asked.curvature is None
+            else "Curvature over all members' records, and a target's direction in it, let whoever has them probe both"
         )
+        console.print(f"{probed}; no guarantee of differential privacy covers this.", highlight=False)
     console.print(
         "The coordinator also sees, of this member by itself and behind no masks: sums over your held-out records of "
         "their log-likelihoods and right answers under the shared models"

@@ -11,7 +11,6 @@ from allmend.consortium.gathering import Patience, WaitLog, fewest_of, gather
 from allmend.consortium.influence import measure
 from allmend.consortium.offer import Offer, among
 from allmend.consortium.questions import Questions
-from allmend.errors import UserError
 from allmend.events import Event
 from allmend.federation.engines.flower.exchange import Exchange
 from allmend.federation.keys import public_line
@@ -43,7 +42,7 @@ def attribute_members(
         changes: keys of the recipe's `[influence]` and their values for this time; paths are absolute.
         open_exchange: opens the door to the members.
         patience: how long to wait, and for how many.
-        again: whether a sum may be formed over other members than one before.
+        again: whether a sum may be formed over other members, or other of their records, than one before.
         listeners: told every event.
 
     Raises:
@@ -70,8 +69,6 @@ def attribute_members(
             questions = Questions(exchange, offer.digest, patience.leg)
             fewest = fewest_of(recipe, patience)
             questions.names = gather(offer, questions, fewest=fewest, seconds=patience.join, log=log)
-            if not again:
-                _refuse_others(run, questions.names)
             table = measure(
                 run,
                 recipe,
@@ -83,23 +80,9 @@ def attribute_members(
                 seconds=patience.leg,
                 fewest=fewest,
                 emit=log.emit,
+                again=again,
             )
             run.write_table(TABLE, table)
             questions.tell(dict.fromkeys(members, questions.question("end")), seconds=GOODBYE)
         write_report(run.path)
     return table
-
-
-def _refuse_others(run: RunFolder, names: Sequence[str]) -> None:
-    """Refuse a sum over other members than one before: their difference would be somebody's block."""
-    before = run.read_table(TABLE, InfluenceByMember)
-    for arm in before.arms if before else ():
-        summed = set(arm.legs[1].members)
-        if apart := sorted(summed ^ set(names)):
-            raise UserError(
-                f"the blocks of arm {arm.arm!r} were summed over {', '.join(sorted(summed))} before, and now "
-                f"{', '.join(apart)} would make the difference: two sums that differ by one member show that member's "
-                "block, and a block shows what its records are like",
-                where=run.path,
-                hint="Wait for the same members; or, where all agree that this may be seen, add --again.",
-            )

@@ -2,6 +2,8 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from allmend.attribution.legs import codes_of, play, scored, strategy_of
@@ -9,6 +11,7 @@ from allmend.attribution.own import keep_own
 from allmend.attribution.runs import FOLDER, Aim, arm_influence, measured_arms
 from allmend.check import influenced
 from allmend.consortium.offer import Offer
+from allmend.consortium.totals import Total, Totals
 from allmend.events import Event
 from allmend.federation.arm import at_member, trainable_of
 from allmend.federation.engines.flower.engine import FlowerEngine
@@ -24,7 +27,7 @@ from allmend.prepare import EncodedClient
 from allmend.recipe import Arm, Recipe, SecureAggregation
 from allmend.results import ArmInfluence, InfluenceByMember
 from allmend.run import RunFolder
-from allmend.strategy import State
+from allmend.strategy import State, Turn
 
 PREFIX = "_influence."
 """Before an arm's name: no arm of a recipe begins so."""
@@ -69,6 +72,7 @@ def measure(
     seconds: float,
     fewest: int,
     emit: Callable[[Event], None],
+    again: bool = False,
 ) -> InfluenceByMember:
     """Measure the arms that the recipe names, with members that have joined.
 
@@ -82,17 +86,22 @@ def measure(
         seconds: that a leg may take.
         fewest: members that must answer.
         emit: writes events.
+        again: whether a sum may be formed over other members, or other of their records, than one before.
 
     Raises:
-        UserError: too few members are there, or a sum is none.
+        UserError: too few members are there, a sum is none, or it would show somebody's part beside one before.
     """
     settings, strategy = recipe.influence, strategy_for(recipe)
     assert settings is not None
     found: list[ArmInfluence] = []
     for name in measured_arms(run, recipe):
-        arm = recipe.arms()[name]
+        arm, opening = recipe.arms()[name], run.arm(name) / "influence-opening.json"
+        totals = Totals(run.arm(name) / "influence-totals.json", name, again)
         with learning_adapter(model.model, run.arm(name) / "adapter") as trainable:
             initial = trainable.state()
+            asked = [_total(strategy, leg, initial, names) for leg in range(strategy.legs)]
+            for total in asked:
+                totals.check(total)  # before anybody works for it
             hiding = hiding_influence(offer, recipe, arm, initial)
             engine = FlowerEngine(
                 exchange,
@@ -103,12 +112,23 @@ def measure(
                 fewest=max(fewest, hiding.layer.fewest),
                 emit=emit,
                 layout=strategy.layout(initial),
-                opening=run.arm(name) / "influence-opening.json",
+                opening=opening,
+                may_open=partial(_keep, totals, asked),
                 hiding=hiding,
             )
             legs = play(strategy, engine, initial, aim.gradients(trainable, settings))
+        opening.unlink(missing_ok=True)  # other questions have other sums in the same turns
         found.append(arm_influence(run, name, settings, aim, strategy, legs, sorted(names)))
     return InfluenceByMember(arms=tuple(found))
+
+
+def _total(strategy: FederatedInfluence, leg: int, initial: Tensors, names: Sequence[str]) -> Total:
+    groups = {name.partition("/")[0] for name in strategy.layout_of(leg, initial)}
+    return Total(tuple(sorted(groups)), tuple(sorted(names)), strategy.clip, strategy.min_records)
+
+
+def _keep(totals: Totals, asked: Sequence[Total], turn: Turn, survivors: Sequence[str]) -> None:
+    totals.keep(replace(asked[turn.leg], members=tuple(sorted(survivors))))
 
 
 @contextlib.contextmanager
@@ -124,9 +144,10 @@ def own_records(client: EncodedClient, arm: Arm) -> Member:
     return scored(at_member(client.member, arm)[0])
 
 
-def keep_scores(folder: Path, client: EncodedClient, arm: Arm, state: State) -> Path | None:
+def keep_scores(folder: Path, client: EncodedClient, arm: Arm, state: State, *, method: str) -> Path | None:
     """Write the member's own scores and page into its folder; None where it has none yet."""
     if "influence/scores" not in state.tensors:
         return None
     texts = {record.id: " ".join(record.texts) for record in client.train}
-    return keep_own(folder / "arms" / arm.name / FOLDER, own_records(client, arm), state, texts, arm=arm.name)
+    place = folder / "arms" / arm.name / FOLDER
+    return keep_own(place, own_records(client, arm), state, texts, arm=arm.name, method=method)

@@ -23,6 +23,7 @@ from allmend.consortium.influence import (
     keep_scores,
     measured,
     open_influence,
+    strategy_for,
 )
 from allmend.consortium.offer import Consents, Offer, hiding
 from allmend.consortium.scoring import Moments, Paired
@@ -213,7 +214,8 @@ class MemberSide:
         answer = joined.site.answer(question)
         if (arm := measured(str(about.get("arm")))) is not None and error_of(parse(answer)[1]) is None:
             state = joined.site.state(PREFIX + arm, {})
-            keep_scores(joined.site.folder, joined.client, joined.recipe.arms()[arm], state)
+            method = strategy_for(joined.recipe).method
+            keep_scores(joined.site.folder, joined.client, joined.recipe.arms()[arm], state, method=method)
         return answer
 
     def _hidden(self, joined: Joined, about: dict[str, Any]) -> HiddenPart:

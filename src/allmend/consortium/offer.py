@@ -91,6 +91,12 @@ def among(recipe: Recipe, names: Sequence[str]) -> Recipe:
     values = recipe.model_dump()
     values["clients"] = [client.model_dump() for client in clients]
     values["data"]["icd10cm"] = None
+    if recipe.influence is not None and (recipe.influence.method, recipe.influence.targets) == ("datainf", "kind"):
+        raise UserError(
+            "datainf sums something for each target, and members agree to sums before they know the kinds",
+            where="influence.targets",
+            hint="One target, or gfim, whose sums are the same for any number of them.",
+        )
     if recipe.influence is not None and recipe.influence.target != HELD_OUT:
         values["influence"]["target"] = Path(recipe.influence.target).name  # where it lies is the coordinator's affair
     return Recipe.model_validate(values)

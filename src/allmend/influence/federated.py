@@ -1,41 +1,38 @@
-"""Influence across organisations: blocks and directions travel, records and their scores stay where they are.
+"""Influence across organisations: sums and directions travel, records and their scores stay where they are.
 
-Curvature is a sum over records, hence over members. In three legs members send the sizes of their Fisher blocks, then
-the blocks in these units, of both of which only the sum is used; the coordinator solves for the target and sends the
-directions; each member scores its own records and keeps the scores. What its scores come to in sum leaves a member
-only where that is asked for. Federated scores are the pooled ones, up to rounding.
-
-By Cauchy and Schwarz no entry ij of a member's block, nor of the sum of all, is larger than √(D_i D_j), with D the
-diagonal of the sum. In units of that, each is a number in [−1, 1], and a fixed point serves small blocks as well as
-large ones.
+Curvature is a sum over records, hence over members. In three legs members send the sizes of what their method sums,
+then that in these units, of both of which only the sum is used (`summed_curvature.py`); the coordinator solves for the
+target and sends the directions; each member scores its own records and keeps the scores. What its scores come to in sum
+leaves a member only where that is asked for. A method without curvature has no more legs than its target needs.
+Federated scores are the pooled ones, up to rounding.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol, cast
 
 import torch
 
 from allmend.data.chat import Encoded
 from allmend.errors import UserError
-from allmend.influence.blocks import FisherBlocks, fisher_blocks
+from allmend.influence.clipping import Clipped
 from allmend.influence.gradients import OfRecords, mean_gradient, names_of, wide_last
-from allmend.influence.inverses import Inverse, cholesky
-from allmend.influence.methods import DAMPING, Directions, Solved, solve
+from allmend.influence.methods import Directions, HessianFree, Solved
 from allmend.influence.scores import score
+from allmend.influence.summed_curvature import SummedBlocks, SummedCurvature, no_sum
 from allmend.models.adapters import Trainable
 from allmend.models.tensors import Tensors
 from allmend.strategy import Client, Declaration, Facts, Layout, Reply, Seen, State, Sums, Task, Turn, grouped, of_group
 
-SIZES, BLOCKS, SCORES = range(3)
-"""The legs."""
+SIZES, TARGET, SCORES = "sizes", "target", "scores"
+"""Names of legs; that of a curvature's parts is theirs."""
 
 HELD_OUT = "held-out records"
 """Name of the target that members hold out."""
 
-MOST_NEGATIVE = 1e-6
-"""Of a summed block's trace: an eigenvalue further below 0 is no rounding, and some member's block was none."""
+ROUNDING = 1e-3
+"""By how much of a bound gradients that were scaled down to it may come out above it."""
 
 Reveal = Literal["none", "client_sums"]
 
@@ -53,15 +50,16 @@ class ScoringClient(Client, Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class FederatedInfluence:
-    """`gfim` on the wide side, as a strategy of one round with three legs.
+    """A method of influence as a strategy of one round.
 
     Attributes:
         held_out: whether the target is all members' held-out records; else the coordinator has a file of its own, and
             gives its gradients to `begin`.
+        curvature: what the method sums of training records; None for none, whose directions are the target's gradients.
         modules: a regular expression for names of weights; all that learn when None.
-        damping: c of λ = c tr M / d.
-        inverse: how M + λI is inverted.
-        min_records: members with fewer records send zeros, since a block of few shows what went into the model for
+        clip: norm that members scale a record's gradient of a module down to, where it enters the curvature; None
+            leaves all as they are.
+        min_records: members with fewer records send zeros, since a sum over few shows what went into the model for
             them; they score all the same, and nothing is told of their scores.
         reveal: `client_sums` lets the coordinator see what each member's scores come to; `none` nothing of a member.
         tokens_per_pass: that go through the model at once.
@@ -70,9 +68,9 @@ class FederatedInfluence:
     """
 
     held_out: bool
+    curvature: SummedCurvature | None = field(default_factory=SummedBlocks)
     modules: str | None = None
-    damping: float = DAMPING
-    inverse: Inverse = cholesky
+    clip: float | None = None
     min_records: int = 32
     reveal: Reveal = "none"
     tokens_per_pass: int = 512
@@ -80,26 +78,44 @@ class FederatedInfluence:
     on_tokens: Callable[[int], None] = lambda tokens: None
 
     name = "influence"
-    legs = 3
     pooled = False
     shares = True
 
+    @property
+    def method(self) -> str:
+        """Name of the method."""
+        return HessianFree.name if self.curvature is None else self.curvature.method
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the legs, in their order."""
+        if self.curvature is None:
+            return (TARGET, SCORES) if self.held_out else (SCORES,)
+        return (SIZES, f"{self.curvature.part}s", SCORES)
+
+    @property
+    def legs(self) -> int:
+        """How many there are."""
+        return len(self.names)
+
     def declare(self) -> Declaration:
         """What leaves each member, who sees it and why."""
-        summed = {
-            "size": "the squared size of each input and output of the adapter's factors in the gradients",
-            "block": "Σ gᵀg of each factor over the training records, in these sizes",
-            "records": "number of training records in the blocks",
-        }
+        summed: dict[str, str] = {}
+        sent = ["the shared parameters", "the target's gradients"]
+        if self.curvature is not None:
+            summed = {**self.curvature.words, "records": "number of training records in these sums"}
+            sent[1:] = [self.curvature.sent, "the directions that the target comes to"]
+            if self.clip is not None:
+                summed["clipped"] = f"number of records' gradients that were scaled down to norm {self.clip:g} for them"
         if self.held_out:
             summed |= {"target": "Σ g over the held-out records", "targets": "their number"}
         told = "to say whose data helped: number of records, sum, squares and signs of their scores"
         return Declaration(
-            sent="the shared parameters, the summed sizes, and the directions that the target comes to",
+            sent=", ".join(sent[:-1]) + ", and " + sent[-1],
             summed=summed,
             seen={"scores": told} if self.reveal == "client_sums" else {},
             kept="the scores of the member's records",
-            numbers=frozenset({"records", "targets", "scores"}),
+            numbers=frozenset({"records", "clipped", "targets", "scores"}),
         )
 
     def layout(self, initial: Tensors) -> Layout:
@@ -107,16 +123,15 @@ class FederatedInfluence:
         return {name: shape for leg in range(self.legs) for name, shape in self.layout_of(leg, initial).items()}
 
     def layout_of(self, leg: int, initial: Tensors) -> Layout:
-        """Of one: diagonals and the target's gradient; upper triangles of blocks; nothing."""
+        """Of one: sizes and the target's gradient; the curvature's parts; nothing."""
         found: Layout = {}
         for name in names_of(initial, self.modules):
             r, d = wide_last(name, initial[name]).shape
-            if leg == SIZES:
-                found[f"size/{name}"] = torch.Size([d])
-                if self.held_out:
-                    found[f"target/{name}"] = torch.Size([1, r, d])
-            elif leg == BLOCKS:
-                found[f"block/{name}"] = torch.Size([d * (d + 1) // 2])
+            if self.curvature is not None and self.names[leg] != SCORES:
+                size, part = self.curvature.shapes(r, d)
+                found |= {f"size/{name}": size} if leg == 0 else {f"{self.curvature.part}/{name}": part}
+            if self.held_out and leg == 0:
+                found[f"target/{name}"] = torch.Size([1, r, d])
         return found
 
     def init(self, initial: Tensors) -> State:
@@ -126,26 +141,29 @@ class FederatedInfluence:
     def begin(self, initial: Tensors, targets: Directions, names: Sequence[str]) -> State:
         """The same, with the mean gradients of the coordinator's own target records, by module [q, r, d], and the
         names of these q targets."""
-        return State(grouped("model", initial) | grouped("target", dict(targets)), {"names": "\n".join(names)})
+        state = State(grouped("model", initial) | grouped("target", dict(targets)), {"names": "\n".join(names)})
+        return state if self.curvature else _directed(state, Solved(targets, {}))
 
     def plan(self, state: State, turn: Turn, members: Sequence[str]) -> dict[str, Task]:
-        """The parameters; then the sizes; then the directions."""
-        group = {BLOCKS: "size", SCORES: "direction"}.get(turn.leg)
-        tensors = grouped("model", of_group("model", state.tensors))
-        if group is not None:
-            tensors |= grouped(group, of_group(group, state.tensors))
-        facts = {"names": state.facts["names"]} if turn.leg == SCORES else {}
-        return dict.fromkeys(members, Task(turn, tensors, dict(facts)))
+        """The parameters; with what the curvature's parts need; with the directions."""
+        tensors, facts, name = grouped("model", of_group("model", state.tensors)), Facts(), self.names[turn.leg]
+        if name == SCORES:
+            tensors |= grouped("direction", of_group("direction", state.tensors))
+            facts = {"names": state.facts["names"]}
+        elif turn.leg and self.curvature:
+            given, facts = self.curvature.given(state)
+            tensors |= given
+        return {member: Task(turn, tensors, dict(facts)) for member in members}
 
     def work(self, task: Task, client: Client) -> Reply:
-        """A member's sizes, its blocks, or its scores, which it keeps."""
+        """A member's sizes, its part of the curvature, or its scores, which it keeps."""
         member = cast(ScoringClient, client)
-        if task.turn.leg == BLOCKS:
-            return self._blocks(of_group("size", task.tensors), client)
-        member.trainable.load(of_group("model", task.tensors))
-        source = OfRecords(member.trainable, member.records, self.modules, self.tokens_per_pass, self.on_tokens)
-        if task.turn.leg == SIZES:
-            return self._sizes(source, member)
+        name = self.names[task.turn.leg]
+        if name not in (SIZES, TARGET, SCORES):
+            return self._part(task, member)
+        source = self._source(task, member)
+        if name != SCORES:
+            return self._first(source, member)
         values, losses = score(source, of_group("direction", task.tensors))
         client.state.tensors = client.state.tensors | {"influence/scores": values, "influence/losses": losses}
         client.state.facts["names"] = task.facts["names"]
@@ -154,15 +172,15 @@ class FederatedInfluence:
         told: Facts = {"scores/records": len(source)}
         return Reply(seen_facts=told | _moments(values))
 
-    def _sizes(self, source: OfRecords, client: ScoringClient) -> Reply:
+    def _source(self, task: Task, member: ScoringClient) -> OfRecords:
+        member.trainable.load(of_group("model", task.tensors))
+        return OfRecords(member.trainable, member.records, self.modules, self.tokens_per_pass, self.on_tokens)
+
+    def _first(self, source: OfRecords, client: ScoringClient) -> Reply:
         summed: Tensors = {}
-        facts = {"records": 0.0}
-        if len(source) >= self.min_records:
-            blocks = fisher_blocks(source)
-            facts["records"] = float(blocks.records)
-            summed = {f"size/{name}": torch.diagonal(block).clone().cpu() for name, block in blocks.sums.items()}
-            kept = {name: block.cpu() for name, block in blocks.sums.items()}
-            client.state.tensors = client.state.tensors | grouped("influence/block", kept)
+        facts: dict[str, float] = {}
+        if self.curvature is not None:
+            summed, facts = self._sizes(self.curvature, source, client)
         if self.held_out:
             facts["targets"] = float(len(client.held_out))
             if client.held_out:
@@ -171,104 +189,112 @@ class FederatedInfluence:
                 summed |= {f"target/{name}": mean.cpu() * len(held_out) for name, mean in means.items()}
         return Reply(summed, facts)
 
-    def _blocks(self, sizes: Tensors, client: Client) -> Reply:
-        blocks = of_group("influence/block", client.state.tensors)
-        summed = {}
-        for name, block in blocks.items():
-            units = sizes[name].double().rsqrt()
-            units[~units.isfinite()] = 0.0
-            scaled = block.double() * units[:, None] * units
-            upper = torch.triu_indices(*block.shape)
-            summed[f"block/{name}"] = scaled[upper[0], upper[1]]
-        others = {key: one for key, one in client.state.tensors.items() if not key.startswith("influence/block/")}
+    def _sizes(
+        self, curvature: SummedCurvature, source: OfRecords, client: ScoringClient
+    ) -> tuple[Tensors, dict[str, float]]:
+        summed: Tensors = {}
+        facts = {"records": 0.0} | ({} if self.clip is None else {"clipped": 0.0})
+        if len(source) >= self.min_records:
+            short = source if self.clip is None else Clipped(source, self.clip)
+            sizes, kept = curvature.measure(short)
+            summed, facts["records"] = grouped("size", sizes), float(len(source))
+            if isinstance(short, Clipped):
+                facts["clipped"] = float(short.count)
+            client.state.tensors = client.state.tensors | grouped(KEPT, kept)
+            client.state.facts["influence/records"] = len(source)
+        return summed, facts
+
+    def _part(self, task: Task, client: ScoringClient) -> Reply:
+        assert self.curvature is not None
+        kept = of_group(KEPT, client.state.tensors)
+        others = {key: one for key, one in client.state.tensors.items() if not key.startswith(f"{KEPT}/")}
         client.state.tensors = others
-        return Reply(summed, {"records": float(client.examples if blocks else 0)})
+        # who is not in the sizes has no part that is in units of them
+        if not (records := client.state.facts.pop("influence/records", 0)):
+            return Reply({}, {"records": 0.0})
+        source = self._source(task, client)
+        parts = self.curvature.work(task, kept, source if self.clip is None else Clipped(source, self.clip))
+        return Reply(grouped(self.curvature.part, parts), {"records": float(records)})
 
     def combine(self, state: State, turn: Turn, sums: Sums, seen: Mapping[str, Seen]) -> State:
         """Sizes of the sum; then the directions that the target comes to; then what members told of their scores.
 
         Raises:
-            UserError: no member has enough records, a value was too large for the sum, or a summed block is none.
+            UserError: no member has enough records, a value was too large for the sum, or a sum is none of records.
         """
         if sums.cut:
             raise UserError(
                 f"{sums.cut} values were too large for the sum", hint="A gradient is infinite, or a member makes it so."
             )
-        if turn.leg == SIZES:
-            return self._measured(state, sums)
-        if turn.leg == SCORES:
+        if self.names[turn.leg] == SCORES:
             told: Facts = {}
             for name, one in seen.items():
                 told |= {f"{name}/{key.removeprefix('scores/')}": value for key, value in one.facts.items()}
             return State(state.tensors, state.facts | told)
-        solved = self.solved(state, sums)
-        like = of_group("target", state.tensors)
-        directions = {name: one.to(like[name].dtype) for name, one in solved.directions.items()}
-        return State(
-            state.tensors | grouped("direction", directions),
-            state.facts | {"skipped": "\n".join(solved.skipped), "records": int(sums.fact("records"))},
-        )
+        if turn.leg == 0:
+            if self.curvature is not None:
+                state = self._measured(self.curvature, state, sums)
+            if self.held_out:
+                like = of_group("model", state.tensors)
+                targets = {
+                    name: mean.to(torch.promote_types(like[name].dtype, torch.float32))
+                    for name, mean in self._held_out(state, sums).items()
+                }
+                facts: Facts = {"targets": int(sums.fact("targets"))}
+                state = State(state.tensors | grouped("target", targets), state.facts | facts)
+        if (solved := self.solved(state, turn, sums)) is None:
+            return state
+        if self.curvature is not None:
+            state = State(state.tensors, state.facts | {"records": int(sums.fact("records"))})
+        return _directed(state, solved)
 
-    def _measured(self, state: State, sums: Sums) -> State:
+    def solved(self, state: State, turn: Turn, sums: Sums) -> Solved | None:
+        """Directions, from the sums of the leg that they come from; None in others.
+
+        Raises:
+            UserError: a sum is none of records.
+        """
+        if self.curvature is None:
+            return Solved(self._held_out(state, sums), {}) if self.names[turn.leg] == TARGET else None
+        if turn.leg == 0:
+            return None
+        self._enough(sums)
+        return self.curvature.solved(state, sums)
+
+    def _enough(self, sums: Sums) -> None:
         if not sums.fact("records"):
             raise UserError(
-                f"no member has {self.min_records} records or more, so that no block may be summed",
-                hint="Lower influence.min_records: a block of few records shows what goes into the model for them.",
+                f"no member has {self.min_records} records or more, so that nothing may be summed",
+                hint="Lower influence.min_records: a sum over few records shows what goes into the model for them.",
             )
-        sizes: Tensors = {}
-        for name in names_of(of_group("model", state.tensors), self.modules):
-            found = sums[f"size/{name}"]
-            sizes[name] = found + sums.members * self.step if bool(found.any()) else found
-        targets: Tensors = {}
-        if self.held_out:
-            if not (count := sums.fact("targets")):
-                raise UserError("no member holds records out", hint="Name a file of target records.")
-            like = of_group("model", state.tensors)
-            targets = {
-                name: (sums[f"target/{name}"] / count).to(torch.promote_types(like[name].dtype, torch.float32))
-                for name in sizes
-            }
-        facts = {"targets": int(sums.fact("targets"))} if self.held_out else {}
-        return State(state.tensors | grouped("size", sizes) | grouped("target", targets), state.facts | facts)
 
-    def solved(self, state: State, sums: Sums) -> Solved:
-        """Directions from summed blocks.
+    def _measured(self, curvature: SummedCurvature, state: State, sums: Sums) -> State:
+        self._enough(sums)
+        records, error = int(sums.fact("records")), sums.members * self.step
+        found = {name: sums[f"size/{name}"] for name in names_of(of_group("model", state.tensors), self.modules)}
+        for name, size in found.items():
+            if float(size.min()) < 0:
+                raise no_sum(f"the summed size of {name} is below 0")
+            if self.clip is None:
+                continue
+            trace, bound = float(size.sum()), records * self.clip**2
+            if trace > bound * (1 + ROUNDING) + len(size) * error:
+                raise no_sum(
+                    f"Σ‖g‖² of {name} is {trace:.4g}, and {records:,} records whose gradients are clipped to "
+                    f"{self.clip:g} come to {bound:.4g} at most"
+                )
+        facts: Facts = {"records": records}
+        if self.clip is not None:
+            facts |= {"clipped": int(sums.fact("clipped")), "gradients": records * len(found)}
+        sizes = curvature.units(found, error)
+        return State(state.tensors | grouped("size", sizes), state.facts | facts)
 
-        Raises:
-            UserError: a summed block is none.
-        """
-        targets, sizes = (of_group(group, state.tensors) for group in ("target", "size"))
-        blocks = self.blocks(sizes, {name: targets[name].shape[1] for name in sizes}, sums)
-        wide = {name: target.double() for name, target in targets.items()}
-        return solve(blocks, wide, damping=self.damping, inverse=self.inverse)
-
-    def blocks(self, sizes: Tensors, ranks: Mapping[str, int], sums: Sums) -> FisherBlocks:
-        """Σ gᵀg of all members, from the sums of the second leg.
-
-        Args:
-            sizes: their diagonals, by module [d].
-            ranks: r by module.
-            sums: of the second leg.
-
-        Raises:
-            UserError: a summed block has a larger diagonal than was announced, or a negative eigenvalue.
-        """
-        found: Tensors = {}
-        records = int(sums.fact("records"))
-        for name, size in sizes.items():
-            d = len(size)
-            upper = torch.triu_indices(d, d)
-            scaled = torch.zeros(d, d, dtype=torch.float64)
-            if f"block/{name}" in sums:
-                scaled[upper[0], upper[1]] = sums[f"block/{name}"]
-            scaled = scaled + scaled.triu(1).mT
-            if float(torch.diagonal(scaled).max()) > 1 + 1e-6:
-                raise _no_block(name, "is larger than its members have announced")
-            block = scaled * size.sqrt()[:, None] * size.sqrt()
-            if bool(block.any()) and not _is_sum_of_squares(block):
-                raise _no_block(name, "has a negative eigenvalue")
-            found[name] = block
-        return FisherBlocks(found, {name: records * ranks[name] for name in found}, records)
+    def _held_out(self, state: State, sums: Sums) -> Tensors:
+        """Mean gradients of the held-out records."""
+        if not (count := sums.fact("targets")):
+            raise UserError("no member holds records out", hint="Name a file of target records.")
+        names = names_of(of_group("model", state.tensors), self.modules)
+        return {name: sums[f"target/{name}"] / count for name in names}
 
     def revealed(self, task: Task, reply: Reply) -> Tensors | None:
         """No model."""
@@ -283,20 +309,15 @@ class FederatedInfluence:
         return None
 
 
-def _is_sum_of_squares(block: torch.Tensor) -> bool:
-    """Whether no eigenvalue is below −1e-6 of the trace: Cholesky's factors say so in a tenth of the time."""
-    trace = float(block.trace())
-    if not trace > 0:
-        return False
-    shifted = block + MOST_NEGATIVE * trace * torch.eye(len(block), dtype=block.dtype)
-    return not bool(torch.linalg.cholesky_ex(shifted).info)
+KEPT = "influence/kept"
+"""Group of what a member keeps of its first leg for the second."""
 
 
-def _no_block(name: str, how: str) -> UserError:
-    return UserError(
-        f"the summed block of {name} {how}: what some member sent is no sum of squares",
-        hint="Find out which; under secure aggregation only leaving members out can tell.",
-    )
+def _directed(state: State, solved: Solved) -> State:
+    """The state with the directions, in the precision of the target."""
+    like = of_group("target", state.tensors)
+    directions = {name: one.to(like[name].dtype) for name, one in solved.directions.items()}
+    return State(state.tensors | grouped("direction", directions), state.facts | {"skipped": "\n".join(solved.skipped)})
 
 
 def _moments(values: torch.Tensor) -> Facts:

@@ -192,16 +192,22 @@ class DataInf:
 
     def solve(self, train: Source, targets: Directions) -> Solved:
         lambdas = relative_damping(train, self.damping)
-        sums = {name: torch.zeros_like(v) for name, v in targets.items()}
-        for batch in train:
-            for name, v in targets.items():
-                if not lambdas[name]:
-                    continue
-                g = batch.gradients[name].flatten(1)  # [n, rd]
-                weight = (g @ v.flatten(1).T) / (lambdas[name] + g.square().sum(1, keepdim=True))  # [n, q]
-                sums[name] += (weight.T @ g).view_as(v)
+        sums = corrections(train, targets, lambdas)
         found = {name: (v - sums[name] / len(train)) / lambdas[name] for name, v in targets.items() if lambdas[name]}
         return Solved(found, lambdas, tuple(sorted(targets.keys() - found.keys())))
+
+
+def corrections(source: Source, targets: Directions, lambdas: Mapping[str, float]) -> dict[str, torch.Tensor]:
+    """Σ_i g_i ⟨g_i, v⟩ / (λ + ‖g_i‖²) for each target v, by module [q, r, d]; zeros where λ is 0."""
+    sums = {name: torch.zeros_like(v) for name, v in targets.items()}
+    for batch in source:
+        for name, v in targets.items():
+            if not lambdas[name]:
+                continue
+            g = batch.gradients[name].flatten(1)  # [n, rd]
+            weight = (g @ v.flatten(1).to(g).T) / (lambdas[name] + g.square().sum(1, keepdim=True))  # [n, q]
+            sums[name] += (weight.T @ g).view_as(v).to(v)
+    return sums
 
 
 @dataclass(frozen=True)

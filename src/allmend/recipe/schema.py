@@ -97,6 +97,9 @@ class Recipe(Section):
         if self.influence is not None and (self.influence.target, self.influence.targets) == (HELD_OUT, "kind"):
             what = "clients' held-out records are summed, and have no kinds then: name a file as target"
             yield ("influence", "targets"), what
+        if (it := self.influence) is not None and it.method == "hessian_free" and it.clip is not None:
+            what = f"hessian_free has no curvature whose gradients are clipped to {it.clip:g}: remove it"
+            yield ("influence", "clip"), what
 
     def arms(self) -> dict[str, "Arm"]:
         """The recipe's own arm (named after its strategy) and those of `[compare]`, in order.

@@ -168,8 +168,9 @@ class StrategyChoice(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, strict=True, use_attribute_docstrings=True)
 
     name: str = "fedavg"
-    """`fedavg`, `fedavg_product`, `fedprox`, `fedadam`, `fedyogi`, `trimmed_mean`, `median`, `krum`, `local` (no
-    exchange) or `centralised` (all records in one place: a baseline that only a simulation can run)."""
+    """`fedavg`, `fedavg_product`, `fedprox`, `fedadam`, `fedyogi`, `trimmed_mean`, `median`, `krum`, `cobo` (a model for
+    each, pulled towards those that agree), `local` (no exchange) or `centralised` (all records in one place: a baseline
+    that only a simulation can run)."""
     rounds: Annotated[int, Field(ge=1)] = 3
     """Exchanges between coordinator and clients."""
 
@@ -351,15 +352,21 @@ class Influence(Section):
     coordinator has. `[data.fields]` applies to it."""
     targets: Literal["mean", "kind"] = "mean"
     """One target, or, of a file, one for each label of its records."""
+    method: Literal["gfim", "datainf", "hessian_free"] = "gfim"
+    """What curvature is: `gfim` sums a matrix d × d for each factor of LoRA, `datainf` one of the factor's own size for
+    each target, `hessian_free` none."""
     damping: Annotated[float, Field(gt=0)] = 0.1
     """Added to each block of curvature, times its mean eigenvalue."""
     inverse: Literal["auto", "cholesky", "eigen", "hyperpower"] = "auto"
-    """How a block is inverted; `auto` takes what is fastest on this machine."""
+    """How a block of `gfim` is inverted; `auto` takes what is fastest on this machine."""
     modules: str | None = None
     """A regular expression for names of weights that count; all that learn when absent."""
     min_records: Annotated[int, Field(ge=1)] = 32
-    """A client with fewer training records adds nothing to the blocks of curvature, since a block of few records shows
-    them, and nothing is told of its scores."""
+    """A client with fewer training records adds nothing to the curvature, since a sum over few records shows them, and
+    nothing is told of its scores."""
+    clip: Annotated[float, Field(gt=0)] | None = None
+    """Norm that a record's gradient of a factor is scaled down to before it enters the curvature, so that no client's
+    records weigh more than their number allows; the scores are of whole gradients. When absent, nothing is."""
     reveal: Literal["none", "client_sums"] = "none"
     """Whether the coordinator may see what each client's scores come to: their number, sum, squares and signs."""
     arms: list[str] | None = None

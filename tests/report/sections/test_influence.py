@@ -89,3 +89,15 @@ def test_what_clients_keep_and_what_was_hidden_is_said() -> None:
     told = words(arm(member("east", 1.0, 0.5), silent=("west",)))
     assert "Too few records to tell (32 are the fewest): west." in told
     assert "in sight of whoever adds up" in told
+
+
+def test_the_method_and_what_was_clipped_are_said() -> None:
+    plain = words(arm())
+    assert re.search("Curvature over 120 training records, damping 0.10? of each block’s mean eigenvalue", plain)
+    assert "scaled down" not in plain
+    said = words(arm(method="datainf", clip=0.5, clipped=37, gradients=960))
+    assert re.search("Curvature by DataInf over 120 training records, damping 0.10? of the mean square", said)
+    assert "37 of 960 gradients, a record’s of a factor each, were scaled down to norm 0.50 for the curvature." in said
+    said = words(arm(method="hessian_free", records=0))
+    assert "No curvature (hessian_free)" in said
+    assert "damping" not in said

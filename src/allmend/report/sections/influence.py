@@ -32,12 +32,17 @@ def _arm(arm: ArmInfluence, *, many: bool) -> Html:
         else f"{arm.target} ({numbers.counted(arm.target_records, 'record')} of the coordinator’s)"
     )
     facts = (
-        f"Target: {target}. Curvature over {numbers.counted(arm.records, 'training record')}, damping "
-        f"{numbers.number(arm.damping)} of each block’s mean eigenvalue"
+        f"Target: {target}. {_curvature(arm)}"
         + (f", factors that match {arm.modules}" if arm.modules else "")
         + ". First-order and at the final weights: no statement about the path of training."
     )
     parts: list[str | None] = [heading, paragraph(facts)]
+    if arm.clip is not None:
+        words = (
+            f"{numbers.count(arm.clipped)} of {numbers.counted(arm.gradients, 'gradient')}, a record’s of a factor "
+            f"each, were scaled down to norm {numbers.number(arm.clip)} for the curvature."
+        )
+        parts.append(paragraph(words))
     if not arm.members:
         parts.append(
             paragraph("Clients keep to themselves what their scores come to (influence.reveal).", class_="missing")
@@ -52,6 +57,18 @@ def _arm(arm: ArmInfluence, *, many: bool) -> Html:
         words = f"Too few records to tell ({arm.min_records} are the fewest): {', '.join(arm.silent)}."
         parts.append(paragraph(words))
     return join([*parts, _travelled(arm)])
+
+
+def _curvature(arm: ArmInfluence) -> str:
+    if arm.method == "hessian_free":
+        return "No curvature (hessian_free): scores are products with the target’s gradients"
+    if arm.method == "datainf":
+        whose, of = "Curvature by DataInf", "the mean square of a factor’s gradients"
+    else:
+        whose, of = "Curvature", "each block’s mean eigenvalue"
+    return (
+        f"{whose} over {numbers.counted(arm.records, 'training record')}, damping {numbers.number(arm.damping)} of {of}"
+    )
 
 
 def _travelled(arm: ArmInfluence) -> Html:

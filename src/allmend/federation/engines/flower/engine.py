@@ -48,6 +48,7 @@ class FlowerEngine:
         counted: round and leg of each member's last reply that counted. A member goes on from its state then; what it
             kept of a reply that was lost is void.
         opening: file that keeps in mind over whom a sum was about to be opened, for whoever begins anew.
+        may_open: told over whom a sum is about to be opened; raises `UserError` where that must not be.
     """
 
     exchange: Exchange
@@ -62,6 +63,7 @@ class FlowerEngine:
     layout: Layout | None = None
     largest_update: float | None = None
     opening: Path | None = None
+    may_open: Callable[[Turn, list[str]], None] = lambda turn, survivors: None
     counted: dict[str, tuple[int, int]] = field(init=False, default_factory=dict)
     _worked: tuple[Turn, str, list[str]] | None = field(init=False, default=None)
     _missed: dict[str, int] = field(init=False, default_factory=dict)
@@ -150,6 +152,7 @@ class FlowerEngine:
         )
 
     def _begin(self, turn: Turn, survivors: list[str]) -> None:
+        self.may_open(turn, survivors)
         if self.opening is None:
             return
         if (before := self._begun(turn)) not in (None, survivors):
