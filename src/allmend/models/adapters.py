@@ -1,4 +1,4 @@
-"""What learns in a model: low-rank adapters (LoRA) through PEFT, or all parameters.
+"""What learns in a model: low-rank adapters (LoRA) through PEFT, or all parameters; mixtures have a file of their own.
 
 A `Trainable` gives what learns as named tensors in a fixed order, takes such tensors back, and saves them as a folder
 that plain `from_pretrained` loads. One base model in memory serves many adapters: swap them with `state` and `load`,
@@ -48,12 +48,12 @@ class Trainable:
     """The part of a model that learns.
 
     Attributes:
-        model: the module to call: a `PeftModel` for LoRA, the bare model when everything learns.
-        kind: `lora` or `full`.
+        model: the module to call: a `PeftModel` for LoRA, the bare model when everything learns or experts are mixed.
+        kind: `lora`, `full` or `mixture`.
     """
 
     model: nn.Module
-    kind: Literal["lora", "full"]
+    kind: Literal["lora", "full", "mixture"]
     _parameters: dict[str, nn.Parameter] = field(repr=False)
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -67,9 +67,7 @@ class Trainable:
 
     def state(self) -> Tensors:
         """Copies on the CPU, in the parameters' types, order and shapes."""
-        return {
-            name: parameter.detach().to("cpu", copy=True).contiguous() for name, parameter in self._parameters.items()
-        }
+        return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self._travelling().items()}
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Set the parameters to `tensors`, which have exactly their names and shapes; types are converted.
@@ -79,8 +77,8 @@ class Trainable:
         """
         self._check(tensors)
         with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                parameter.copy_(tensors[name])
+            for name, own in self._travelling().items():
+                own.copy_(tensors[name])
 
     def save(self, folder: Path, tensors: Mapping[str, torch.Tensor], *, base: str) -> None:
         """Write `tensors` as an outcome: a PEFT folder for LoRA, a Hugging Face model folder when everything learned.
@@ -98,34 +96,29 @@ class Trainable:
         """
         self._check(tensors)
         with folder_atomic(folder) as partial:
-            if self.kind == "lora":
-                self._save_adapter(partial, tensors, base)
-            else:
-                self._save_model(partial, tensors)
+            self._write(partial, tensors, base)
+
+    def _travelling(self) -> Mapping[str, torch.Tensor]:
+        """What `state` gives and `load` takes: what learns, and whatever has to go with it."""
+        return self._parameters
 
     def _check(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        for name in sorted({*self._parameters, *tensors}):
+        own = self._travelling()
+        for name in sorted({*own, *tensors}):
             if name not in tensors:
                 raise UserError(f"{name} is missing among the tensors", hint=_SAME_RECIPE)
-            if name not in self._parameters:
+            if name not in own:
                 raise UserError(f"{name} is no parameter that learns here", hint=_SAME_RECIPE)
-            found, expected = list(tensors[name].shape), list(self._parameters[name].shape)
+            found, expected = list(tensors[name].shape), list(own[name].shape)
             if found != expected:
                 raise UserError(f"{name} has shape {found} instead of {expected}", hint=_SAME_RECIPE)
 
-    def _save_adapter(self, folder: Path, tensors: Mapping[str, torch.Tensor], base: str) -> None:
-        assert isinstance(self.model, PeftModel)
-        config = copy.deepcopy(self.model.peft_config[_ADAPTER])
-        config.base_model_name_or_path = base
-        config.inference_mode = True
-        config.save_pretrained(str(folder))
-        path = folder / "adapter_config.json"
-        fields = json.loads(path.read_bytes())
-        # PEFT keeps the targets in a set, whose order changes from process to process
-        fields["target_modules"] = sorted(fields["target_modules"])
-        path.write_text(json.dumps(fields, indent=2, sort_keys=True))
-        plain = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-        (folder / "adapter_model.safetensors").write_bytes(save_safetensors(plain, metadata={"format": "pt"}))
+    def _write(self, folder: Path, tensors: Mapping[str, torch.Tensor], base: str) -> None:
+        if self.kind == "full":
+            self._save_model(folder, tensors)
+        else:
+            assert isinstance(self.model, PeftModel)
+            write_adapter(folder, self.model.peft_config[_ADAPTER], tensors, base=base)
 
     def _save_model(self, folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         model = self.model
@@ -147,6 +140,28 @@ class Trainable:
         if model.name_or_path and origin.is_dir():
             for path in sorted({path for pattern in _TOKENIZER_PATTERNS for path in origin.glob(pattern)}):
                 shutil.copyfile(path, folder / path.name)
+
+
+def write_adapter(folder: Path, config: LoraConfig, tensors: Mapping[str, torch.Tensor], *, base: str) -> None:
+    """Fill a folder with a LoRA as PEFT keeps it.
+
+    Args:
+        folder: there already.
+        config: left as it is.
+        tensors: by the names of the file.
+        base: name or folder of the base model.
+    """
+    config = copy.deepcopy(config)
+    config.base_model_name_or_path = base
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+    path = folder / _CONFIG
+    fields = json.loads(path.read_bytes())
+    # PEFT keeps the targets in a set, whose order changes from process to process
+    fields["target_modules"] = sorted(fields["target_modules"])
+    path.write_text(json.dumps(fields, indent=2, sort_keys=True))
+    plain = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    (folder / "adapter_model.safetensors").write_bytes(save_safetensors(plain, metadata={"format": "pt"}))
 
 
 A, B = ".lora_A.weight", ".lora_B.weight"
