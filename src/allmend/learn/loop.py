@@ -95,6 +95,7 @@ def train(
     optimizer: Tensors | None = None,
     proximal: float = 0.0,
     noise: RecordNoise | None = None,
+    penalty: Callable[[Sequence[Row]], None] = lambda rows: None,
     on_step: Callable[[Step], None] = lambda step: None,
 ) -> Outcome:
     """Train what learns in `trainable`, in place, for some steps of a client's schedule.
@@ -113,6 +114,8 @@ def train(
             are told are without it, the gradient norms with it.
         noise: makes every step private for each record; the loss is the mean over records then, and nothing is
             dropped out, neither in the adapter nor in the model.
+        penalty: given a batch's rows (on the CPU), adds the gradient of a further term to what lies in the parameters'
+            `grad`. The losses that are told are without it, and noise does not cover it.
         on_step: told after every step.
 
     Raises:
@@ -152,6 +155,7 @@ def train(
                     parameter = parameters[name]
                     assert parameter.grad is not None
                     parameter.grad.add_(parameter.detach() - before, alpha=proximal)
+                penalty(rows)
                 norm = descent.clip(settings.clip_norm)
                 # what a step tells is noisy then, and so must be what an error tells
                 _check_finite(number, loss if noise is None else None, norm, rate)
