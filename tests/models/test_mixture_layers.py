@@ -289,7 +289,7 @@ def test_checkpointing_changes_no_gradient(make_model: MakeModel, ids: torch.Ten
             mixture.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         mixture.model.train()
         mixture.model(ids, use_cache=False).logits.square().sum().backward()
-        assert all(layer.gates is None for layer in mixture.model.modules() if isinstance(layer, MixtureLinear))
+        assert all(layer.weights is None for layer in mixture.model.modules() if isinstance(layer, MixtureLinear))
         return [one.grad for one in mixture.parameters().values()]
 
     for one, other in zip(gradients(False), gradients(True), strict=True):

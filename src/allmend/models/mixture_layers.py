@@ -87,8 +87,8 @@ class MixtureLinear(nn.Module):
         self.base = base
         self.ranks = config.ranks
         self.scale = config.scale
-        self.gates: torch.Tensor | None = None
-        """g of the call that is under way, from the MLP around this layer."""
+        self.weights: torch.Tensor | None = None
+        """s g of each component [.., Σr], in the call that is under way, from the MLP around this layer."""
         zeros = partial(torch.zeros, device=base.weight.device, dtype=dtype_of_experts(base.weight))
         for role, ranks in (("generalist", config.generalist_ranks), ("specialist", config.specialist_ranks)):
             if rows := sum(ranks):
@@ -105,15 +105,11 @@ class MixtureLinear(nn.Module):
         Raises:
             ValueError: there are several experts and no gates.
         """
-        gates = self.gates if gates is None else gates
-        A, B = self._stacked("A", dim=0), self._stacked("B", dim=1)
-        hidden = functional.linear(x.to(A.dtype), A)
-        if gates is not None:
-            hidden = hidden * self._by_row(gates * self.scale)
-        elif len(self.ranks) == 1:
-            hidden = hidden * self.scale
-        else:
+        weights = self.weights if gates is None else weights_of_components(gates, self.ranks, self.scale)
+        if weights is None and len(self.ranks) > 1:
             raise ValueError(f"{len(self.ranks)} experts need gates: call the MLP around this layer")
+        A, B = self._stacked("A", dim=0), self._stacked("B", dim=1)
+        hidden = functional.linear(x.to(A.dtype), A) * (self.scale if weights is None else weights)
         y: torch.Tensor = self.base(x)
         return (y + functional.linear(hidden, B)).to(y.dtype)
 
@@ -123,13 +119,15 @@ class MixtureLinear(nn.Module):
         found: list[torch.Tensor] = [one for one in both if one is not None]
         return found[0] if len(found) == 1 else torch.cat(found, dim=dim)
 
-    def _by_row(self, gates: torch.Tensor) -> torch.Tensor:
-        """For each row of Ā the gate of its expert, [.., Σr]."""
-        if len(set(self.ranks)) == 1:
-            return gates.repeat_interleave(self.ranks[0], dim=-1)
-        # `repeat_interleave` by a list would add up gradients in no fixed order on a GPU
-        apart = zip(torch.split(gates, 1, dim=-1), self.ranks, strict=True)
-        return torch.cat([gate.expand(*gate.shape[:-1], r) for gate, r in apart], dim=-1)
+
+def weights_of_components(gates: torch.Tensor, ranks: Sequence[int], scale: float) -> torch.Tensor:
+    """s g for each of the experts' components, [.., Σr], of gates g [.., E]."""
+    gates = gates * scale
+    if len(set(ranks)) == 1:
+        return gates.repeat_interleave(ranks[0], dim=-1)
+    # `repeat_interleave` by a list would add up gradients in no fixed order on a GPU
+    apart = zip(torch.split(gates, 1, dim=-1), ranks, strict=True)
+    return torch.cat([gate.expand(*gate.shape[:-1], r) for gate, r in apart], dim=-1)
 
 
 class MixtureMLP(nn.Module):
@@ -186,14 +184,16 @@ class MixtureMLP(nn.Module):
 
     def _through(self, u: torch.Tensor, gates: torch.Tensor | None) -> torch.Tensor:
         """One pass through the MLP, with these gates in each of its layers."""
+        first = next(iter(self.linears.values()))
+        weights = None if gates is None else weights_of_components(gates, first.ranks, first.scale)
         for linear in self.linears.values():
-            linear.gates = gates
+            linear.weights = weights
         try:
             y: torch.Tensor = self.base(u)
             return y
         finally:
             for linear in self.linears.values():
-                linear.gates = None  # they would hold on to the graph
+                linear.weights = None  # they would hold on to the graph
 
 
 class BlockMixtureMLP(MixtureMLP):
