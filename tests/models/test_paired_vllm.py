@@ -80,6 +80,7 @@ def engine(
 ) -> subprocess.CompletedProcess[str]:
     (tmp_path / "engine.py").write_text(ENGINE)
     quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    quiet |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # or two processes ask for two NUMA nodes
     command = [sys.executable, str(tmp_path / "engine.py"), str(folder), json.dumps(prompts), str(processes)]
     return subprocess.run(command, check=False, capture_output=True, text=True, env=os.environ | quiet)
 
