@@ -164,6 +164,10 @@ BUILT_IN = ("[data.icd10cm]", "train =", "held_out = 60")
 """The lines of the template's other kind of clients."""
 
 
+EXPERTS = ("generalists", "specialists")
+"""Settings of a mixture, which is another kind of adapter than the template's."""
+
+
 def uncommented(text: str, *, without: Sequence[str]) -> str:
     """The template with every setting in force, but for those named."""
     lines = []
@@ -182,14 +186,14 @@ def test_the_template_is_a_recipe() -> None:
 
 @pytest.mark.parametrize("other", ["local_epochs", "local_steps"])
 def test_the_template_with_every_setting_is_a_recipe(other: str) -> None:
-    text = uncommented(packaged("template.toml"), without=(*BUILT_IN, "rank = 4", other))
+    text = uncommented(packaged("template.toml"), without=(*BUILT_IN, *EXPERTS, "rank = 4", other))
     for arm in make_recipe(tomllib.loads(text)).arms().values():
         build_strategy(arm.strategy.name, arm.strategy.options, seed=0)
 
 
 def test_the_template_serves_the_built_in_clients_too() -> None:
-    text = re.sub(r"\[\[clients\]\]\nname = .*\ndata = .*\n(#rank.*\n)?", "", packaged("template.toml"))
-    text = uncommented(text, without=("local_steps", 'clients = ["north"]'))
+    text = re.sub(r"\[\[clients\]\]\nname = .*\ndata = .*\n(#rank.*\n#specialists.*\n)?", "", packaged("template.toml"))
+    text = uncommented(text, without=(*EXPERTS, "local_steps", 'clients = ["north"]'))
     assert make_recipe(tomllib.loads(text)).data.icd10cm is not None
 
 
@@ -199,6 +203,7 @@ def test_a_commented_setting_of_the_template_shows_the_default() -> None:
     defaults = make_recipe({"clients": [{"name": "north", "data": "x"}], "canaries": {}, "privacy": layers})
     examples = [
         *BUILT_IN,
+        *EXPERTS,
         "clients =",
         "models =",
         "max_held_out",

@@ -4,18 +4,19 @@ What is wrong with the recipe by itself is found by `allmend.recipe`; what the d
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from allmend.data.canary_kinds import KINDS
 from allmend.data.icd10cm import SPECIALTIES
 from allmend.errors import UserError
-from allmend.federation.arm import strategy_of
+from allmend.federation.arm import mixture_of, strategy_of
 from allmend.federation.strategies import STRATEGIES, options_of
 from allmend.federation.strategies.private_fedavg import PrivateFedAvg
 from allmend.models.adapters import check_lora
 from allmend.models.load import LoadedModel, linear_layers
+from allmend.models.mixture import check_mixture
 from allmend.models.sources import resolve
 from allmend.recipe import AT_MEMBER, HELD_OUT, Arm, Problem, Recipe, RecipeError
 from allmend.strategy import Strategy, Turn
@@ -55,14 +56,25 @@ def check(recipe: Recipe, base: Path, *, model: LoadedModel | None = None) -> No
         problems.append(Problem(("model", "source"), str(error)))
     else:
         for name, arm in arms.items():
-            if arm.adapter.kind == "lora":
-                key = ("adapter",) if name == recipe.strategy.name else ("compare", name, "adapter")
-                problems += [
-                    Problem(key, found)
-                    for found in check_lora(layers, rank=arm.adapter.rank, targets=arm.adapter.targets)
-                ]
+            key = ("adapter",) if name == recipe.strategy.name else ("compare", name, "adapter")
+            problems += [Problem(key, found) for found in _adapter_problems(arm, layers)]
+            most = arm.adapter.specialists if arm.adapter.kind == "mixture" else None
+            for index, client in enumerate(recipe.clients):
+                if most is not None and (client.specialists or 0) > most:
+                    what = f"there is room for {most} specialists ({name}): lower it, or raise adapter.specialists"
+                    problems.append(Problem(("clients", index, "specialists"), what))
     if problems:
         raise RecipeError(_without_repeats(problems))
+
+
+def _adapter_problems(arm: Arm, layers: Mapping[str, tuple[int, int]]) -> list[str]:
+    match arm.adapter.kind:
+        case "lora":
+            return check_lora(layers, rank=arm.adapter.rank, targets=arm.adapter.targets)
+        case "mixture":
+            return check_mixture(layers, mixture_of(arm.adapter))
+        case _:
+            return []
 
 
 def _strategy_problems(arm: Arm, key: tuple[str, ...], seed: int, clients: Sequence[str]) -> list[Problem]:

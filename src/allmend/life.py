@@ -29,7 +29,7 @@ from allmend.events import (
 from allmend.federation.arm import Outcomes, save_outcomes, strategy_of, train_arm, trainable_of
 from allmend.federation.privacy.layers import protected
 from allmend.federation.privacy.ledger import NO_LEDGER, Ledger, open_ledger
-from allmend.federation.privacy.vectors import VectorCode
+from allmend.federation.privacy.vectors import codes_of_legs
 from allmend.learn.compare import ModelScores, utility_table
 from allmend.learn.evaluate import score
 from allmend.learn.loop import DivergedError
@@ -153,7 +153,10 @@ def rehearse(recipe: Recipe, base: Path | str = ".") -> tuple[Prepared, list[Dis
                     layers=layers,
                     masked=None
                     if arm.privacy.secure_aggregation is None
-                    else VectorCode.of(strategy, initial, arm.privacy.secure_aggregation, len(members)).nbytes,
+                    else max(
+                        code.nbytes
+                        for code in codes_of_legs(strategy, initial, arm.privacy.secure_aggregation, len(members))
+                    ),
                 )
             )
     if recipe.influence is not None:

@@ -155,9 +155,15 @@ def encode_client(recipe: Recipe, client: ClientData, encoder: Encoder, canaries
     train += _planted(canaries, client.name, encoder)
     asked = sorted(client.held_out, key=lambda record: uniform(record.id))[: recipe.evaluation.max_held_out]
     test, kept = _fit([encoder.for_evaluation(record) for record in asked], asked, recipe, counts, "held-out")
-    rank = next((source.rank for source in recipe.clients if source.name == client.name), None)
-    held_out = [encoder.for_training(record) for record in kept]
-    member = Member(client.name, train, _seed(recipe.seed, client.name), rank=rank, held_out=held_out)
+    source = next((source for source in recipe.clients if source.name == client.name), None)
+    member = Member(
+        client.name,
+        train,
+        _seed(recipe.seed, client.name),
+        rank=source.rank if source else None,
+        held_out=[encoder.for_training(record) for record in kept],
+        specialists=source.specialists if source else None,
+    )
     return EncodedClient(member, tuple(fitting), tuple(kept), tuple(test), counts)
 
 

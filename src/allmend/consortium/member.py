@@ -31,7 +31,7 @@ from allmend.data.canaries import Canary, canary_of, plant
 from allmend.data.files import load_client
 from allmend.data.records import ClientData
 from allmend.errors import UserError
-from allmend.federation.arm import at_member, strategy_of, trainable_of
+from allmend.federation.arm import FOLDERS, at_member, strategy_of, trainable_of
 from allmend.federation.engines.flower.hidden import HiddenPart
 from allmend.federation.engines.flower.site import ArmAtMember, Site, error_answer
 from allmend.federation.engines.wire import dump_reply, error_of
@@ -313,8 +313,9 @@ class MemberSide:
         joined.site.close()
         with trainable_of(joined.model, recipe.arms()[arm].adapter, seed=recipe.seed) as trainable:
             outcome = tensors or self._personal(joined, arm, about)
-            kind = "model" if trainable.kind == "full" else "adapter"
-            trainable.save(joined.site.folder / "arms" / arm / kind, outcome, base=str(joined.model.folder))
+            trainable.save(
+                joined.site.folder / "arms" / arm / FOLDERS[trainable.kind], outcome, base=str(joined.model.folder)
+            )
         return Reply()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from allmend.errors import UserError
 from allmend.federation.engines.flower.hidden import Hiding
 from allmend.federation.keys import parse_public
-from allmend.federation.privacy.vectors import VectorCode
+from allmend.federation.privacy.vectors import codes_of_legs
 from allmend.models.tensors import Tensors
 from allmend.recipe import AT_MEMBER, HELD_OUT, Arm, ClientSource, Recipe, parse_recipe
 from allmend.run import write_atomic
@@ -86,8 +86,11 @@ def among(recipe: Recipe, names: Sequence[str]) -> Recipe:
     Raises:
         UserError: the recipe asks for what only a simulation can do.
     """
-    ranks = {client.name: client.rank for client in recipe.clients}
-    clients = [ClientSource(name=name, data=AT_MEMBER, rank=ranks.get(name)) for name in sorted(names)]
+    known = {client.name: client for client in recipe.clients}
+    clients = [
+        known[name].model_copy(update={"data": AT_MEMBER}) if name in known else ClientSource(name=name, data=AT_MEMBER)
+        for name in sorted(names)
+    ]
     values = recipe.model_dump()
     values["clients"] = [client.model_dump() for client in clients]
     values["data"]["icd10cm"] = None
@@ -107,8 +110,8 @@ def hiding(offer: Offer, recipe: Recipe, arm: Arm, strategy: Strategy, initial: 
     layer = arm.privacy.secure_aggregation
     if layer is None:
         return None
-    code = VectorCode.of(strategy, initial, layer, len(recipe.clients))
-    return Hiding(offer.digest, arm.name, offer.keys, [code] * strategy.legs, layer)
+    codes = codes_of_legs(strategy, initial, layer, len(recipe.clients))
+    return Hiding(offer.digest, arm.name, offer.keys, codes, layer)
 
 
 @dataclass(frozen=True)

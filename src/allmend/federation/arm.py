@@ -16,10 +16,11 @@ from allmend.federation.engines.workers import WorkerEngine
 from allmend.federation.member import LEARNT, Member
 from allmend.federation.privacy.layers import noisy, protected
 from allmend.federation.privacy.ledger import Ledger, member_account, open_ledger
-from allmend.federation.privacy.vectors import VectorCode, rounding
+from allmend.federation.privacy.vectors import codes_of_legs, rounding
 from allmend.federation.rounds import Observer, run_rounds
 from allmend.federation.strategies import build_strategy
 from allmend.federation.strategies.cobo import CoBo
+from allmend.federation.strategies.comigs import CoMiGS
 from allmend.federation.strategies.fedavg import FedAvg
 from allmend.federation.strategies.private_fedavg import PrivateFedAvg
 from allmend.federation.strategies.product import FedAvgProduct
@@ -30,6 +31,9 @@ from allmend.learn.schedule import steps_per_round
 from allmend.meter import Meter
 from allmend.models.adapters import Trainable, add_lora, full, remove_lora
 from allmend.models.load import LoadedModel
+from allmend.models.mixture import Mixture, apply_mixture, remove_mixture
+from allmend.models.mixture_export import export_mixture
+from allmend.models.mixture_layers import MixtureConfig
 from allmend.models.tensors import Tensors
 from allmend.recipe import Adapter, Arm, Privacy
 from allmend.recipe import Engine as EngineSettings
@@ -37,6 +41,10 @@ from allmend.strategy import Strategy, Turn
 
 Outcomes: TypeAlias = dict[str | None, Tensors | None]
 """What an arm comes to: the model that all share under None, or each member's own under its name."""
+
+
+FOLDERS = {"lora": "adapter", "full": "model", "mixture": "mixture"}
+"""Names of outcomes' folders, by what learned."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,13 @@ def trainable_of(model: LoadedModel, adapter: Adapter, *, seed: int) -> Iterator
             trainable.load(base)
             model.model.requires_grad_(False)
         return
+    if adapter.kind == "mixture":
+        mixture = apply_mixture(model.model, mixture_of(adapter), seed=seed, specialist_seed=seed, digest=model.digest)
+        try:
+            yield mixture
+        finally:
+            remove_mixture(mixture)
+        return
     trainable = add_lora(
         model.model,
         rank=adapter.rank,
@@ -81,6 +96,17 @@ def trainable_of(model: LoadedModel, adapter: Adapter, *, seed: int) -> Iterator
         remove_lora(trainable)
 
 
+def mixture_of(adapter: Adapter) -> MixtureConfig:
+    """The experts that a recipe's `[adapter]` asks for."""
+    return MixtureConfig(
+        generalists=adapter.generalists,
+        specialists=adapter.specialists,
+        rank=adapter.rank,
+        scale=adapter.alpha / adapter.rank,
+        targets=adapter.targets,
+    )
+
+
 def strategy_of(arm: Arm, *, seed: int) -> Strategy:
     """The arm's strategy, in its private form where the recipe asks for the members' guarantee.
 
@@ -89,6 +115,10 @@ def strategy_of(arm: Arm, *, seed: int) -> Strategy:
         UserError: no noise is enough for the budget.
     """
     strategy = build_strategy(arm.strategy.name, arm.strategy.options, seed=seed)
+    if (arm.adapter.kind == "mixture") != isinstance(strategy, CoMiGS):
+        raise ValueError("comigs trains a mixture, and nothing else does: set adapter.kind to 'mixture' for it alone")
+    if isinstance(strategy, CoMiGS) and arm.privacy.record is not None:
+        raise ValueError("privacy.record is about one optimiser over one set of records, and comigs has two of both")
     if isinstance(strategy, CoBo):
         _check_cobo(strategy, arm)
     if isinstance(strategy, FedAvgProduct) and arm.adapter.kind != "lora":
@@ -195,8 +225,8 @@ def train_arm(
     watch = _Watch(arm.name, emit, Meter(emit, f"train {arm.name}", expected))
     carrier = _engine(engine, trainable, members, arm, watch)
     if layer := arm.privacy.secure_aggregation:
-        code = VectorCode.of(strategy, trainable.state(), layer, len(members))
-        carrier = HidingEngine(carrier, [code] * strategy.legs, _rounding(arm, seed), layer.fewest)
+        codes = codes_of_legs(strategy, trainable.state(), layer, len(members))
+        carrier = HidingEngine(carrier, codes, _rounding(arm, seed), layer.fewest)
     try:
         last = run_rounds(
             strategy,
@@ -254,7 +284,8 @@ def _with_noise(member: Member, privacy: Privacy, ledger: Ledger) -> Member:
 
 
 def save_outcomes(folder: Path, outcomes: Mapping[str | None, Tensors | None], trainable: Trainable, base: str) -> None:
-    """Write outcomes as PEFT folders (`adapter`), or model folders (`model`) where everything learned.
+    """Write outcomes as PEFT folders (`adapter`), as model folders (`model`) where everything learned, or as mixtures
+    (`mixture`), whose generalists alone are then a PEFT folder besides (`generalist`).
 
     Args:
         folder: of the arm; personal outcomes go to `members/NAME` in it.
@@ -268,7 +299,13 @@ def save_outcomes(folder: Path, outcomes: Mapping[str | None, Tensors | None], t
     for member, tensors in outcomes.items():
         if tensors is not None:
             place = folder if member is None else folder / "members" / member
-            trainable.save(place / ("model" if trainable.kind == "full" else "adapter"), tensors, base=base)
+            trainable.save(place / FOLDERS[trainable.kind], tensors, base=base)
+    if (
+        isinstance(trainable, Mixture)
+        and trainable.config.generalists
+        and (some := next(iter(outcomes.values()), None))
+    ):
+        export_mixture(trainable, folder / "generalist", some, how="generalist", base=base)
 
 
 def _engine(

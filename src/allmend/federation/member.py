@@ -8,10 +8,12 @@ import torch
 
 from allmend.data.chat import Encoded
 from allmend.errors import UserError
+from allmend.learn.alternating import Alternation, RouterSettings, alternate
 from allmend.learn.loop import Step, gradient, mean_loss, train
 from allmend.learn.private import RecordNoise
 from allmend.learn.schedule import steps_per_round
 from allmend.models.adapters import Trainable, first_components, of_other_rank, with_components
+from allmend.models.mixture import PRESENT, Mixture, initial, of_ranks, role
 from allmend.models.tensors import Tensors
 from allmend.recipe import Train
 from allmend.strategy import State, Trained, Turn, grouped, of_group
@@ -21,6 +23,9 @@ LEARNT = "client/learnt"
 
 OPTIMIZER = "client/optimizer"
 """Group, in a member's state, of its optimiser's state, where that goes on from round to round."""
+
+_APART = 7
+"""Of the seed by which a member sets records apart."""
 
 OnStep = Callable[[str, Turn, Step], None]
 """Told the member's name, the turn and the step, after each optimiser step."""
@@ -37,6 +42,7 @@ class Member:
         noise: makes the member's steps private for each of its records.
         rank: most components of a LoRA adapter that it trains; all where it is None.
         held_out: records that it does not train on, encoded likewise, where a strategy asks about them.
+        specialists: experts of its own, of a mixture; all that there is room for where it is None.
     """
 
     name: str
@@ -45,6 +51,7 @@ class Member:
     noise: RecordNoise | None = None
     rank: int | None = None
     held_out: Sequence[Encoded] = ()
+    specialists: int | None = None
 
 
 def change(tensors: Tensors, start: Tensors) -> float:
@@ -141,6 +148,81 @@ class MemberClient:
         # without noise of its own, the loss would be a release that no guarantee covers
         loss = mean_loss(outcome.steps) if self.member.noise is None else None
         return Trained(tensors, loss, steps, tokens, outcome.optimizer)
+
+    def experts(self) -> Tensors:
+        """The state of a mixture that this member starts from: generalists and routers that all have in common,
+        specialists of its own, and no more experts than it has."""
+        mixture = self._mixture
+        own = initial(mixture, seed=0, specialist_seed=self.member.seed)
+        config = mixture.config
+        most = config.specialists if self.member.specialists is None else self.member.specialists
+        ranks = [min(rank, self.member.rank or rank) for rank in config.ranks]
+        ranks[config.generalists + most :] = [0] * (config.specialists - most)
+        start = self.initial | {name: tensor for name, tensor in own.items() if role(name) == "specialist"}
+        return of_ranks(start, config, ranks)
+
+    def alternate(
+        self,
+        start: Tensors,
+        turn: Turn,
+        router: RouterSettings,
+        *,
+        validation: float,
+        experts: Tensors,
+        routers: Tensors,
+    ) -> Alternation:
+        """One round of a mixture's local training: experts on the member's records, routers on those set apart.
+
+        Args:
+            start: the mixture's state to go on from.
+            turn: the round, for the schedule.
+            router: how routers learn.
+            validation: share of the member's records that routers learn from, and experts do not.
+            experts, routers: states of the optimisers to go on from; fresh when empty.
+
+        Raises:
+            UserError: nothing to learn from, or training diverged; the member is named.
+        """
+        self._mixture.load(start)
+        steps = steps_per_round(self.examples, self.settings)
+        taken = int(self.state.facts.get("steps", 0))
+        apart = set(self._apart(validation) if int(start[PRESENT].sum()) > 1 else ())
+        places = [place for place in range(self.examples) if place not in apart]
+        try:
+            found = alternate(
+                self._mixture,
+                [self.records[place] for place in places],
+                [self.records[place] for place in sorted(apart)],
+                self.settings,
+                router,
+                steps=steps,
+                first_step=taken,
+                schedule_step=(turn.round - 1) * steps,
+                total_steps=turn.rounds * steps,
+                seed=self.member.seed,
+                experts=experts,
+                routers=routers,
+                on_step=lambda step: self.on_step(self.name, turn, step),
+            )
+        except UserError as error:
+            raise type(error)(error.what, where=f"client {self.name!r}, round {turn.round}", hint=error.hint) from error
+        self.state.facts["steps"] = taken + steps
+        learnt = self.state.tensors.get(LEARNT, torch.zeros(self.examples, 2, dtype=torch.int64)).clone()
+        learnt[places] += found.learnt
+        learnt[sorted(apart)] += found.validated
+        self.state.tensors = self.state.tensors | {LEARNT: learnt}
+        return found
+
+    def _apart(self, share: float) -> list[int]:
+        """Places of the records that are set apart, the same in every round: one at least, and not all."""
+        count = min(max(1, round(share * self.examples)), self.examples - 1)
+        generator = torch.Generator().manual_seed((self.member.seed * 1_000_003 + _APART) % 2**63)
+        return torch.randperm(self.examples, generator=generator)[:count].tolist()
+
+    @property
+    def _mixture(self) -> Mixture:
+        assert isinstance(self.trainable, Mixture)
+        return self.trainable
 
     def gradient(self, at: Tensors, turn: Turn, *, records: int | None = None, held_out: bool = False) -> Tensors:
         """The gradient of the mean loss of this member's records at some parameters, by name.

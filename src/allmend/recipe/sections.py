@@ -92,12 +92,16 @@ class ClientSource(Section):
     """A `.jsonl`, `.ndjson`, `.json` or `.csv` file, each also `.gz`; a `.parquet` file; or
     `hub:owner/name[:split]`."""
     rank: Annotated[int, Field(ge=1)] | None = None
-    """Most components of a LoRA adapter that this client trains; all when absent."""
+    """Most components of a LoRA adapter, or of each expert, that this client trains; all when absent."""
+    specialists: Annotated[int, Field(ge=0)] | None = None
+    """Experts of its own, of a mixture; as many as `adapter.specialists` when absent. With 0 it has the generalists
+    alone."""
 
 
 class Adapter(Section):
-    kind: Literal["lora", "full"] = "lora"
-    """`lora` trains low-rank factors beside a frozen base; `full` trains every parameter."""
+    kind: Literal["lora", "full", "mixture"] = "lora"
+    """`lora` trains low-rank factors beside a frozen base; `full` trains every parameter; `mixture` trains several
+    low-rank experts beside each MLP, and what weighs them for each token."""
     rank: Annotated[int, Field(ge=1)] = 8
     """Of the factors: the most that a layer's change can have."""
     alpha: Annotated[float, Field(gt=0)] = 16.0
@@ -106,6 +110,28 @@ class Adapter(Section):
     """Linear layers that get factors, by the end of their names."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the adapter's inputs zeroed in training; 0 beside `[privacy.record]`."""
+    generalists: Annotated[int, Field(ge=0)] = 1
+    """Experts of a mixture that clients share."""
+    specialists: Annotated[int, Field(ge=0)] = 1
+    """Experts of a mixture that each client keeps; the most that one has."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _mixture_is_of_mlps(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("kind") == "mixture":
+            return {"targets": "all-linear"} | values
+        return values
+
+    @model_validator(mode="after")
+    def _mixture_has_experts(self) -> Self:
+        if self.kind == "mixture":
+            if self.dropout:
+                raise ValueError("a mixture has no dropout: remove it")
+            if not self.generalists + self.specialists:
+                raise ValueError("a mixture has experts: set generalists or specialists above 0")
+        elif given := sorted(self.model_fields_set & {"generalists", "specialists"}):
+            raise ValueError(f'{" and ".join(given)} are of a mixture: remove them, or set kind = "mixture"')
+        return self
 
     @model_validator(mode="after")
     def _full_is_all(self) -> Self:
@@ -116,7 +142,9 @@ class Adapter(Section):
     @model_serializer(mode="wrap")
     def _own(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         found: dict[str, Any] = dump(self)
-        return {"kind": "full"} if self.kind == "full" else found
+        foreign = () if self.kind == "mixture" else ("generalists", "specialists")
+        kept = {key: value for key, value in found.items() if key not in foreign}
+        return {"kind": "full"} if self.kind == "full" else kept
 
 
 class Train(Section):
@@ -168,9 +196,9 @@ class StrategyChoice(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, strict=True, use_attribute_docstrings=True)
 
     name: str = "fedavg"
-    """`fedavg`, `fedavg_product`, `fedprox`, `fedadam`, `fedyogi`, `trimmed_mean`, `median`, `krum`, `cobo` (a model for
-    each, pulled towards those that agree), `local` (no exchange) or `centralised` (all records in one place: a baseline
-    that only a simulation can run)."""
+    """`fedavg`, `fedavg_product`, `fedprox`, `fedadam`, `fedyogi`, `trimmed_mean`, `median`, `krum`, `cobo` (a model
+    for each, pulled towards those that agree), `comigs` (experts that are shared and experts of one's own), `local`
+    (no exchange) or `centralised` (all records in one place: a baseline that only a simulation can run)."""
     rounds: Annotated[int, Field(ge=1)] = 3
     """Exchanges between coordinator and clients."""
 

@@ -6,7 +6,7 @@ integers are masked: both sums are the same integers, and both models the same b
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -187,3 +187,12 @@ class CodedSum:
     def sums(self) -> Sums:
         """The sums of the replies."""
         return self.code.decode(self._total, self.members)
+
+
+def codes_of_legs(strategy: Strategy, initial: Tensors, layer: SecureAggregation, members: int) -> list[VectorCode]:
+    """The code of each leg's replies: a strategy that says what each of its legs sums (`layout_of`) sends no more."""
+    code = VectorCode.of(strategy, initial, layer, members)
+    layout_of = getattr(strategy, "layout_of", None)
+    if layout_of is None:
+        return [code] * strategy.legs
+    return [replace(code, layout=layout_of(leg, initial)) for leg in range(strategy.legs)]

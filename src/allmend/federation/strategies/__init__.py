@@ -6,6 +6,7 @@ from typing import Any
 
 from allmend.federation.strategies.centralised import Centralised
 from allmend.federation.strategies.cobo import CoBo
+from allmend.federation.strategies.comigs import CoMiGS
 from allmend.federation.strategies.fedavg import FedAvg
 from allmend.federation.strategies.fedopt import FedAdam, FedYogi
 from allmend.federation.strategies.fedprox import FedProx
@@ -24,6 +25,7 @@ STRATEGIES: dict[str, type[Any]] = {
     "median": Median,
     "krum": Krum,
     "cobo": CoBo,
+    "comigs": CoMiGS,
     "local": Local,
     "centralised": Centralised,
 }
