@@ -32,6 +32,7 @@ RUNS = (
     "choice_evaluation.py",
     "client_memory.py",
     "private_step.py",
+    "mixture_step.py",
     "audit_probes.py --runs 1",
     f"influence_peers.py --data {DATA} --threads 1 --records 48",
     "influence_memory.py",

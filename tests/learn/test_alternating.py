@@ -165,6 +165,12 @@ def test_steps_say_what_they_were_like(
     assert all(one.requires_grad and one.grad is None for one in mixture.parameters().values())
 
 
+def test_routers_see_their_records_in_an_order_of_their_own(make_tiny_model: MakeModel, records: list[Encoded]) -> None:
+    """Also where they are the same records."""
+    outcome = run(mixture_of(make_tiny_model()), records, records, router=RouterSettings(every=1, steps=1), steps=1)
+    assert not torch.equal(outcome.learnt[:, 0], outcome.validated[:, 0])
+
+
 def test_routers_do_not_move_before_the_first_expert_steps(
     make_tiny_model: MakeModel, records: list[Encoded], validation: list[Encoded]
 ) -> None:
@@ -216,6 +222,7 @@ def test_calls_with_the_optimisers_handed_on_are_one(
 ) -> None:
     settings = Train(batch_size=4, learning_rate=1e-2, warmup_steps=2, weight_decay=0.1)
     whole = run(mixture_of(make_tiny_model()), records, validation, settings)
+    assert {step.learning_rate for step in whole.router_steps} == {ROUTER.learning_rate}
     tensors, experts, routers, done = mixture_of(make_tiny_model()).state(), None, None, 0
     steps: list[Step] = []
     router_steps: list[Step] = []
@@ -252,6 +259,7 @@ def test_the_same_call_gives_the_same_bits(
     assert same(one.routers, other.routers)
     assert {name.partition("/")[2] for name in one.experts} == set(of(one.tensors, "generalist", "specialist"))
     assert {name.partition("/")[2] for name in one.routers} == set(of(one.tensors, "router"))
+    assert {name.partition("/")[0] for name in one.routers} == {"step", "exp_avg", "exp_avg_sq"}
 
 
 def test_without_router_steps_it_is_plain_training_of_the_experts(
