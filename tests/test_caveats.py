@@ -80,3 +80,45 @@ def test_what_an_optimiser_does_not_do_is_told(
     said = prepare(recipe(tiny_folder, "north", train=train), tmp_path).warnings
     assert len(said) == (words is not None)
     assert words is None or words in said[0]
+
+
+def told(model: Path, folder: Path, **sections: Any) -> list[str]:
+    for name in ("north", "south"):
+        write(folder, name, 12)
+    return list(prepare(recipe(model, **sections), folder).warnings)
+
+
+@pytest.mark.parametrize(("rounds", "few"), [(2, True), (4, True), (5, False), (400, False)])
+def test_members_that_are_compared_too_seldom(rounds: int, few: bool, tiny_folder: Path, tmp_path: Path) -> None:
+    """Two clients are one pair, which is compared in every round."""
+    said = told(tiny_folder, tmp_path, strategy={"name": "cobo", "rounds": rounds})
+    assert [f"compared {rounds} times" in one for one in said] == [True] * few
+
+
+def test_a_graph_that_stays_as_it_is_needs_no_comparison(tiny_folder: Path, tmp_path: Path) -> None:
+    assert told(tiny_folder, tmp_path, strategy={"name": "cobo", "rounds": 2, "pairs_per_member": 0.0}) == []
+
+
+@pytest.mark.parametrize(
+    ("experts", "words"),
+    [
+        ({"specialists": 0}, ["comigs is fedavg"]),
+        ({"generalists": 0}, ["comigs is local training", "fewer than 64 records at north, south"]),
+        ({}, ["fewer than 64 records at north, south"]),
+    ],
+)
+def test_experts_that_come_to_something_simpler(
+    experts: dict[str, int], words: list[str], tiny_folder: Path, tmp_path: Path
+) -> None:
+    adapter = {"kind": "mixture", "rank": 2} | experts
+    said = told(tiny_folder, tmp_path, adapter=adapter, strategy={"name": "comigs", "rounds": 1})
+    assert len(said) == len(words)
+    assert all(word in one for word, one in zip(words, said, strict=True))
+
+
+def test_a_generalist_alone_is_warned_of(tiny_folder: Path, tmp_path: Path) -> None:
+    clients = [{"name": "north", "data": "north.jsonl", "specialists": 0}, {"name": "south", "data": "south.jsonl"}]
+    adapter = {"kind": "mixture", "rank": 2}
+    said = told(tiny_folder, tmp_path, clients=clients, adapter=adapter, strategy={"name": "comigs", "rounds": 1})
+    assert "north without a specialist" in said[0]
+    assert "at south, and can" in said[1]

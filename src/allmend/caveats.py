@@ -9,6 +9,8 @@ from allmend.data.canaries import canary_of
 from allmend.federation.member import Member
 from allmend.federation.privacy.layers import protected
 from allmend.federation.privacy.ledger import open_ledger
+from allmend.federation.strategies.cobo import CoBo
+from allmend.federation.strategies.comigs import CoMiGS
 from allmend.learn.schedule import steps_per_round
 from allmend.optim.ramp import ramp_factor
 from allmend.recipe import Arm
@@ -16,6 +18,12 @@ from allmend.results import MEMBERS
 
 RAMP_STEPS = 20
 """Steps after which a momentum of 0.9 has grown to 0.88: 2 / (1 − β)."""
+
+FEW_VISITS = 5.0
+"""Comparisons of each pair of members below which a graph says little."""
+
+FEW_VALIDATED = 64
+"""Records below which a router may learn them by heart."""
 
 if TYPE_CHECKING:
     from allmend.prepare import Prepared
@@ -26,6 +34,8 @@ def caveats(prepared: "Prepared") -> Iterator[str]:
     yield from _of_guarantees(prepared)
     for arm in prepared.recipe.arms().values():
         yield from _of_optimizer(prepared, arm)
+        yield from _of_graph(prepared, arm)
+        yield from _of_experts(prepared, arm)
     if prepared.canaries:
         for name in audited(prepared.recipe):
             yield from _of_canaries(prepared, prepared.recipe.arms()[name])
@@ -74,6 +84,49 @@ def _of_optimizer(prepared: "Prepared", arm: Arm) -> Iterator[str]:
         yield (
             f"arm {arm.name!r}: rounds of {fewest} steps end before a ramp does: steps have {share:.0%} of their "
             "length on average. A higher learning rate makes up for it"
+        )
+
+
+def _of_graph(prepared: "Prepared", arm: Arm) -> Iterator[str]:
+    """Whether members that look for each other are compared often enough."""
+    if arm.strategy.name != CoBo.name:
+        return
+    n = len(prepared.members)
+    if n < 2:
+        yield f"arm {arm.name!r}: one client alone has nobody to work with, and cobo is local training"
+        return
+    pairs = arm.strategy.options.get("pairs_per_member", CoBo.pairs_per_member)
+    visits = arm.strategy.rounds * min(1.0, pairs / n)
+    if 0 < visits < FEW_VISITS:
+        yield (
+            f"arm {arm.name!r}: each pair of the {n} clients is compared {visits:.2g} times on average, and "
+            f"{math.exp(-visits):.0%} of the pairs never: that says little about who works with whom. Raise "
+            "strategy.rounds or strategy.pairs_per_member."
+        )
+
+
+def _of_experts(prepared: "Prepared", arm: Arm) -> Iterator[str]:
+    """What a mixture of experts comes to with these members."""
+    if arm.strategy.name != CoMiGS.name:
+        return
+    most = arm.adapter.specialists
+    own = {member.name: most if member.specialists is None else member.specialists for member in prepared.members}
+    if not any(own.values()):
+        yield f"arm {arm.name!r}: no client has a specialist, and comigs is fedavg"
+        return
+    if not arm.adapter.generalists:
+        yield f"arm {arm.name!r}: there is no generalist, and comigs is local training"
+    elif alone := [name for name, count in own.items() if not count]:
+        yield (
+            f"arm {arm.name!r}: {', '.join(alone)} without a specialist: a generalist that was trained among "
+            "specialists does not stand well alone. One specialist of rank 1 or 2 helps."
+        )
+    share = arm.strategy.options.get("validation", CoMiGS.validation)
+    apart = {member.name: max(1, round(share * len(member.records))) for member in prepared.members}
+    if few := [name for name, count in apart.items() if count < FEW_VALIDATED and own[name]]:
+        yield (
+            f"arm {arm.name!r}: routers learn from fewer than {FEW_VALIDATED} records at {', '.join(few)}, and can "
+            "learn these by heart. Raise strategy.validation."
         )
 
 
