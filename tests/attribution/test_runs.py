@@ -203,7 +203,9 @@ def test_again_with_another_target_and_nothing_revealed(run: RunFolder) -> None:
     assert attribute_run(run.path).arms[0].members  # the recipe's own settings again
 
 
-def test_targets_by_kind(run: RunFolder) -> None:
+@pytest.mark.parametrize("which", ["run", "hidden"])
+def test_targets_by_kind(which: str, request: pytest.FixtureRequest) -> None:
+    run: RunFolder = request.getfixturevalue(which)
     (arm,) = attribute_run(run.path, changes={"targets": "kind"}).arms
     assert arm.targets == ("a", "b")
     assert len(arm.members) == 6
