@@ -47,7 +47,7 @@ def show_graph(console: Console, graph: "ArmGraph") -> None:
     """Print a line for each client, group by group."""
     from allmend.report.sections.collaborators import graph_in_words, notes_of, rows_of
 
-    columns = {"client": 16, "partners": 40, "mean w": 8, "probes": 7, "last probe": 20}
+    columns = {"client": 14, "partners": 26, "mean w": 7, "probes": 7, "last probe": 20}
     sections: dict[str, list[tuple[str, ...]]] = {}
     for name, group, partners, mean, probes, last in rows_of(graph):
         row = tuple(str(getattr(cell, "shown", cell)) for cell in (name, partners, mean, probes, last))

@@ -68,7 +68,8 @@ def frontier(
                 speed = compare_speed({"paired": folded, "model": model}, _NAMES, tokens=TOKENS, runs=RUNS)
                 facts |= {"speed": speed.ratio[EAGER]}
                 facts |= {"foretold": speed.prediction.ratio if speed.prediction else None}
-                machine = f"{speed.machine['name']}, {speed.machine['threads']} threads"
+                threads = int(speed.machine["threads"])
+                machine = f"{speed.machine['name']}, {threads} thread{'s' * (threads > 1)}"
         lines.append(_line(candidate, found, found[plain], **facts))
         on_line((place + 1) / len(results))
     return Frontier(
