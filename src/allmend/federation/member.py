@@ -1,7 +1,8 @@
 """A member's side: the records that stay with it, and the `Client` that a strategy works with."""
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -119,7 +120,7 @@ class MemberClient:
         kept = self.settings.optimizer_state == "persist" and optimizer is None
         if kept:
             optimizer = of_group(OPTIMIZER, self.state.tensors) or None
-        try:
+        with self._named(turn):
             outcome = train(
                 self.trainable,
                 self.member.records,
@@ -135,8 +136,6 @@ class MemberClient:
                 noise=self.member.noise,
                 on_step=lambda step: self.on_step(self.name, turn, step),
             )
-        except UserError as error:
-            raise type(error)(error.what, where=f"client {self.name!r}, round {turn.round}", hint=error.hint) from error
         tensors = outcome.tensors if rank is None else with_components(outcome.tensors, start, rank)
         tensors = bounded(tensors, start, self.settings.largest_update)
         self.state.facts["steps"] = taken + steps
@@ -188,7 +187,7 @@ class MemberClient:
         taken = int(self.state.facts.get("steps", 0))
         apart = set(self._apart(validation) if int(start[PRESENT].sum()) > 1 else ())
         places = [place for place in range(self.examples) if place not in apart]
-        try:
+        with self._named(turn):
             found = alternate(
                 self._mixture,
                 [self.records[place] for place in places],
@@ -204,8 +203,6 @@ class MemberClient:
                 routers=routers,
                 on_step=lambda step: self.on_step(self.name, turn, step),
             )
-        except UserError as error:
-            raise type(error)(error.what, where=f"client {self.name!r}, round {turn.round}", hint=error.hint) from error
         self.state.facts["steps"] = taken + steps
         learnt = self.state.tensors.get(LEARNT, torch.zeros(self.examples, 2, dtype=torch.int64)).clone()
         learnt[places] += found.learnt
@@ -218,6 +215,14 @@ class MemberClient:
         count = min(max(1, round(share * self.examples)), self.examples - 1)
         generator = torch.Generator().manual_seed((self.member.seed * 1_000_003 + _APART) % 2**63)
         return torch.randperm(self.examples, generator=generator)[:count].tolist()
+
+    @contextlib.contextmanager
+    def _named(self, turn: Turn) -> Iterator[None]:
+        """Whose mistake it is, and in which round."""
+        try:
+            yield
+        except UserError as error:
+            raise type(error)(error.what, where=f"client {self.name!r}, round {turn.round}", hint=error.hint) from error
 
     @property
     def _mixture(self) -> Mixture:
@@ -241,11 +246,9 @@ class MemberClient:
             generator = torch.Generator().manual_seed((self.member.seed * 1_000_003 + turn.round) % 2**63)
             source = [source[place] for place in torch.randperm(len(source), generator=generator)[:records].tolist()]
         own = self.trainable.parameters()
-        try:
+        with self._named(turn):
             if all(tensor.shape == own[name].shape for name, tensor in at.items()):
                 self.trainable.load(at)
                 return gradient(self.trainable, source, tokens_per_pass=self.settings.tokens_per_pass)
             with of_other_rank(self.trainable, at) as other:
                 return gradient(other, source, tokens_per_pass=self.settings.tokens_per_pass)
-        except UserError as error:
-            raise type(error)(error.what, where=f"client {self.name!r}, round {turn.round}", hint=error.hint) from error
