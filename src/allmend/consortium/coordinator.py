@@ -46,6 +46,7 @@ from allmend.federation.keys import public_line
 from allmend.federation.privacy.layers import in_words, noisy
 from allmend.federation.privacy.ledger import open_ledger
 from allmend.federation.rounds import run_rounds
+from allmend.federation.strategies.cobo import CoBo
 from allmend.models.tensors import Tensors, nbytes
 from allmend.prepare import Prepared, check_prefixes, prepare_model, threads
 from allmend.recipe import Arm, Recipe, RecipeError
@@ -196,7 +197,7 @@ class Coordination:
                 seconds=self.patience.leg,
                 fewest=self.fewest,
                 emit=self.log.emit,
-                largest=_largest_reply(strategy, trainable.state()),
+                largest=_largest_reply(strategy, trainable.state(), len(self.questions.names)),
                 layout=strategy.layout(trainable.state()),
                 largest_update=arm.train.largest_update,
                 opening=self.run.arm(arm.name) / "opening.json",
@@ -295,10 +296,11 @@ class Coordination:
         return UtilityTable(rows=tuple(rows), differences=tuple(differences), seed=self.recipe.seed)
 
 
-def _largest_reply(strategy: Strategy, initial: Tensors) -> int:
+def _largest_reply(strategy: Strategy, initial: Tensors, members: int) -> int:
     """Bytes: room for what is summed in float64, and for a few tensors of each that learns that are seen."""
     summed = sum(shape.numel() * 8 for shape in strategy.layout(initial).values())
-    return FACTS + max(REPLY * nbytes(initial), summed)
+    seen = strategy.largest_seen(initial, members) if isinstance(strategy, CoBo) else 0
+    return FACTS + max(REPLY * nbytes(initial), summed, seen)
 
 
 def coordinate(

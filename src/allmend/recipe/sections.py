@@ -129,7 +129,7 @@ class Adapter(Section):
                 raise ValueError("a mixture has no dropout: remove it")
             if not self.generalists + self.specialists:
                 raise ValueError("a mixture has experts: set generalists or specialists above 0")
-        elif given := sorted(self.model_fields_set & {"generalists", "specialists"}):
+        elif given := [name for name in ("generalists", "specialists") if getattr(self, name) != 1]:
             raise ValueError(f'{" and ".join(given)} are of a mixture: remove them, or set kind = "mixture"')
         return self
 

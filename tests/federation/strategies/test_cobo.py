@@ -49,7 +49,7 @@ def bowls(points: Mapping[str, Sequence[float]]) -> dict[str, Bowl]:
 def rounds(
     strategy: CoBo, clients: Mapping[str, Bowl], count: int, *, state: State | None = None, first: int = 1
 ) -> State:
-    state = state or strategy.init({"x": torch.zeros(2)})
+    state = state or strategy.init(next(iter(clients.values())).initial)
     for round in range(first, first + count):
         for leg in (TRAIN, PROBE):
             turn = Turn(round, leg, count)

@@ -23,7 +23,7 @@ import torch
 from allmend.federation.collaboration.geometry import GEOMETRIES, Geometry
 from allmend.federation.collaboration.graph import sample_pairs, update_graph
 from allmend.federation.collaboration.sketches import gradient_sketch
-from allmend.models.tensors import Tensors, is_finite
+from allmend.models.tensors import Tensors, is_finite, nbytes
 from allmend.strategy import (
     Client,
     Declaration,
@@ -37,6 +37,7 @@ from allmend.strategy import (
     Turn,
     grouped,
     of_group,
+    shapes,
 )
 
 TRAIN, PROBE = range(2)
@@ -140,8 +141,26 @@ class CoBo:
     def layout(self, initial: Tensors) -> Layout:
         return {}
 
+    def seen_layout(self, task: Task) -> Layout | None:
+        """Shapes of all that a member may show for a task, where they follow from it; a gradient that is no number is
+        left out."""
+        if task.turn.leg == TRAIN:
+            return None  # nothing was sent: `combine` knows the shapes
+        model, found = of_group("model", task.tensors), dict[str, torch.Size]()
+        for fact in task.facts:
+            number = fact.removeprefix("first/")
+            if self.exchange == "sketch":
+                found[f"sketch/{number}"] = torch.Size([self.sketch_size])
+            else:
+                point = self._geometry.midpoint(model, of_group(f"other/{number}", task.tensors))
+                found |= shapes(grouped(f"gradient/{number}", point))
+        return found
+
     def init(self, initial: Tensors) -> State:
-        return State({"w": torch.zeros(0, 0), "visits": torch.zeros(0, 0, dtype=torch.int64)}, {"members": ""})
+        return State(
+            {"w": torch.zeros(0, 0), "visits": torch.zeros(0, 0, dtype=torch.int64)} | grouped("initial", initial),
+            {"members": ""},
+        )
 
     def plan(self, state: State, turn: Turn, members: Sequence[str]) -> dict[str, Task]:
         known = members_of(state)
@@ -197,6 +216,11 @@ class CoBo:
         loss = {} if trained.loss is None else {"loss": trained.loss * weight}
         return Reply(summed_facts={"weight": weight} | loss, seen=grouped("adapter", trained.tensors))
 
+    def largest_seen(self, initial: Tensors, members: int) -> int:
+        """Bytes that a member shows at most: those of gradients in four times as many pairs as on average."""
+        pairs = min(members - 1, math.ceil(4 * self.pairs_per_member) + 4)
+        return nbytes(initial) * max(1, 2 * pairs)
+
     @staticmethod
     def _keep(client: Client, model: Tensors) -> None:
         client.state.tensors = client.state.tensors | grouped("model", model)
@@ -205,7 +229,12 @@ class CoBo:
         return self._pulled(state, turn, seen) if turn.leg == TRAIN else self._probed(state, turn, seen)
 
     def _pulled(self, state: State, turn: Turn, seen: Mapping[str, Seen]) -> State:
-        """Newcomers are let in, models take their places, are pulled, and pairs are drawn among those who are here."""
+        """Newcomers are let in, models take their places, are pulled, and pairs are drawn among those who are here.
+
+        Who shows a model of other shapes than all began with is taken for absent.
+        """
+        right = shapes(of_group("initial", state.tensors))
+        seen = {name: one for name, one in seen.items() if shapes(of_group("adapter", one.tensors)) == right}
         state = self._with_newcomers(state, sorted(seen))
         known = members_of(state)
         here = [known.index(name) for name in sorted(seen)]
@@ -326,4 +355,4 @@ def _product(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> tupl
 def _usual_step(products: torch.Tensor, members: int) -> float:
     """γ with which the median of the first products crosses [0, 1] in four visits; 0 while there are too few."""
     sizes = [abs(one) for one in products.tolist() if math.isfinite(one) and one]
-    return 1 / (VISITS * median(sizes)) if len(sizes) >= members else 0.0
+    return 1 / (VISITS * median(sizes)) if sizes and len(sizes) >= members else 0.0

@@ -1,7 +1,9 @@
 """The engine between machines against the one in this process, and members that fail."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,15 @@ from allmend.errors import UserError
 from allmend.events import Warned, read_events
 from allmend.federation.checkpoint import Checkpoints
 from allmend.federation.engines.flower.engine import FlowerEngine
+from allmend.federation.engines.flower.site import ArmAtMember, Site
 from allmend.federation.engines.wire import dump_reply, parse_reply, parse_task
 from allmend.federation.strategies import STRATEGIES, build_strategy
+from allmend.federation.strategies.cobo import CoBo, members_of
+from allmend.federation.strategies.comigs import CoMiGS
 from allmend.federation.strategies.fedavg import FedAvg
-from allmend.models.tensors import dump
+from allmend.models.mixture import Mixture, apply_mixture
+from allmend.models.mixture_layers import MixtureConfig
+from allmend.models.tensors import dump, read_tensors
 from allmend.recipe import Train
 from allmend.run import EventLog
 from allmend.strategy import Reply, State, Task, Turn
@@ -35,7 +42,11 @@ def same(first: State, second: State) -> bool:
     )
 
 
-@pytest.mark.parametrize("name", sorted(name for name, kind in STRATEGIES.items() if not kind.pooled))
+APART = sorted({name for name, kind in STRATEGIES.items() if not kind.pooled} - {"comigs"})
+"""But for the one that trains a mixture."""
+
+
+@pytest.mark.parametrize("name", APART)
 def test_every_strategy_ends_at_the_same_bits_as_in_one_process(
     name: str,
     run: Callable[..., Any],
@@ -53,11 +64,62 @@ def test_every_strategy_ends_at_the_same_bits_as_in_one_process(
     assert same(here.state, there.state)
     assert here.state.facts == there.state.facts
     if not strategy.shares:
-        from allmend.models.tensors import read_tensors
-
         for member in NAMES:
-            tensors, about = read_tensors(sites[member].folder / "arms/arm/000002-0.state.safetensors")
+            path = sites[member].folder / f"arms/arm/000002-{strategy.legs - 1}.state.safetensors"
+            tensors, about = read_tensors(path)
             assert same(here.states[member], State(tensors, about["facts"]))
+
+
+def test_a_mixture_ends_at_the_same_bits_as_in_one_process(
+    run: Callable[..., Any],
+    make_member: Callable[..., Any],
+    make_tiny_model: Callable[..., Any],
+    make_post: Callable[..., Any],
+    settings: Train,
+    tmp_path: Path,
+) -> None:
+    strategy = CoMiGS(router_every=1, router_steps=1)
+
+    def mixture() -> Mixture:
+        return apply_mixture(make_tiny_model(), MixtureConfig(rank=2), seed=0, specialist_seed=0, digest="base")
+
+    @contextlib.contextmanager
+    def open_arm(member: Any, arm: str) -> Iterator[ArmAtMember]:
+        yield ArmAtMember(strategy, mixture(), member, settings)
+
+    members = [make_member(member, records=4) for member in NAMES]
+    here = run(strategy, members, settings, rounds=2, trainable=mixture())
+    sites = {member.name: Site(tmp_path / member.name, partial(open_arm, member)) for member in members}
+    post = make_post({member: site.answer for member, site in sites.items()})
+    there = run(strategy, members, settings, rounds=2, engine=make_engine(post, NAMES), trainable=mixture())
+
+    assert same(here.state, there.state)
+    for member in NAMES:
+        tensors, _ = read_tensors(sites[member].folder / "arms/arm/000002-1.state.safetensors")
+        assert same(here.states[member], State(tensors))
+
+
+def test_who_shows_a_model_of_other_shapes_is_taken_for_absent(
+    run: Callable[..., Any],
+    make_member: Callable[..., Any],
+    make_sites: Callable[..., Any],
+    make_post: Callable[..., Any],
+    settings: Train,
+) -> None:
+    strategy = CoBo(pairs_per_member=4.0)
+    members = [make_member(member, records=3) for member in NAMES]
+    sites = make_sites(members, strategy)
+    answers = {member: site.answer for member, site in sites.items()}
+    liar, *honest = sorted(answers)
+
+    def cut(question: bytes) -> bytes:
+        reply, _, about = parse_reply(sites[liar].answer(question))
+        return dump_reply(replace(reply, seen={name: tensor[:1] for name, tensor in reply.seen.items()}), about=about)
+
+    post = make_post(answers | {liar: cut})
+    there = run(strategy, members, settings, rounds=2, engine=make_engine(post, NAMES))
+
+    assert members_of(there.state) == honest
 
 
 def test_a_lost_answer_is_asked_for_again_and_not_worked_out_twice(

@@ -197,9 +197,13 @@ class FlowerEngine:
         if undeclared := strategy.declare().undeclared(reply):
             raise UserError(f"the reply holds what was not declared: {', '.join(undeclared)}", where=where)
         found = shapes(reply.summed)
-        seen = {name.partition("/")[0]: of_group(name.partition("/")[0], reply.seen) for name in reply.seen}
-        # what is looked at one by one has the names and shapes of what was sent, where tensors were
-        odd = task.tensors and any(shapes(tensors) != shapes(task.tensors) for tensors in seen.values())
+        if (told := getattr(strategy, "seen_layout", None)) is not None:
+            # None where the strategy itself looks at them
+            odd = (wanted := told(task)) is not None and not shapes(reply.seen).items() <= wanted.items()
+        else:
+            seen = {name.partition("/")[0]: of_group(name.partition("/")[0], reply.seen) for name in reply.seen}
+            # what is looked at one by one has the names and shapes of what was sent, where tensors were
+            odd = bool(task.tensors) and any(shapes(tensors) != shapes(task.tensors) for tensors in seen.values())
         if odd or (self.layout is not None and any(self.layout.get(name) != shape for name, shape in found.items())):
             raise UserError("the reply holds tensors of other names or shapes than the arm's", where=where)
         for name, tensor in (reply.summed | reply.seen).items():
