@@ -64,11 +64,15 @@ def test_which_layers_may_not_be_touched(loaded: LoadedModel) -> None:
     found = measure(Decoder(loaded.model), windows, [plain, *pairs, *drops])
 
     paired, dropped = ([added(found[one], found[plain]).value for one in some] for some in (pairs, drops))
-    assert paired[0] == max(paired)
-    assert set(sorted(range(LAYERS), key=lambda layer: -dropped[layer])[:2]) == {0, 1}
-    assert min(paired) < 0.1
-    cheaper = sum(pair < min(dropped[i : i + 2]) for i, pair in enumerate(paired))
-    assert cheaper >= 0.8 * len(paired), (paired, dropped)
+
+    def worst(costs: list[float], count: int) -> set[int]:
+        return set(sorted(range(len(costs)), key=lambda place: -costs[place])[:count])
+
+    assert worst(paired, 2) == {0, LAYERS - 2}
+    assert worst(dropped, 3) == {0, 1, LAYERS - 1}
+    assert min(paired) < min(*dropped, 0.1)
+    cheaper = sum(pair < (dropped[i] + dropped[i + 1]) / 2 for i, pair in enumerate(paired))
+    assert cheaper >= 0.75 * len(paired), (paired, dropped)
 
 
 def test_folding_in_half_precision_is_within_its_rounding(loaded: LoadedModel) -> None:
