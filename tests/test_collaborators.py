@@ -3,6 +3,7 @@
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -14,7 +15,8 @@ from allmend.cli import app
 from allmend.collaborators import collaborating, graph_of, groups_of, read_graph
 from allmend.errors import UserError
 from allmend.federation.strategies.cobo import CoBo
-from allmend.recipe import Recipe
+from allmend.life import rehearse
+from allmend.recipe import Recipe, RecipeError
 from allmend.results import CollaboratorsTable
 from allmend.run import RunFolder
 from allmend.strategy import State
@@ -103,6 +105,31 @@ def test_it_is_in_the_report_and_on_the_terminal(run: RunFolder, tmp_path: Path)
 
     told = CliRunner().invoke(app, ["collaborators", f"{run.path}:cobo", "--round", "2", "--json"])
     assert json.loads(told.output)["round"] == 2
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"train": {"largest_update": 1.0}}, "cobo's members keep it"),
+        ({"privacy": {"record": {"noise_multiplier": 1.0}}}, "gradients at midpoints tell more"),
+        ({"privacy": {"secure_aggregation": {}}}, "looks at each member's adapter, gradient"),
+        ({"adapter": {"kind": "full"}}, "set geometry to 'factors'"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(recipe: Recipe, tmp_path: Path, sections: Any, words: str) -> None:
+    values = recipe.model_dump(exclude={"compare", *sections}, exclude_none=True)
+    for name in CLIENTS:
+        (tmp_path / f"{name}.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 4)
+    with pytest.raises(RecipeError, match=words):
+        rehearse(make_recipe(values | sections), tmp_path)
+
+
+def test_more_members_than_the_graph_has_room_for(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("allmend.check.DENSE", 2)
+    with pytest.raises(RecipeError, match="at most 2 clients, and these are 3"):
+        rehearse(recipe, tmp_path)
 
 
 def test_groups_are_those_whose_weights_are_high_on_average() -> None:

@@ -109,6 +109,8 @@ def test_it_runs_behind_masks(workplace: Path, tiny_folder: Path) -> None:
         ({"adapter": {"kind": "mixture", "rank": 2, "targets": ["q_proj"]}}, "is no layer of an MLP"),
         ({"adapter": {"kind": "mixture", "rank": 2, "specialists": 1}}, "there is room for 1 specialists"),
         ({"privacy": {"record": {"noise_multiplier": 1.0}}}, "privacy.record is about one optimiser"),
+        ({"privacy": {"weight_noise": 0.1}}, "comigs leaves mixtures"),
+        ({"train": {"learning_rate": 0.01, "largest_update": 1.0}}, "comigs sends its generalists"),
     ],
 )
 def test_what_does_not_go_together_is_refused(

@@ -12,7 +12,9 @@ from allmend.data.canary_kinds import KINDS
 from allmend.data.icd10cm import SPECIALTIES
 from allmend.errors import UserError
 from allmend.federation.arm import mixture_of, strategy_of
+from allmend.federation.collaboration.graph import DENSE
 from allmend.federation.strategies import STRATEGIES, options_of
+from allmend.federation.strategies.cobo import CoBo
 from allmend.federation.strategies.private_fedavg import PrivateFedAvg
 from allmend.models.adapters import check_lora
 from allmend.models.load import LoadedModel, linear_layers
@@ -85,6 +87,10 @@ def _strategy_problems(arm: Arm, key: tuple[str, ...], seed: int, clients: Seque
         return [Problem((*key, option), f"strategy {name!r} has no such option (it has {has})") for option in unknown]
     try:
         strategy = strategy_of(arm, seed=seed)
+        if isinstance(strategy, CoBo) and len(clients) > DENSE:
+            raise ValueError(
+                f"cobo keeps a weight for each two of at most {DENSE:,} clients, and these are {len(clients):,}"
+            )
     except (ValueError, TypeError) as error:
         return [Problem(key, str(error))]
     except UserError as error:  # the members' budget

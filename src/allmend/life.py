@@ -42,7 +42,7 @@ from allmend.recipe import Arm, Recipe
 from allmend.results import BASE, InfluenceByMember
 from allmend.run import EventLog, RunFolder
 from allmend.session import machine, reported, sessions
-from allmend.strategy import Declaration, Strategy
+from allmend.strategy import Declaration, Strategy, whole_layout
 from allmend.versions import versions
 from allmend.workload import work_ahead
 
@@ -190,7 +190,7 @@ def _of_influence(prepared: Prepared, name: str) -> Disclosure:
 def _sizes(strategy: Strategy, initial: Tensors) -> dict[str, int]:
     """Bytes of each group that is summed; members send float32."""
     sizes: dict[str, int] = {}
-    for tensor, shape in strategy.layout(initial).items():
+    for tensor, shape in whole_layout(strategy, initial).items():
         group = tensor.partition("/")[0]
         sizes[group] = sizes.get(group, 0) + 4 * shape.numel()
     return sizes

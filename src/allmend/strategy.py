@@ -49,11 +49,19 @@ class Turn:
 
 @dataclass(frozen=True)
 class Task:
-    """From the coordinator to one member."""
+    """From the coordinator to one member.
+
+    Attributes:
+        turn: where the run is.
+        tensors, facts: what is sent.
+        seen: names and shapes of all that the reply may hold to be looked at one by one, which the coordinator keeps
+            to itself. Where it is None, each group has the names and shapes of `tensors`, if there are any.
+    """
 
     turn: Turn
     tensors: Tensors = field(default_factory=dict)
     facts: Facts = field(default_factory=dict)
+    seen: Layout | None = None
 
 
 @dataclass(frozen=True)
@@ -250,8 +258,8 @@ class Strategy(Protocol):
         """What leaves each member, who sees it and why."""
         ...
 
-    def layout(self, initial: Tensors) -> Layout:
-        """Shapes of the tensors that members' replies sum, by name: the same for all members and rounds.
+    def layout(self, initial: Tensors, leg: int = 0) -> Layout:
+        """Shapes of the tensors that members' replies of a leg sum, by name: the same for all members and rounds.
 
         A member may leave a tensor out, which stands for zeros. Secure aggregation forms one vector of them.
         """
@@ -285,6 +293,11 @@ class Strategy(Protocol):
     def personal(self, state: State, client: State) -> Tensors | None:
         """A member's own model, from the coordinator's and the member's state, or None where there is none."""
         ...
+
+
+def whole_layout(strategy: Strategy, initial: Tensors) -> Layout:
+    """Shapes of what is summed in any leg."""
+    return {name: shape for leg in range(strategy.legs) for name, shape in strategy.layout(initial, leg).items()}
 
 
 def grouped(group: str, tensors: Tensors) -> Tensors:

@@ -83,7 +83,7 @@ def play(it: FederatedInfluence, state: State, clients: dict[str, Member]) -> St
         for name, task in tasks.items():
             reply = it.work(task, clients[name])
             assert it.declare().undeclared(reply) == []
-            layout = it.layout_of(leg, of_group("model", task.tensors))
+            layout = it.layout(of_group("model", task.tensors), leg)
             assert {key: one.shape for key, one in reply.summed.items()}.items() <= layout.items()
             sums.add(reply)
             seen[name] = Seen(reply.seen, reply.seen_facts)

@@ -70,7 +70,7 @@ def codes_of(strategy: FederatedInfluence, initial: Tensors, members: int) -> tu
     numbers = sorted(set(declared.summed) & declared.numbers)
 
     def code(leg: int, name: str) -> VectorCode:
-        layout = strategy.layout_of(leg, initial)
+        layout = strategy.layout(initial, leg)
         if name == SCORES:
             return VectorCode(layout, numbers, 1.0, members)
         if name in (SIZES, TARGET):

@@ -46,14 +46,13 @@ from allmend.federation.keys import public_line
 from allmend.federation.privacy.layers import in_words, noisy
 from allmend.federation.privacy.ledger import open_ledger
 from allmend.federation.rounds import run_rounds
-from allmend.federation.strategies.cobo import CoBo
 from allmend.models.tensors import Tensors, nbytes
 from allmend.prepare import Prepared, check_prefixes, prepare_model, threads
 from allmend.recipe import Arm, Recipe, RecipeError
 from allmend.results import BASE, InfluenceByMember, UtilityTable
 from allmend.run import EventLog, RunFolder, write_atomic
 from allmend.session import machine, reported, sessions
-from allmend.strategy import Reply, Strategy
+from allmend.strategy import Reply, Strategy, whole_layout
 from allmend.versions import versions
 
 REPLY = 4
@@ -117,7 +116,7 @@ class Coordination:
             strategy = strategy_of(arm, seed=self.recipe.seed)
             with trainable_of(self.prepared.model, arm.adapter, seed=self.recipe.seed) as trainable:
                 initial = trainable.state()
-            sent = sum(shape.numel() * 4 for shape in strategy.layout(initial).values())
+            sent = sum(shape.numel() * 4 for shape in whole_layout(strategy, initial).values())
             # the checkpoint, the next one beside it and the outcome; a question to each member and its answer
             needed = max(needed, (3 + len(self.keys)) * nbytes(initial) + len(self.keys) * sent + FACTS)
         if (free := shutil.disk_usage(self.run.path).free) < needed:
@@ -197,8 +196,8 @@ class Coordination:
                 seconds=self.patience.leg,
                 fewest=self.fewest,
                 emit=self.log.emit,
-                largest=_largest_reply(strategy, trainable.state(), len(self.questions.names)),
-                layout=strategy.layout(trainable.state()),
+                largest=_largest_reply(strategy, trainable.state()),
+                layout=whole_layout(strategy, trainable.state()),
                 largest_update=arm.train.largest_update,
                 opening=self.run.arm(arm.name) / "opening.json",
                 hiding=hiding(self.offer, recipe, arm, strategy, trainable.state()),
@@ -296,11 +295,10 @@ class Coordination:
         return UtilityTable(rows=tuple(rows), differences=tuple(differences), seed=self.recipe.seed)
 
 
-def _largest_reply(strategy: Strategy, initial: Tensors, members: int) -> int:
+def _largest_reply(strategy: Strategy, initial: Tensors) -> int:
     """Bytes: room for what is summed in float64, and for a few tensors of each that learns that are seen."""
-    summed = sum(shape.numel() * 8 for shape in strategy.layout(initial).values())
-    seen = strategy.largest_seen(initial, members) if isinstance(strategy, CoBo) else 0
-    return FACTS + max(REPLY * nbytes(initial), summed, seen)
+    summed = sum(shape.numel() * 8 for shape in whole_layout(strategy, initial).values())
+    return FACTS + max(REPLY * nbytes(initial), summed)
 
 
 def coordinate(

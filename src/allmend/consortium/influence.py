@@ -27,7 +27,7 @@ from allmend.prepare import EncodedClient
 from allmend.recipe import Arm, Recipe, SecureAggregation
 from allmend.results import ArmInfluence, InfluenceByMember
 from allmend.run import RunFolder
-from allmend.strategy import State, Turn
+from allmend.strategy import State, Turn, whole_layout
 
 PREFIX = "_influence."
 """Before an arm's name: no arm of a recipe begins so."""
@@ -111,7 +111,7 @@ def measure(
                 seconds=seconds,
                 fewest=max(fewest, hiding.layer.fewest),
                 emit=emit,
-                layout=strategy.layout(initial),
+                layout=whole_layout(strategy, initial),
                 opening=opening,
                 may_open=partial(_keep, totals, asked),
                 hiding=hiding,
@@ -123,7 +123,7 @@ def measure(
 
 
 def _total(strategy: FederatedInfluence, leg: int, initial: Tensors, names: Sequence[str]) -> Total:
-    groups = {name.partition("/")[0] for name in strategy.layout_of(leg, initial)}
+    groups = {name.partition("/")[0] for name in strategy.layout(initial, leg)}
     return Total(tuple(sorted(groups)), tuple(sorted(names)), strategy.clip, strategy.min_records)
 
 

@@ -117,8 +117,8 @@ def strategy_of(arm: Arm, *, seed: int) -> Strategy:
     strategy = build_strategy(arm.strategy.name, arm.strategy.options, seed=seed)
     if (arm.adapter.kind == "mixture") != isinstance(strategy, CoMiGS):
         raise ValueError("comigs trains a mixture, and nothing else does: set adapter.kind to 'mixture' for it alone")
-    if isinstance(strategy, CoMiGS) and arm.privacy.record is not None:
-        raise ValueError("privacy.record is about one optimiser over one set of records, and comigs has two of both")
+    if isinstance(strategy, CoMiGS):
+        _check_comigs(arm)
     if isinstance(strategy, CoBo):
         _check_cobo(strategy, arm)
     if isinstance(strategy, FedAvgProduct) and arm.adapter.kind != "lora":
@@ -160,6 +160,19 @@ def _check_cobo(strategy: CoBo, arm: Arm) -> None:
             "privacy.record promises something for what training steps tell, and cobo's gradients at midpoints tell "
             "more: remove one of the two"
         )
+    if arm.train.largest_update is not None:
+        raise ValueError(
+            "train.largest_update is about the change of a model that was sent, and cobo's members keep it"
+        )
+
+
+def _check_comigs(arm: Arm) -> None:
+    if arm.privacy.record is not None:
+        raise ValueError("privacy.record is about one optimiser over one set of records, and comigs has two of both")
+    if arm.train.largest_update is not None:
+        raise ValueError("train.largest_update is about the change of a whole model, and comigs sends its generalists")
+    if arm.privacy.weight_noise:
+        raise ValueError("privacy.weight_noise is for adapters and whole models, and comigs leaves mixtures")
 
 
 def at_member(member: Member, arm: Arm) -> tuple[Member, Ledger]:

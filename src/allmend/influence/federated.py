@@ -118,12 +118,8 @@ class FederatedInfluence:
             numbers=frozenset({"records", "clipped", "targets", "scores"}),
         )
 
-    def layout(self, initial: Tensors) -> Layout:
-        """Of all legs."""
-        return {name: shape for leg in range(self.legs) for name, shape in self.layout_of(leg, initial).items()}
-
-    def layout_of(self, leg: int, initial: Tensors) -> Layout:
-        """Of one: sizes and the target's gradient; the curvature's parts; nothing."""
+    def layout(self, initial: Tensors, leg: int = 0) -> Layout:
+        """Sizes and the target's gradient; the curvature's parts; nothing."""
         found: Layout = {}
         for name in names_of(initial, self.modules):
             r, d = wide_last(name, initial[name]).shape

@@ -1,5 +1,7 @@
 """Who worked with whom."""
 
+from functools import cached_property
+
 from pydantic import Field
 
 from allmend.results.figures import Table
@@ -54,8 +56,15 @@ class ArmGraph(Table):
 
     def weights(self, place: int) -> dict[int, Pair]:
         """A member's pairs, by the other's place."""
-        mine = [pair for pair in self.pairs if place in (pair.one, pair.other)]
-        return {pair.other if pair.one == place else pair.one: pair for pair in mine}
+        return self._of_member[place]
+
+    @cached_property
+    def _of_member(self) -> list[dict[int, Pair]]:
+        """Once for all members: there are as many pairs as their number squared."""
+        found: list[dict[int, Pair]] = [{} for _ in self.members]
+        for pair in self.pairs:
+            found[pair.one][pair.other] = found[pair.other][pair.one] = pair
+        return found
 
     def partners(self, place: int) -> list[int]:
         """Those that a member works with, the closest first."""

@@ -39,7 +39,7 @@ def test_only_pairs_that_were_probed_move_and_both_halves_alike(sparse: bool) ->
 
 
 def test_a_pair_that_no_weight_was_known_of_comes_into_a_sparse_graph() -> None:
-    none = torch.sparse_coo_tensor(torch.empty(2, 0, dtype=torch.int64), torch.empty(0), (4, 4))
+    none = torch.zeros(4, 4).to_sparse()
 
     found = update_graph(none, torch.tensor([[1], [3]]), torch.tensor([0.5]), 1.0)
 

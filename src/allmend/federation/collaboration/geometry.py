@@ -36,6 +36,10 @@ class Geometry(Protocol):
         """What two members take their gradients at."""
         ...
 
+    def mean(self, models: Sequence[Tensors]) -> Tensors:
+        """The mean of all models, one at least."""
+        ...
+
     def pulled(self, models: Sequence[Tensors], w: torch.Tensor, strength: float) -> Pulled:
         """Every model after an implicit pull towards its neighbours in the graph w [n, n]."""
         ...
@@ -46,6 +50,9 @@ class Factors:
 
     def midpoint(self, one: Tensors, other: Tensors) -> Tensors:
         return {name: (tensor + other[name]) / 2 for name, tensor in one.items()}
+
+    def mean(self, models: Sequence[Tensors]) -> Tensors:
+        return {name: torch.stack([model[name] for model in models]).mean(0) for name in models[0]}
 
     def pulled(self, models: Sequence[Tensors], w: torch.Tensor, strength: float) -> Pulled:
         names = list(models[0])
@@ -67,20 +74,27 @@ class Products:
             found[b] = torch.cat([one[b], other[b]], dim=1) / 2
         return {name: found[name] for name in one}
 
+    def mean(self, models: Sequence[Tensors]) -> Tensors:
+        shares = torch.full((len(models),), 1 / len(models))
+        return self._mixed(models, shares, models[0])[0]
+
+    @staticmethod
+    def _mixed(models: Sequence[Tensors], shares: torch.Tensor, like: Tensors) -> tuple[Tensors, float, float]:
+        """Products in these shares, as factors of their rank; the square that has no room, and the whole."""
+        found, lost, whole = dict(like), 0.0, 0.0
+        for a, b in layers_of_factors(like).values():
+            mixed = mixture_of_products([(model[a], model[b]) for model in models], shares, like=like[a])
+            found[a], found[b] = mixed.a.to(like[a].dtype), mixed.b.to(like[b].dtype)
+            lost, whole = lost + mixed.lost, whole + mixed.whole
+        return found, lost, whole
+
     def pulled(self, models: Sequence[Tensors], w: torch.Tensor, strength: float) -> Pulled:
         if strength == 0 or not bool((w.coalesce().values() if w.is_sparse else w).any()):
             return Pulled([dict(model) for model in models])
         weights = pull_weights(w.to_dense() if w.is_sparse else w, strength)
-        found: list[Tensors] = [{} for _ in models]
-        lost = whole = 0.0
-        for a, b in layers_of_factors(models[0]).values():
-            stacks = [(model[a], model[b]) for model in models]
-            for place, (shares, model) in enumerate(zip(weights, found, strict=True)):
-                mixed = mixture_of_products(stacks, shares, like=stacks[place][0])
-                model[a], model[b] = mixed.a.to(stacks[place][0].dtype), mixed.b.to(stacks[place][1].dtype)
-                lost, whole = lost + mixed.lost, whole + mixed.whole
-        ordered = [{name: model[name] for name in models[0]} for model in found]
-        return Pulled(ordered, lost / whole if whole else 0.0)
+        mixed = [self._mixed(models, shares, model) for shares, model in zip(weights, models, strict=True)]
+        lost, whole = sum(part for _, part, _ in mixed), sum(part for _, _, part in mixed)
+        return Pulled([model for model, _, _ in mixed], lost / whole if whole else 0.0)
 
 
 GEOMETRIES: Mapping[str, Geometry] = {"product": Products(), "factors": Factors()}

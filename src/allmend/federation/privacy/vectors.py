@@ -6,7 +6,7 @@ integers are masked: both sums are the same integers, and both models the same b
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -51,8 +51,10 @@ class VectorCode:
     noise: float = 0.0
 
     @classmethod
-    def of(cls, strategy: Strategy, initial: Tensors, layer: SecureAggregation, members: int) -> "VectorCode":
-        """The code of an arm's replies.
+    def of(
+        cls, strategy: Strategy, initial: Tensors, layer: SecureAggregation, members: int, leg: int = 0
+    ) -> "VectorCode":
+        """The code of an arm's replies in a leg.
 
         Args:
             strategy: the arm's.
@@ -61,7 +63,7 @@ class VectorCode:
             members: in the run.
         """
         declared = strategy.declare()
-        numbers, layout = sorted(set(declared.summed) & declared.numbers), strategy.layout(initial)
+        numbers, layout = sorted(set(declared.summed) & declared.numbers), strategy.layout(initial, leg)
         if not isinstance(strategy, PrivateFedAvg):
             return cls(layout, numbers, layer.clip * layer.largest_weight, members)
         # a change of norm C has the norm L on the grid, and √d more at most when it is rounded
@@ -190,9 +192,5 @@ class CodedSum:
 
 
 def codes_of_legs(strategy: Strategy, initial: Tensors, layer: SecureAggregation, members: int) -> list[VectorCode]:
-    """The code of each leg's replies: a strategy that says what each of its legs sums (`layout_of`) sends no more."""
-    code = VectorCode.of(strategy, initial, layer, members)
-    layout_of = getattr(strategy, "layout_of", None)
-    if layout_of is None:
-        return [code] * strategy.legs
-    return [replace(code, layout=layout_of(leg, initial)) for leg in range(strategy.legs)]
+    """The code of each leg's replies; arguments as of `VectorCode.of`."""
+    return [VectorCode.of(strategy, initial, layer, members, leg) for leg in range(strategy.legs)]

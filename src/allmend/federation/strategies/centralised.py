@@ -27,7 +27,7 @@ class Centralised:
             numbers=frozenset({"loss"}),
         )
 
-    def layout(self, initial: Tensors) -> Layout:
+    def layout(self, initial: Tensors, leg: int = 0) -> Layout:
         return {}
 
     def init(self, initial: Tensors) -> State:

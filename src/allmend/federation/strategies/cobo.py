@@ -23,7 +23,7 @@ import torch
 from allmend.federation.collaboration.geometry import GEOMETRIES, Geometry
 from allmend.federation.collaboration.graph import sample_pairs, update_graph
 from allmend.federation.collaboration.sketches import gradient_sketch
-from allmend.models.tensors import Tensors, is_finite, nbytes
+from allmend.models.tensors import Tensors, is_finite
 from allmend.strategy import (
     Client,
     Declaration,
@@ -138,23 +138,8 @@ class CoBo:
             numbers=frozenset({"weight", "loss"}),
         )
 
-    def layout(self, initial: Tensors) -> Layout:
+    def layout(self, initial: Tensors, leg: int = 0) -> Layout:
         return {}
-
-    def seen_layout(self, task: Task) -> Layout | None:
-        """Shapes of all that a member may show for a task, where they follow from it; a gradient that is no number is
-        left out."""
-        if task.turn.leg == TRAIN:
-            return None  # nothing was sent: `combine` knows the shapes
-        model, found = of_group("model", task.tensors), dict[str, torch.Size]()
-        for fact in task.facts:
-            number = fact.removeprefix("first/")
-            if self.exchange == "sketch":
-                found[f"sketch/{number}"] = torch.Size([self.sketch_size])
-            else:
-                point = self._geometry.midpoint(model, of_group(f"other/{number}", task.tensors))
-                found |= shapes(grouped(f"gradient/{number}", point))
-        return found
 
     def init(self, initial: Tensors) -> State:
         return State(
@@ -163,24 +148,38 @@ class CoBo:
         )
 
     def plan(self, state: State, turn: Turn, members: Sequence[str]) -> dict[str, Task]:
+        return self._to_train(state, turn, members) if turn.leg == TRAIN else self._to_probe(state, turn, members)
+
+    def _to_train(self, state: State, turn: Turn, members: Sequence[str]) -> dict[str, Task]:
         known = members_of(state)
-        if turn.leg == TRAIN:
-            mean = self._mean(state)
-            late = grouped("model", mean) if mean else {}
-            return {name: Task(turn, {} if name in known else dict(late)) for name in sorted(members)}
+        late = set(members) - set(known)
+        start = grouped("model", self._mean(state)) if late and known and self.initial_graph else {}
+        shown = shapes(grouped("adapter", of_group("initial", state.tensors)))
+        return {name: Task(turn, start if name in late else {}, seen=shown) for name in sorted(members)}
+
+    def _to_probe(self, state: State, turn: Turn, members: Sequence[str]) -> dict[str, Task]:
+        known, adapters = members_of(state), _adapters(state)
+        here = {known[place] for place in state.tensors["present"].nonzero()[:, 0].tolist()} & set(members)
+        probes: dict[str, list[tuple[int, str, bool]]] = {name: [] for name in sorted(here)}
+        for number, (i, j) in enumerate(state.tensors["pairs"].T.tolist()):
+            for own, other, first in ((known[i], known[j], True), (known[j], known[i], False)):
+                if own in here:
+                    probes[own].append((number, other, first))
+        like = of_group("initial", state.tensors)
+        point = shapes(self._geometry.midpoint(like, like))
         tasks = {}
-        for name in sorted(set(members) & set(known)):
-            own = known.index(name)
-            if not bool(state.tensors["present"][own]):
-                continue
-            tensors = grouped("model", of_group(f"adapter/{own}", state.tensors))
+        for name, mine in probes.items():
+            tensors = grouped("model", adapters[name])
             facts: Facts = {}
-            for number, pair in enumerate(state.tensors["pairs"].T.tolist()):
-                if own in pair:
-                    other = pair[1] if pair[0] == own else pair[0]
-                    tensors |= grouped(f"other/{number}", of_group(f"adapter/{other}", state.tensors))
-                    facts[f"first/{number}"] = pair[0] == own
-            tasks[name] = Task(turn, tensors, facts)
+            seen: Layout = {}
+            for number, other, first in mine:
+                tensors |= grouped(f"other/{number}", adapters[other])
+                facts[f"first/{number}"] = first
+                if self.exchange == "sketch":
+                    seen[f"sketch/{number}"] = torch.Size([self.sketch_size])
+                else:
+                    seen |= {f"gradient/{number}/{parameter}": shape for parameter, shape in point.items()}
+            tasks[name] = Task(turn, tensors, facts, seen)
         return tasks
 
     def work(self, task: Task, client: Client) -> Reply:
@@ -216,11 +215,6 @@ class CoBo:
         loss = {} if trained.loss is None else {"loss": trained.loss * weight}
         return Reply(summed_facts={"weight": weight} | loss, seen=grouped("adapter", trained.tensors))
 
-    def largest_seen(self, initial: Tensors, members: int) -> int:
-        """Bytes that a member shows at most: those of gradients in four times as many pairs as on average."""
-        pairs = min(members - 1, math.ceil(4 * self.pairs_per_member) + 4)
-        return nbytes(initial) * max(1, 2 * pairs)
-
     @staticmethod
     def _keep(client: Client, model: Tensors) -> None:
         client.state.tensors = client.state.tensors | grouped("model", model)
@@ -231,10 +225,10 @@ class CoBo:
     def _pulled(self, state: State, turn: Turn, seen: Mapping[str, Seen]) -> State:
         """Newcomers are let in, models take their places, are pulled, and pairs are drawn among those who are here.
 
-        Who shows a model of other shapes than all began with is taken for absent.
+        Who shows no whole model is taken for absent.
         """
-        right = shapes(of_group("initial", state.tensors))
-        seen = {name: one for name, one in seen.items() if shapes(of_group("adapter", one.tensors)) == right}
+        whole = {f"adapter/{name}" for name in of_group("initial", state.tensors)}
+        seen = {name: one for name, one in seen.items() if one.tensors.keys() == whole}
         state = self._with_newcomers(state, sorted(seen))
         known = members_of(state)
         here = [known.index(name) for name in sorted(seen)]
@@ -316,12 +310,8 @@ class CoBo:
         )
 
     def _mean(self, state: State) -> Tensors:
-        """What who comes late begins with: the mean of those it is taken to work with, which are all or none."""
-        if not self.initial_graph or not members_of(state):
-            return {}
-        models = [of_group(f"adapter/{place}", state.tensors) for place in range(len(members_of(state)))]
-        everyone = torch.ones(len(models), len(models)).fill_diagonal_(0)
-        return self._geometry.pulled(models, everyone, 1e6).models[0] if len(models) > 1 else models[0]
+        """What who comes late begins with: the mean of all, since it is taken to work with each of them."""
+        return self._geometry.mean(list(_adapters(state).values()))
 
     def revealed(self, task: Task, reply: Reply) -> Tensors | None:
         return of_group("adapter", reply.seen) or None
@@ -336,6 +326,16 @@ class CoBo:
 def members_of(state: State) -> list[str]:
     """Names of all members that ever took part, in the order of the graph's rows."""
     return [name for name in str(state.facts["members"]).split("\n") if name]
+
+
+def _adapters(state: State) -> dict[str, Tensors]:
+    """Every member's model, by name, in the order of the graph's rows."""
+    found: dict[str, Tensors] = {name: {} for name in members_of(state)}
+    names = list(found)
+    for key, tensor in of_group("adapter", state.tensors).items():
+        place, _, parameter = key.partition("/")
+        found[names[int(place)]][parameter] = tensor
+    return found
 
 
 def _of_number(tensors: Tensors, number: str) -> list[torch.Tensor]:

@@ -106,12 +106,8 @@ class CoMiGS(FedAvg):
             numbers=frozenset({"weight", "loss"}),
         )
 
-    def layout(self, initial: Tensors) -> Layout:
-        return shapes(grouped("update", generalists_of(initial)))
-
-    def layout_of(self, leg: int, initial: Tensors) -> Layout:
-        """Of one leg: the second one sums nothing."""
-        return self.layout(initial) if leg == TRAIN else {}
+    def layout(self, initial: Tensors, leg: int = 0) -> Layout:
+        return shapes(grouped("update", generalists_of(initial))) if leg == TRAIN else {}
 
     def init(self, initial: Tensors) -> State:
         return State(grouped("model", generalists_of(initial)))

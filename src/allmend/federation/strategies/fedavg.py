@@ -61,7 +61,7 @@ class FedAvg:
             numbers=frozenset({"weight", "loss"}),
         )
 
-    def layout(self, initial: Tensors) -> Layout:
+    def layout(self, initial: Tensors, leg: int = 0) -> Layout:
         return shapes(grouped("update", initial))
 
     def init(self, initial: Tensors) -> State:

@@ -39,7 +39,7 @@ class Local:
             numbers=frozenset({"weight", "loss"}),
         )
 
-    def layout(self, initial: Tensors) -> Layout:
+    def layout(self, initial: Tensors, leg: int = 0) -> Layout:
         return {}
 
     def init(self, initial: Tensors) -> State:

@@ -81,7 +81,7 @@ class PrivateFedAvg:
             summed["within"] = "whether the change was within the clip; the sum gets noise"
         return Declaration(sent="the shared parameters and the clip", summed=summed, numbers=frozenset({"within"}))
 
-    def layout(self, initial: Tensors) -> Layout:
+    def layout(self, initial: Tensors, leg: int = 0) -> Layout:
         return shapes(grouped("update", initial))
 
     def init(self, initial: Tensors) -> State:

@@ -46,7 +46,7 @@ class FedAvgProduct(FedAvg):
         summed["product"] = "change of each layer's product of factors times number of records"
         return replace(declared, summed=summed)
 
-    def layout(self, initial: Tensors) -> Layout:
+    def layout(self, initial: Tensors, leg: int = 0) -> Layout:
         return {f"product/{layer}": product.shape for layer, product in _products(initial).items()}
 
     def work(self, task: Task, client: Client) -> Reply:

@@ -30,7 +30,7 @@ class _Robust(FedAvg, ABC):
         reason = "change of the parameters: changes are compared with each other, to tell which go astray"
         return replace(declared, summed=summed, seen={"update": reason})
 
-    def layout(self, initial: Tensors) -> Layout:
+    def layout(self, initial: Tensors, leg: int = 0) -> Layout:
         return {}
 
     def work(self, task: Task, client: Client) -> Reply:

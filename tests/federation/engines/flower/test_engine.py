@@ -99,7 +99,7 @@ def test_a_mixture_ends_at_the_same_bits_as_in_one_process(
         assert same(here.states[member], State(tensors))
 
 
-def test_who_shows_a_model_of_other_shapes_is_taken_for_absent(
+def test_who_shows_a_model_of_other_shapes_is_left_out(
     run: Callable[..., Any],
     make_member: Callable[..., Any],
     make_sites: Callable[..., Any],

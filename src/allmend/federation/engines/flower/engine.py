@@ -82,7 +82,8 @@ class FlowerEngine:
         if len(digests) > 1:
             raise UserError("a sum out of sight is of work on one task, and members have several", where=self.arm)
         answered: list[str] = []
-        for name, data in self.exchange.ask(questions, seconds=self.seconds, largest=self.largest):
+        largest = max(self.largest, *(_room(task.seen or {}) for task in tasks.values()))
+        for name, data in self.exchange.ask(questions, seconds=self.seconds, largest=largest):
             answer = None if data is None else self._read(strategy, tasks[name], name, data)
             if answer is None:
                 self._miss(name, turn.round, came=data is not None)
@@ -197,12 +198,10 @@ class FlowerEngine:
         if undeclared := strategy.declare().undeclared(reply):
             raise UserError(f"the reply holds what was not declared: {', '.join(undeclared)}", where=where)
         found = shapes(reply.summed)
-        if (told := getattr(strategy, "seen_layout", None)) is not None:
-            # None where the strategy itself looks at them
-            odd = (wanted := told(task)) is not None and not shapes(reply.seen).items() <= wanted.items()
+        if task.seen is not None:
+            odd = not shapes(reply.seen).items() <= task.seen.items()
         else:
             seen = {name.partition("/")[0]: of_group(name.partition("/")[0], reply.seen) for name in reply.seen}
-            # what is looked at one by one has the names and shapes of what was sent, where tensors were
             odd = bool(task.tensors) and any(shapes(tensors) != shapes(task.tensors) for tensors in seen.values())
         if odd or (self.layout is not None and any(self.layout.get(name) != shape for name, shape in found.items())):
             raise UserError("the reply holds tensors of other names or shapes than the arm's", where=where)
@@ -228,3 +227,8 @@ class FlowerEngine:
             self.emit(Warned(message=f"client {name!r} did not answer in round {round}, which goes on without it"))
         if self._missed[name] == SUSPENDED:
             self.emit(Warned(message=f"client {name!r} is not asked any more: it failed {SUSPENDED} rounds in a row"))
+
+
+def _room(layout: Layout) -> int:
+    """Bytes of a reply with these tensors, in double precision at most."""
+    return FACTS + sum(8 * shape.numel() for shape in layout.values())
