@@ -120,6 +120,17 @@ def test_what_does_not_go_together_is_refused(
         rehearse(made(tiny_folder, compare={}, **sections), workplace)
 
 
+def test_a_member_whose_router_has_nothing_to_learn_from_is_told_before_any_work(
+    workplace: Path, tiny_folder: Path
+) -> None:
+    (workplace / "one.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    clients = [{"name": name, "data": f"{name}.jsonl"} for name in (*CLIENTS, "one")]
+    with pytest.raises(UserError, match=r"client 'one', arm 'comigs': 1 training record.*\n.*specialists = 0"):
+        rehearse(made(tiny_folder, clients=clients), workplace)
+    clients[-1]["specialists"] = 0  # type: ignore[assignment]
+    rehearse(made(tiny_folder, clients=clients), workplace)
+
+
 @pytest.mark.parametrize(
     ("adapter", "words"),
     [

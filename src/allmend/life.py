@@ -42,7 +42,7 @@ from allmend.recipe import Arm, Recipe
 from allmend.results import BASE, InfluenceByMember
 from allmend.run import EventLog, RunFolder
 from allmend.session import machine, reported, sessions
-from allmend.strategy import Declaration, Strategy, whole_layout
+from allmend.strategy import Declaration, Strategy, Turn, whole_layout
 from allmend.versions import versions
 from allmend.workload import work_ahead
 
@@ -108,6 +108,7 @@ class Disclosure:
         declaration: in the strategy's words.
         trainable: parameters that learn.
         message: bytes of one set of them.
+        sent: bytes that the coordinator sends a member in the first leg; of one set where that is not known before.
         sizes: bytes of each group of tensors that is summed.
         simulated_only: True if the arm needs all records in one place.
         ledger: its guarantees.
@@ -119,6 +120,7 @@ class Disclosure:
     declaration: Declaration
     trainable: int
     message: int
+    sent: int
     sizes: Mapping[str, int]
     simulated_only: bool
     ledger: Ledger
@@ -147,6 +149,7 @@ def rehearse(recipe: Recipe, base: Path | str = ".") -> tuple[Prepared, list[Dis
                     strategy.declare(),
                     trainable.count,
                     nbytes(initial),
+                    _sent(strategy, initial, [member.name for member in members]),
                     _sizes(strategy, initial),
                     simulated_only=strategy.pooled,
                     ledger=ledger,
@@ -180,11 +183,18 @@ def _of_influence(prepared: Prepared, name: str) -> Disclosure:
             strategy.declare(),
             trainable.count,
             nbytes(initial),
+            nbytes(initial),
             _sizes(strategy, initial),
             simulated_only=False,
             ledger=NO_LEDGER,
             masked=sum(code.nbytes for code in codes) if hidden else None,
         )
+
+
+def _sent(strategy: Strategy, initial: Tensors, members: Sequence[str]) -> int:
+    """Bytes that a member gets at first; one set of what learns where nothing goes out then, or nobody is drawn."""
+    tasks = strategy.plan(strategy.init(initial), Turn(1, 0, 1, len(members)), members)
+    return max((nbytes(task.tensors) for task in tasks.values()), default=0) or nbytes(initial)
 
 
 def _sizes(strategy: Strategy, initial: Tensors) -> dict[str, int]:

@@ -114,7 +114,33 @@ def prepare(recipe: Recipe, base: Path, *, model: LoadedModel | None = None) -> 
         notes={one.member.name: one.notes for one in encoded},
         data_digests={one.member.name: data_digest((*one.member.records, *one.held_out_encoded)) for one in encoded},
     )
+    _check_routers(prepared)
     return replace(prepared, warnings=tuple(caveats(prepared)))
+
+
+def _check_routers(prepared: Prepared) -> None:
+    """See that every member whose router learns has a record for it and one for its experts.
+
+    Raises:
+        UserError: of all that have not.
+    """
+    few = []
+    for arm in prepared.recipe.arms().values():
+        if arm.adapter.kind != "mixture":
+            continue
+        for member in prepared.members:
+            most = arm.adapter.specialists if member.specialists is None else member.specialists
+            learning = sum(record.learns for record in member.records)
+            if arm.adapter.generalists + most > 1 and learning < 2:
+                few.append(
+                    UserError(
+                        f"{learning} training record, and its router needs one that its experts do not learn from",
+                        where=f"client {member.name!r}, arm {arm.name!r}",
+                        hint="Give it more records, or set specialists = 0 for it.",
+                    )
+                )
+    if few:
+        raise all_of(few, "some members have too few records")
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def show_disclosures(
             table.add_row("(stays)", declaration.kept, "", "the member alone")
         console.print(table)
         sent = (
-            f"The coordinator sends {declaration.sent} ({full})."
+            f"The coordinator sends {declaration.sent} ({size(disclosure.sent)})."
             if declaration.sent
             else "The coordinator sends nothing."
         )
@@ -118,7 +118,7 @@ def disclosed(prepared: "Prepared", disclosures: "Sequence[Disclosure]") -> dict
             {
                 "name": arm.arm,
                 "trainable": arm.trainable,
-                "sent": {"what": arm.declaration.sent, "bytes": arm.message if arm.declaration.sent else 0},
+                "sent": {"what": arm.declaration.sent, "bytes": arm.sent if arm.declaration.sent else 0},
                 "summed": [
                     {"name": name, "what": what, "bytes": arm.sizes.get(name)}
                     for name, what in arm.declaration.summed.items()

@@ -211,10 +211,14 @@ class MemberClient:
         return found
 
     def _apart(self, share: float) -> list[int]:
-        """Places of the records that are set apart, the same in every round: one at least, and not all."""
-        count = min(max(1, round(share * self.examples)), self.examples - 1)
+        """Places of the records that are set apart, the same in every round: of those that can be learnt from one at
+        least, and not all."""
+        learning = [place for place, record in enumerate(self.records) if record.learns]
+        count = min(max(1, round(share * len(learning))), len(learning) - 1)
         generator = torch.Generator().manual_seed((self.member.seed * 1_000_003 + _APART) % 2**63)
-        return torch.randperm(self.examples, generator=generator)[:count].tolist()
+        return [
+            learning[place] for place in torch.randperm(len(learning), generator=generator)[: max(0, count)].tolist()
+        ]
 
     @contextlib.contextmanager
     def _named(self, turn: Turn) -> Iterator[None]:

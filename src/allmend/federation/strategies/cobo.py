@@ -121,7 +121,7 @@ class CoBo:
         told = (
             f"a sketch of {self.sketch_size} numbers of the gradient at a midpoint"
             if self.exchange == "sketch"
-            else "the gradient at a midpoint"
+            else f"the gradient at a midpoint{', twice this size,' if self.geometry == 'product' else ''} for each pair"
         )
         return Declaration(
             sent="the member's own model after the pull, and for each pair that it is in the other member's model: "
@@ -132,10 +132,11 @@ class CoBo:
             },
             seen={
                 "adapter": "personal models are mixed with weights that differ by member",
-                self.exchange: f"{told} says which members agree",
+                self.exchange: f"{told}: it says which members agree",
             },
             kept="the member's model and its optimiser",
             numbers=frozenset({"weight", "loss"}),
+            seen_by="the coordinator (the adapter also by the other members of its pairs)",
         )
 
     def layout(self, initial: Tensors, leg: int = 0) -> Layout:
