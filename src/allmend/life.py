@@ -35,6 +35,7 @@ from allmend.learn.evaluate import score
 from allmend.learn.loop import DivergedError
 from allmend.learn.scores import read_scores, write_scores
 from allmend.meter import Meter
+from allmend.mixtures.routing import write_routing
 from allmend.models.load import LoadedModel
 from allmend.models.tensors import Tensors, nbytes, write_tensors
 from allmend.prepare import Prepared, checkpoints_of, differs, prepare, read_frozen, threads
@@ -245,6 +246,7 @@ def _live(run: RunFolder, prepared: Prepared, listeners: Sequence[Listener], *, 
         run.write_table("utility", utility_table(scores, main=main, seed=prepared.recipe.seed))
         run.write_table("privacy", privacy_table(run, prepared))
         write_graphs(run, prepared.recipe)
+        write_routing(run, prepared, log)
         if prepared.canaries:
             audit_arms(run, prepared, log, prepared.recipe.audit)
         if prepared.recipe.influence is not None and run.read_table(INFLUENCE, InfluenceByMember) is None:

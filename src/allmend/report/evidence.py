@@ -32,6 +32,7 @@ from allmend.results import (
     Difference,
     InfluenceByMember,
     PrivacyTable,
+    RoutingTable,
     Utility,
     UtilityTable,
 )
@@ -64,7 +65,7 @@ class Evidence:
         warnings: each once.
         offered: members that the run was offered to, where they are on other machines.
         running: whether a process of this machine works on the run.
-        utility, audit, privacy, influence, depth, collaborators, recipe: None when the file is not there.
+        utility, audit, privacy, influence, depth, collaborators, routing, recipe: None when the file is not there.
         probes: of the audit, none when their file is not there.
     """
 
@@ -88,6 +89,7 @@ class Evidence:
     influence: InfluenceByMember | None = None
     depth: DepthTable | None = None
     collaborators: CollaboratorsTable | None = None
+    routing: RoutingTable | None = None
     probes: tuple[Probe, ...] = ()
     recipe: str | None = None
 
@@ -188,6 +190,7 @@ def read_evidence(run: Path) -> Evidence:
             influence=folder.read_table("influence", InfluenceByMember),
             depth=folder.read_table("depth", DepthTable),
             collaborators=folder.read_table("collaborators", CollaboratorsTable),
+            routing=folder.read_table("routing", RoutingTable),
             probes=read_probes(probes) if (probes := run / "results" / "audit.parquet").is_file() else (),
             recipe=recipe.read_text(errors="replace") if recipe.is_file() else None,
             running=folder.worked_on,
@@ -246,6 +249,7 @@ def _sorted(events: list[Event], files: Evidence) -> Evidence:
         influence=files.influence,
         depth=files.depth,
         collaborators=files.collaborators,
+        routing=files.routing,
         probes=files.probes,
         recipe=files.recipe,
     )

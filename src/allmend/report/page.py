@@ -21,6 +21,7 @@ from allmend.report.sections.memorisation import memorisation
 from allmend.report.sections.privacy import privacy
 from allmend.report.sections.provenance import head, missing, name, provenance
 from allmend.report.sections.records import records
+from allmend.report.sections.routing import routing
 from allmend.report.sections.utility import utility
 from allmend.report.summary import summary
 from allmend.run import write_atomic
@@ -30,6 +31,7 @@ SECTIONS = (
     ("utility", "Utility", utility),
     ("learning", "Learning", learning),
     ("collaborators", "Collaborators", collaborators),
+    ("routing", "Routers", routing),
     ("memorisation", "Memorisation", memorisation),
     ("influence", "Influence", influence),
     ("depth", "Depth", depth),

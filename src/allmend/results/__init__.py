@@ -23,6 +23,7 @@ from allmend.results.figures import BASE, MEMBERS, POOLED, Estimate, Spread, Tab
 from allmend.results.influence import ArmInfluence, InfluenceByMember, LegTraffic, MemberInfluence, in_typical_scores
 from allmend.results.own import OwnRecord, OwnRecords, OwnTable
 from allmend.results.privacy import Budget, PrivacyTable
+from allmend.results.routing import ArmRouting, MemberRouting, RoutingTable
 from allmend.results.utility import Difference, Utility, UtilityTable
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "TOGETHER",
     "ArmGraph",
     "ArmInfluence",
+    "ArmRouting",
     "AuditTable",
     "Budget",
     "Cell",
@@ -56,12 +58,14 @@ __all__ = [
     "LegTraffic",
     "LikelihoodGap",
     "MemberInfluence",
+    "MemberRouting",
     "Membership",
     "OwnRecord",
     "OwnRecords",
     "OwnTable",
     "Pair",
     "PrivacyTable",
+    "RoutingTable",
     "Spread",
     "Table",
     "Utility",
