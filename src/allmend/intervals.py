@@ -129,7 +129,7 @@ def exp_mean(sums: Sequence[float], counts: Sequence[int]) -> Estimate:
     return Estimate(value=exp(log.value), low=exp(log.low), high=exp(log.high), n=log.n)
 
 
-def ratio(sums: Sequence[float], counts: Sequence[int]) -> Estimate:
+def ratio(sums: Sequence[float], counts: Sequence[int], *, confidence: float = CONFIDENCE) -> Estimate:
     """Σ sums / Σ counts with an interval over clusters (delta method): a mean over the tokens of records.
 
     There is no interval for a single record, nor for records whose means do not differ (see `mean`). n counts tokens.
@@ -137,20 +137,52 @@ def ratio(sums: Sequence[float], counts: Sequence[int]) -> Estimate:
     Args:
         sums: of each record, such as its negative log-likelihood (nats).
         counts: tokens of each record.
+        confidence: of the interval.
 
     Raises:
         ValueError: there is no token.
     """
+    value, error = _ratio(sums, counts)
+    if error is None:
+        return Estimate(value=value, n=sum(counts))
+    half = float(stats.t.ppf(0.5 + confidence / 2, len(sums) - 1)) * error
+    return Estimate(value=value, low=value - half, high=value + half, n=sum(counts))
+
+
+def mean_ratio(groups: Sequence[tuple[Sequence[float], Sequence[int]]]) -> Estimate:
+    """The mean over groups of their `ratio`, all groups alike, whose records are independent; n counts tokens.
+
+    The interval is for these groups: records vary, groups do not. It has Welch's degrees of freedom, and there is none
+    if a group has none. Sums that are all exactly 0, such as those of a model minus itself, have no error.
+
+    Raises:
+        ValueError: there is no group, or one has no token.
+    """
+    if not groups:
+        raise ValueError("no groups have no mean")
+    found = [_ratio(sums, counts) for sums, counts in groups]
+    value, n = math.fsum(one for one, _ in found) / len(found), sum(sum(counts) for _, counts in groups)
+    errors = [error if any(sums) else 0.0 for (sums, _), (_, error) in zip(groups, found, strict=True)]
+    variances = [(error / len(found)) ** 2 for error in errors if error is not None]
+    if len(variances) < len(groups) or not any(variances):
+        return Estimate(value=value, n=n)
+    total = math.fsum(variances)
+    spread = zip(variances, groups, strict=True)
+    freedom = total**2 / math.fsum(v**2 / (len(sums) - 1) for v, (sums, _) in spread if v)
+    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, freedom)) * math.sqrt(total)
+    return Estimate(value=value, low=value - half, high=value + half, n=n)
+
+
+def _ratio(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float | None]:
+    """A ratio and its standard error; None where that cannot be told."""
     total = sum(counts)
     if total == 0:
         raise ValueError("no tokens have no mean")
     value, n = math.fsum(sums) / total, len(sums)
     residual = math.fsum((s - value * c) ** 2 for s, c in zip(sums, counts, strict=True))
     if n == 1 or residual <= ROUNDING * math.fsum(s * s for s in sums):
-        return Estimate(value=value, n=total)
-    error = math.sqrt(residual * n / (n - 1)) / total
-    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1)) * error
-    return Estimate(value=value, low=value - half, high=value + half, n=total)
+        return value, None
+    return value, math.sqrt(residual * n / (n - 1)) / total
 
 
 def exp(x: float) -> float:

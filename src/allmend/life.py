@@ -38,6 +38,7 @@ from allmend.meter import Meter
 from allmend.mixtures.routing import write_routing
 from allmend.models.load import LoadedModel
 from allmend.models.tensors import Tensors, nbytes, write_tensors
+from allmend.personalised import write_personalised
 from allmend.prepare import Prepared, checkpoints_of, differs, prepare, read_frozen, threads
 from allmend.recipe import Arm, Recipe
 from allmend.results import BASE, InfluenceByMember
@@ -246,6 +247,7 @@ def _live(run: RunFolder, prepared: Prepared, listeners: Sequence[Listener], *, 
         run.write_table("utility", utility_table(scores, main=main, seed=prepared.recipe.seed))
         run.write_table("privacy", privacy_table(run, prepared))
         write_graphs(run, prepared.recipe)
+        write_personalised(run, prepared.recipe)
         write_routing(run, prepared, log)
         if prepared.canaries:
             audit_arms(run, prepared, log, prepared.recipe.audit)

@@ -12,7 +12,7 @@ RUN/
   arms/<arm>/learnt.json           how much training looked at each canary, and what the layers of protection did
   arms/<arm>/views/round-000001/   what each party saw of a round, where the audit wants to know
   scores/<arm>.json                what each model made of every held-out record
-  results/<table>.json             tables of `allmend.results`: utility, privacy, audit
+  results/<table>.json             tables of `allmend.results`: utility, personalised, privacy, audit
   results/audit.parquet            one row a probe of the audit
   report.html
 ```

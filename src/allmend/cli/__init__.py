@@ -23,10 +23,12 @@ from allmend.cli import (
     member,
     model,
     optim,
+    personalise,
     pki,
     privacy,
     recipe,
     report,
+    routing,
     status,
     tune,
 )
@@ -42,12 +44,14 @@ app.command("tune")(tune.tune)
 app.command("coordinate")(coordinate.coordinate)
 app.command("join")(join.join)
 app.command("collaborators")(collaborators.collaborators)
+app.command("routing")(routing.routing)
 app.command("status")(status.status)
 app.command("report")(report.report)
 app.command("doctor")(doctor.doctor)
 app.add_typer(audit.app, name="audit")
 app.add_typer(attribute.app, name="attribute")
 app.add_typer(depth.app, name="depth")
+app.add_typer(personalise.app, name="personalise")
 app.add_typer(privacy.app, name="privacy")
 app.add_typer(optim.app, name="optim")
 app.add_typer(recipe.app, name="recipe")

@@ -25,6 +25,10 @@ LEARNT = "client/learnt"
 OPTIMIZER = "client/optimizer"
 """Group, in a member's state, of its optimiser's state, where that goes on from round to round."""
 
+ASIDE = "aside"
+"""Name, in a member's state, of the number of its records that went through the model for anything but training steps:
+one each there and back, a third there alone."""
+
 _APART = 7
 """Of the seed by which a member sets records apart."""
 
@@ -250,9 +254,13 @@ class MemberClient:
             generator = torch.Generator().manual_seed((self.member.seed * 1_000_003 + turn.round) % 2**63)
             source = [source[place] for place in torch.randperm(len(source), generator=generator)[:records].tolist()]
         own = self.trainable.parameters()
+        self._count(len(source))
         with self._named(turn):
             if all(tensor.shape == own[name].shape for name, tensor in at.items()):
                 self.trainable.load(at)
                 return gradient(self.trainable, source, tokens_per_pass=self.settings.tokens_per_pass)
             with of_other_rank(self.trainable, at) as other:
                 return gradient(other, source, tokens_per_pass=self.settings.tokens_per_pass)
+
+    def _count(self, passes: float) -> None:
+        self.state.facts[ASIDE] = float(self.state.facts.get(ASIDE, 0.0)) + passes

@@ -31,6 +31,7 @@ from allmend.results import (
     DepthTable,
     Difference,
     InfluenceByMember,
+    PersonalisedTable,
     PrivacyTable,
     RoutingTable,
     Utility,
@@ -65,7 +66,8 @@ class Evidence:
         warnings: each once.
         offered: members that the run was offered to, where they are on other machines.
         running: whether a process of this machine works on the run.
-        utility, audit, privacy, influence, depth, collaborators, routing, recipe: None when the file is not there.
+        utility, audit, privacy, influence, depth, collaborators, personalised, routing, recipe: None when the
+            file is not there.
         probes: of the audit, none when their file is not there.
     """
 
@@ -89,6 +91,7 @@ class Evidence:
     influence: InfluenceByMember | None = None
     depth: DepthTable | None = None
     collaborators: CollaboratorsTable | None = None
+    personalised: PersonalisedTable | None = None
     routing: RoutingTable | None = None
     probes: tuple[Probe, ...] = ()
     recipe: str | None = None
@@ -190,6 +193,7 @@ def read_evidence(run: Path) -> Evidence:
             influence=folder.read_table("influence", InfluenceByMember),
             depth=folder.read_table("depth", DepthTable),
             collaborators=folder.read_table("collaborators", CollaboratorsTable),
+            personalised=folder.read_table("personalised", PersonalisedTable),
             routing=folder.read_table("routing", RoutingTable),
             probes=read_probes(probes) if (probes := run / "results" / "audit.parquet").is_file() else (),
             recipe=recipe.read_text(errors="replace") if recipe.is_file() else None,
@@ -249,6 +253,7 @@ def _sorted(events: list[Event], files: Evidence) -> Evidence:
         influence=files.influence,
         depth=files.depth,
         collaborators=files.collaborators,
+        personalised=files.personalised,
         routing=files.routing,
         probes=files.probes,
         recipe=files.recipe,

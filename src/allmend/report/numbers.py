@@ -63,6 +63,17 @@ def signed(value: float) -> str:
     return f"+{text}" if value > 0 and text.strip("0.") else text
 
 
+def thousandths(value: float) -> str:
+    """A loss in nats per token, of which differences of a hundredth count: 2.314."""
+    return _signed(f"{value:.3f}") if math.isfinite(value) else NONE
+
+
+def signed_thousandths(value: float) -> str:
+    """`thousandths` with a plus sign for what is above zero."""
+    text = thousandths(value)
+    return f"+{text}" if value > 0 and text.strip("0.") else text
+
+
 def power(value: float) -> str:
     """A small figure as a power of ten: 0.00001 → 10⁻⁵, 0.000003 → 3 × 10⁻⁶."""
     if value == 0:

@@ -18,6 +18,7 @@ from allmend.report.sections.exchange import exchange
 from allmend.report.sections.influence import influence
 from allmend.report.sections.learning import learning
 from allmend.report.sections.memorisation import memorisation
+from allmend.report.sections.personalised import personalised
 from allmend.report.sections.privacy import privacy
 from allmend.report.sections.provenance import head, missing, name, provenance
 from allmend.report.sections.records import records
@@ -29,6 +30,7 @@ from allmend.run import write_atomic
 FILE = "report.html"
 SECTIONS = (
     ("utility", "Utility", utility),
+    ("personalised", "Personalised", personalised),
     ("learning", "Learning", learning),
     ("collaborators", "Collaborators", collaborators),
     ("routing", "Routers", routing),

@@ -22,6 +22,7 @@ from allmend.results.depth import KINDS_IN_WORDS, SEQUENTIAL, DepthLine, DepthSe
 from allmend.results.figures import BASE, MEMBERS, POOLED, Estimate, Spread, Table
 from allmend.results.influence import ArmInfluence, InfluenceByMember, LegTraffic, MemberInfluence, in_typical_scores
 from allmend.results.own import OwnRecord, OwnRecords, OwnTable
+from allmend.results.personalised import PersonalisedArm, PersonalisedMember, PersonalisedTable
 from allmend.results.privacy import Budget, PrivacyTable
 from allmend.results.routing import ArmRouting, MemberRouting, RoutingTable
 from allmend.results.utility import Difference, Utility, UtilityTable
@@ -64,6 +65,9 @@ __all__ = [
     "OwnRecords",
     "OwnTable",
     "Pair",
+    "PersonalisedArm",
+    "PersonalisedMember",
+    "PersonalisedTable",
     "PrivacyTable",
     "RoutingTable",
     "Spread",

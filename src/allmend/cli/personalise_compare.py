@@ -1,0 +1,74 @@
+"""`allmend personalise compare RUN`: whether it paid to learn together, for each member."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from allmend.cli.as_json import AsJson, print_json
+from allmend.cli.figures import ABSENT, show_sections
+
+if TYPE_CHECKING:
+    from allmend.report.markup import Cell
+    from allmend.results import PersonalisedTable
+
+_DIFFERENCE = 3
+"""Place of the figure whose interval stands beside it."""
+
+
+def compare(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    against: Annotated[
+        str | None, typer.Option(help="The arm that the others are compared with; the one that trains alone if absent.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare a run's arms on each client's own held-out records, and tell for whom working together paid.
+
+    allmend personalise compare runs/first
+
+    A finished run keeps the table in results/personalised.json.
+    """
+    from allmend.personalised import TABLE, compare_arms
+    from allmend.run import RunFolder
+
+    folder = RunFolder.open(run)
+    table = compare_arms(folder, against)
+    if not folder.worked_on:  # which writes it at its end
+        with folder.lock():
+            folder.write_table(TABLE, table)
+    if as_json:
+        print_json(table)
+    else:
+        show_personalised(Console(), table)
+
+
+def show_personalised(console: Console, table: "PersonalisedTable") -> None:
+    """Print a line for each arm, then for each client its loss in every arm and whether working together paid."""
+    from allmend.report.numbers import thousandths
+    from allmend.report.sections.personalised import arm_rows, in_words, notes_of, paid_in_words
+
+    widths = (14, 6, 10, 25, 6, 8, 8, 7, 8)
+    heads = ("", "loss", "perplexity", f"minus {table.against or ABSENT}", "regret", "down", "up", "steps", "passes")
+    rows = [[_line(cell, under=place == _DIFFERENCE) for place, cell in enumerate(row)] for row in arm_rows(table)]
+    title = "Each client's own held-out records: nats per token, mean over clients"
+    show_sections(console, title, dict(zip(heads, widths, strict=True)), {"": rows})
+    sections: dict[str, list[list[str]]] = {}
+    for row in table.members:
+        losses = {name: thousandths(loss.value) for name, loss in row.losses.items()}
+        losses[row.best] = f"[bold]{losses[row.best]}[/bold]"
+        heading = f"{row.member}: {paid_in_words(row, table)}" if table.against else row.member
+        sections[heading] = [list(losses.values())]
+    title = f"Did working together pay, against {table.against}?" if table.against else "By client"
+    show_sections(console, title, {arm.arm: max(7, min(14, len(arm.arm))) for arm in table.arms}, sections)
+    for words in ([in_words(table)] if table.against else []) + notes_of(table):
+        console.print(escape(words), highlight=False, style="dim")
+
+
+def _line(cell: "str | Cell", *, under: bool) -> str:
+    """A cell of the report on one line."""
+    if isinstance(cell, str):
+        return escape(cell)
+    return escape(f"{cell.shown} ({cell.under})" if under and cell.under else cell.shown)

@@ -1,0 +1,182 @@
+"""Whether working together paid: every arm on each client's own held-out records, beside training alone."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from allmend.report import numbers
+from allmend.report.charts import Axis, Row, interval_plot
+from allmend.report.evidence import Evidence
+from allmend.report.markup import Cell, Html, Rows, figure, listed, paragraph, section, table, tag
+from allmend.report.sections.utility import look
+from allmend.results import Estimate, PersonalisedArm, PersonalisedMember, PersonalisedTable
+
+MOST = 40
+"""Clients that the chart has room for."""
+
+
+def personalised(evidence: Evidence) -> Html:
+    """The section; nothing where no arm has personal models."""
+    found = evidence.personalised
+    if found is None or not found.members:
+        return Html("")
+    intro = (
+        "Each client’s own held-out records, under its own model in each arm, or under the model that an arm has for "
+        "all. A client had better train alone where that serves these records as well."
+    )
+    head = ["Arm", "Loss", "Perplexity", f"Minus {found.against}", "Worst regret", "Down", "Up", "Steps", "Passes"]
+    return section(
+        "personalised",
+        "Did working together pay?",
+        paragraph(intro),
+        paragraph(tag("strong", in_words(found))) if found.against else None,
+        _chart(evidence, found),
+        table(
+            "Loss per token (nats), mean over clients; bytes, optimiser steps and passes of a client (95 % interval)",
+            head if found.against else [name for name in head if not name.startswith("Minus")],
+            [row if found.against else [*row[:3], *row[4:]] for row in arm_rows(found)],
+        ),
+        table(
+            "Loss per token (nats) on each client’s own records, the lowest in bold",
+            ["Client", *(arm.arm for arm in found.arms), *(["Did it pay?"] if found.against else [])],
+            [
+                [row.member, *_losses(row, found), *([paid_in_words(row, found)] if found.against else [])]
+                for row in found.members
+            ],
+        ),
+        listed(notes_of(found)),
+    )
+
+
+def in_words(found: PersonalisedTable) -> str:
+    """For how many clients it paid, in a sentence."""
+    answers = [row.paid for row in found.members]
+    better = numbers.out_of(answers.count(True), len(answers))
+    words = f"Working together is shown to be better than {found.against} for {better} clients"
+    words += f", and worse for {answers.count(False)}" if answers.count(False) else ""
+    unclear = answers.count(None)
+    return words + (f"; for {unclear} it cannot be told." if unclear else ".")
+
+
+def paid_in_words(row: PersonalisedMember, found: PersonalisedTable) -> str:
+    """Whether it paid for a client, and how far that is known."""
+    if row.together is None or row.difference is None:
+        return "cannot be told: in no other arm do clients work together"
+    gap = row.difference
+    shown = numbers.thousandths(abs(gap.value))
+    ends = sorted(abs(end) for end in (gap.low, gap.high) if end is not None)
+    behind = f" ({' to '.join(map(numbers.thousandths, ends))})" if ends else ""
+    if row.paid is None:
+        side = "below" if gap.value < 0 else "above"
+        known = numbers.interval(gap, numbers.thousandths)
+        return f"cannot be told: {row.together} is {shown} {side} {found.against}" + (f" ({known})" if known else "")
+    if row.paid:
+        return f"yes, by {shown}{behind}, with {row.together}"
+    return f"no: {found.against} is better by {shown}{behind} than {row.together}"
+
+
+def arm_rows(found: PersonalisedTable) -> Rows:
+    """A row for each arm: loss, perplexity, difference, regret, bytes down and up, steps and passes."""
+    rows: Rows = []
+    for arm in found.arms:
+        difference = Cell(numbers.NONE)
+        if arm.difference is not None:
+            shown = numbers.signed_thousandths(arm.difference.value)
+            ends = numbers.interval(arm.difference, numbers.signed_thousandths)
+            difference = Cell(shown, ends, arm.difference.value)
+        rows.append(
+            [
+                arm.arm,
+                Cell(numbers.thousandths(arm.loss.value), value=arm.loss.value),
+                Cell(numbers.number(math.exp(min(arm.loss.value, 700.0))), value=arm.loss.value),
+                difference,
+                Cell(numbers.thousandths(arm.regret), arm.regretting if arm.regret else "", arm.regret),
+                Cell(numbers.size(arm.sent), value=arm.sent),
+                Cell(numbers.size(arm.received), value=arm.received),
+                _spread(arm.steps, numbers.count),
+                _spread(arm.passes, lambda passes: f"{passes:.1f}"),
+            ]
+        )
+    return rows
+
+
+def _spread(by_party: Mapping[str, float], form: numbers.Format) -> Cell:
+    """One figure where all have it, else the least and the most."""
+    if not by_party:
+        return Cell(numbers.NONE)
+    least, most = form(min(by_party.values())), form(max(by_party.values()))
+    return Cell(least if least == most else f"{least} to {most}", value=max(by_party.values()))
+
+
+def _losses(row: PersonalisedMember, found: PersonalisedTable) -> list[str | Cell]:
+    cells: list[str | Cell] = []
+    for arm in found.arms:
+        loss = row.losses[arm.arm].value
+        shown = numbers.thousandths(loss)
+        cells.append(Cell(tag("strong", shown) if arm.arm == row.best else shown, value=loss))
+    return cells
+
+
+def notes_of(found: PersonalisedTable) -> list[str]:
+    """What to take with care."""
+    notes = []
+    if found.against is None:
+        notes.append(
+            "No arm trains alone, so that it cannot be told for whom working together paid: add one with the strategy "
+            "local, or compare with another arm (allmend personalise compare --against ARM)."
+        )
+    reference = next((arm for arm in found.arms if arm.arm == found.against), found.arms[0])
+    if other := [arm for arm in found.arms if not arm.simulated and arm.steps != reference.steps and arm.steps]:
+        named = ", ".join(f"{arm.arm} ({_spread(arm.steps, numbers.count).shown})" for arm in other)
+        notes.append(
+            f"Not at equal steps: clients’ models take {_spread(reference.steps, numbers.count).shown} steps in "
+            f"{reference.arm}, and others in {named}."
+        )
+    sizes = {arm.arm: arm.trainable for arm in found.arms if arm.trainable}
+    if len(set(sizes.values())) > 1:
+        named = ", ".join(f"{name} {numbers.count(size)}" for name, size in sizes.items())
+        notes.append(f"Not with equally many parameters that learn: {named}.")
+    if pooled := [arm.arm for arm in found.arms if arm.simulated]:
+        notes.append(f"{', '.join(pooled)}: one party with all records takes the steps of all. No client can have it.")
+    together = [arm for arm in found.arms if not arm.alone and not arm.simulated and arm.arm != found.against]
+    if found.against and len(together) > 1:
+        notes.append(
+            f"Whether it paid is asked of the lowest of {len(together)} arms for each client; its interval is wider, "
+            "to allow for that choice. Intervals do not cover other training seeds."
+        )
+    notes.append(
+        "Regret is a client’s loss above that of its best arm, for the client where it is largest. Passes are over a "
+        "client’s training records, with what its strategy does beside the steps."
+    )
+    if found.left_out:
+        notes.append(f"Without held-out records, or without a model in every arm: {', '.join(found.left_out)}.")
+    if found.unfinished:
+        notes.append(f"Not finished yet: {', '.join(found.unfinished)}.")
+    return notes
+
+
+def _chart(evidence: Evidence, found: PersonalisedTable) -> Html | None:
+    """Each client's difference, on one axis."""
+    known = [(row, row.difference) for row in found.members if row.difference is not None and row.together is not None]
+    if not known:
+        return None
+    rows = [_bar(evidence, row, difference) for row, difference in known[:MOST]]
+    title = f"Best arm together minus {found.against}, by client"
+    note = "Nats per token, paired by record. Left of the strong line, working together is better."
+    if len(known) > MOST:
+        note += f" {len(known) - MOST} more clients are in the table."
+    axis = Axis("difference of loss, nats per token", form=numbers.tick, reference=0.0)
+    return tag("div", figure(title, interval_plot(title, [("", rows)], axis), note=note), class_="charts")
+
+
+def _bar(evidence: Evidence, row: PersonalisedMember, difference: Estimate) -> Row:
+    arm = str(row.together)
+    ends = numbers.interval(difference, numbers.signed_thousandths)
+    shown = numbers.signed_thousandths(difference.value) + (f" ({ends})" if ends else "")
+    tip = f"{row.member}: {arm}\n{shown} nats per token"
+    color = look(evidence, arm)
+    return Row(arm, row.member, color, difference.value, f"{shown} {arm}", tip, difference.low, difference.high)
+
+
+def by_arm(arms: Sequence[PersonalisedArm]) -> PersonalisedArm | None:
+    """The arm together that is best on average; None without one that is compared."""
+    return min((arm for arm in arms if arm.difference and not arm.alone), key=lambda arm: arm.loss.value, default=None)
