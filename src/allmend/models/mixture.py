@@ -178,13 +178,7 @@ def load_mixture(base: LoadedModel, folder: Path) -> Mixture:
     Raises:
         UserError: the folder holds no mixture, or one for another base.
     """
-    path = folder / FACTS
-    try:
-        facts = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"no mixture is here ({FACTS}: {error.strerror or error})", where=folder) from error
-    except ValueError as error:
-        raise UserError(f"is not JSON: {error}", where=path) from error
+    facts, path = read_facts(folder), folder / FACTS
     try:
         config, digest = _config(facts), str(facts["base_digest"])
     except (KeyError, TypeError, AttributeError) as error:
@@ -204,6 +198,24 @@ def load_mixture(base: LoadedModel, folder: Path) -> Mixture:
         remove_mixture(mixture)
         raise UserError(f"does not fit {FACTS}: {error.what}", where=folder / TENSORS) from error
     return mixture
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What a mixture's folder says of it: the name of its `base` and that base's digest, its experts and their scale.
+
+    Raises:
+        UserError: the folder holds no mixture.
+    """
+    path = folder / FACTS
+    try:
+        facts = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"no mixture is here ({FACTS}: {error.strerror or error})", where=folder) from error
+    except ValueError as error:
+        raise UserError(f"is not JSON: {error}", where=path) from error
+    if not isinstance(facts, dict) or not isinstance(facts.get("base"), str):
+        raise UserError("does not describe a mixture (it names no base)", where=path)
+    return facts
 
 
 def _config(facts: Mapping[str, Any]) -> MixtureConfig:

@@ -62,10 +62,14 @@ class Shades:
 
     def style(self, value: float) -> str:
         """How strong its colour is, as CSS."""
+        return f"--v:{100 * self.strength(value):.0f}%"
+
+    def strength(self, value: float) -> float:
+        """How strong its colour is, in [0, 1]."""
         reach = max(self.high - self.zero, self.zero - self.low)
         held = min(max(value, self.low), self.high)
         faintest = FAINTEST if self.zero == self.low else 0.0
-        return f"--v:{100 * (faintest + (1 - faintest) * abs(held - self.zero) / reach):.0f}%"
+        return faintest + (1 - faintest) * abs(held - self.zero) / reach
 
 
 def shades(
@@ -162,6 +166,19 @@ def heat_map(
     hatched = missing if len(known) < len(cells) else ""
     bar = _bar(colours, ends, form, left, under + 14, quantity, hatched)
     return svg(title, under + (66 if quantity else 50), *drawn, bar)
+
+
+def scale(title: str, colours: Shades, *, form: Format = number, quantity: str = "") -> Html:
+    """The bar of a scale by itself, for colours that stand in something else than a map.
+
+    Args:
+        title: what it is called where it cannot be seen.
+        colours: of the scale.
+        form: how values are written.
+        quantity: what the scale is of, with its unit.
+    """
+    bar = _bar(colours, [form(colours.low), form(colours.high)], form, 0.0, 4.0, quantity, "")
+    return svg(title, 56 if quantity else 40, bar)
 
 
 def _written(cell: HeatCell, form: Format) -> str:

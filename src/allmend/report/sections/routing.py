@@ -29,13 +29,13 @@ def routing(evidence: Evidence) -> Html:
         "routing",
         "Who answers: routers",
         paragraph(intro),
-        *(part for arm in arms for part in _arm(arm, many=len(arms) > 1)),
+        *(part for arm in arms for part in (tag("h3", arm.arm) if len(arms) > 1 else None, *of_arm(arm))),
     )
 
 
-def _arm(arm: ArmRouting, *, many: bool) -> list[Html | None]:
+def of_arm(arm: ArmRouting) -> list[Html]:
+    """What is shown of an arm that has a member: warnings, the map and its figures."""
     return [
-        tag("h3", arm.arm) if many else None,
         paragraph(read_in_words(arm.members)),
         *(paragraph(warning, class_="warning") for warning in arm.warnings),
         tag("div", figure("Weight of the generalists", routing_map(arm)), class_="charts"),
@@ -120,7 +120,7 @@ def rows_of(arm: ArmRouting) -> Rows:
     """A row for each client."""
     rows: Rows = []
     for member in arm.members:
-        low, high = ends_of(member)
+        ends = ends_of(member)
         rows.append(
             [
                 member.member,
@@ -131,7 +131,9 @@ def rows_of(arm: ArmRouting) -> Rows:
                         under=f"layer {arm.layers[place]}",
                         value=member.mass[place].value,
                     )
-                    for place in (low, high)
+                    if member.routed
+                    else Cell(numbers.NONE)
+                    for place in ends
                 ),
                 Cell(str(member.shared), value=member.shared),
                 Cell(str(member.own), value=member.own),
