@@ -48,6 +48,8 @@ class Member:
         rank: most components of a LoRA adapter that it trains; all where it is None.
         held_out: records that it does not train on, encoded likewise, where a strategy asks about them.
         specialists: experts of its own, of a mixture; all that there is room for where it is None.
+        target: records of what its model is to be good at, encoded likewise, which routers learn from; none where a
+            share of `records` stands for them.
     """
 
     name: str
@@ -57,6 +59,38 @@ class Member:
     rank: int | None = None
     held_out: Sequence[Encoded] = ()
     specialists: int | None = None
+    target: Sequence[Encoded] = ()
+
+    def validation(self, share: float) -> list[Encoded]:
+        """What its routers learn from: its target, or the records that `set_apart` takes from its experts."""
+        return [*self.target] or [self.records[place] for place in set_apart(self.records, share, self.seed)]
+
+
+def set_apart(records: Sequence[Encoded], share: float, seed: int) -> list[int]:
+    """Places of the records that routers learn from and experts do not, increasing, the same in every round.
+
+    They are of those that can be learnt from: one at least, and not all. Records with the same tokens are on the same
+    side, so that no router learns from what experts were fitted to.
+
+    Args:
+        records: of a member.
+        share: of them to set apart; more where records are alike.
+        seed: of the choice.
+    """
+    learning = [place for place, record in enumerate(records) if record.learns]
+    alike: dict[bytes, list[int]] = {}
+    for place in learning:
+        alike.setdefault(records[place].ids.numpy().tobytes(), []).append(place)
+    count = min(max(1, round(share * len(learning))), len(learning) - 1)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + _APART) % 2**63)
+    found: set[int] = set()
+    for drawn in torch.randperm(len(learning), generator=generator).tolist():
+        if len(found) >= count:
+            break
+        same = alike[records[learning[drawn]].ids.numpy().tobytes()]
+        if len(found | {*same}) < len(learning):
+            found.update(same)
+    return sorted(found)
 
 
 def change(tensors: Tensors, start: Tensors) -> float:
@@ -174,13 +208,14 @@ class MemberClient:
         experts: Tensors,
         routers: Tensors,
     ) -> Alternation:
-        """One round of a mixture's local training: experts on the member's records, routers on those set apart.
+        """One round of a mixture's local training: experts on the member's records, routers on those set apart, or on
+        the member's target.
 
         Args:
             start: the mixture's state to go on from.
             turn: the round, for the schedule.
             router: how routers learn.
-            validation: share of the member's records that routers learn from, and experts do not.
+            validation: share of the member's records that routers learn from, and experts do not, without a target.
             experts, routers: states of the optimisers to go on from; fresh when empty.
 
         Raises:
@@ -189,13 +224,14 @@ class MemberClient:
         self._mixture.load(start)
         steps = steps_per_round(self.examples, self.settings)
         taken = int(self.state.facts.get("steps", 0))
-        apart = set(self._apart(validation) if int(start[PRESENT].sum()) > 1 else ())
+        routed, target = int(start[PRESENT].sum()) > 1, self.member.target
+        apart = set(self._apart(validation) if routed and not target else ())
         places = [place for place in range(self.examples) if place not in apart]
         with self._named(turn):
             found = alternate(
                 self._mixture,
                 [self.records[place] for place in places],
-                [self.records[place] for place in sorted(apart)],
+                target or [self.records[place] for place in sorted(apart)],
                 self.settings,
                 router,
                 steps=steps,
@@ -210,19 +246,13 @@ class MemberClient:
         self.state.facts["steps"] = taken + steps
         learnt = self.state.tensors.get(LEARNT, torch.zeros(self.examples, 2, dtype=torch.int64)).clone()
         learnt[places] += found.learnt
-        learnt[sorted(apart)] += found.validated
+        if apart:
+            learnt[sorted(apart)] += found.validated
         self.state.tensors = self.state.tensors | {LEARNT: learnt}
         return found
 
     def _apart(self, share: float) -> list[int]:
-        """Places of the records that are set apart, the same in every round: of those that can be learnt from one at
-        least, and not all."""
-        learning = [place for place, record in enumerate(self.records) if record.learns]
-        count = min(max(1, round(share * len(learning))), len(learning) - 1)
-        generator = torch.Generator().manual_seed((self.member.seed * 1_000_003 + _APART) % 2**63)
-        return [
-            learning[place] for place in torch.randperm(len(learning), generator=generator)[: max(0, count)].tolist()
-        ]
+        return set_apart(self.records, share, self.member.seed)
 
     @contextlib.contextmanager
     def _named(self, turn: Turn) -> Iterator[None]:

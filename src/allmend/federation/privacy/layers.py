@@ -45,7 +45,11 @@ def _masked(members: Sequence[Member], settings: Goldfish) -> tuple[list[Member]
     words = f"{share:.1%} of {targets:,} tokens left out of the loss"
     words += f"; nothing in {short:,} records that are not longer than h" if short else ""
     words += f"; everything in {emptied:,} records, which teach nothing" if emptied else ""
-    return [replace(member, records=records) for member, (records, _) in zip(members, found, strict=True)], words
+    kept = [
+        replace(member, records=records, target=goldfish(member.target, settings)[0])
+        for member, (records, _) in zip(members, found, strict=True)
+    ]
+    return kept, words
 
 
 def _deduplication(settings: Deduplicate) -> str:
