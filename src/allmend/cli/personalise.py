@@ -2,10 +2,11 @@
 
 import typer
 
-from allmend.cli import personalise_compare
+from allmend.cli import personalise_compare, personalise_export
 
 app = typer.Typer(
     help="A model for each member: what it is worth beside training alone.",
     no_args_is_help=True,
 )
 app.command("compare")(personalise_compare.compare)
+app.command("export")(personalise_export.export)

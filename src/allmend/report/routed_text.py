@@ -12,7 +12,7 @@ from allmend.report.heat_map import Shades, scale, shades
 from allmend.report.markup import Html, join, paragraph, section, tag
 from allmend.report.page import fill, head_of
 from allmend.report.picture import picture
-from allmend.report.sections.routing import EVEN
+from allmend.report.sections.routing import EVEN, weight
 from allmend.run import write_atomic
 
 ADVANCE = 7.23
@@ -61,8 +61,8 @@ def in_words(text: RoutedText) -> str:
     where = "mean over layers" if text.layer is None else f"layer {text.layer}"
     masses = [piece.mass for piece in text.pieces]
     words = (
-        f"Weight of the generalists ({where}): {numbers.number(text.mean)} on average, from "
-        f"{numbers.number(min(masses, default=0.0))} to {numbers.number(max(masses, default=0.0))}."
+        f"Weight of the generalists ({where}): {weight(text.mean)} on average, from "
+        f"{weight(min(masses, default=0.0))} to {weight(max(masses, default=0.0))}."
     )
     return f"{words} The last {numbers.counted(text.left_out, 'token')} are left out." if text.left_out else words
 
@@ -80,7 +80,7 @@ def text_block(text: RoutedText, colours: Shades) -> Html:
             piece.text,
             class_=colours.css(piece.mass),
             style=colours.style(piece.mass),
-            title=numbers.number(piece.mass),
+            title=weight(piece.mass),
         )
         for piece in text.pieces
     ]
@@ -89,7 +89,9 @@ def text_block(text: RoutedText, colours: Shades) -> Html:
 
 def scale_of(colours: Shades) -> Html:
     """What the colours mean."""
-    return scale("Colours of weights", colours, quantity="specialists ← weight of the generalists → generalists")
+    return scale(
+        "Colours of weights", colours, form=weight, quantity="specialists ← weight of the generalists → generalists"
+    )
 
 
 def write_text_page(path: Path, texts: Sequence[RoutedText], *, of: str, whose: str) -> Path:
@@ -183,7 +185,7 @@ def _box(words: str, mass: float, colours: Shades, x: float, y: float, wide: flo
     before = (len(words) - len(seen)) * ADVANCE
     return tag(
         "g",
-        tag("title", numbers.number(mass)),
+        tag("title", weight(mass)),
         tag("rect", x=x, y=y, width=wide, height=LINE - 2, class_=colours.css(mass), style=colours.style(mass)),
         tag("text", seen, x=x + before, y=y + LINE - 7, class_="routed") if seen.strip() else None,
     )

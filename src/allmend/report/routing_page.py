@@ -8,7 +8,7 @@ from allmend.report import numbers
 from allmend.report.markup import Cell, Html, figure, in_figures, join, paragraph, section, table, tag
 from allmend.report.page import fill, head_of
 from allmend.report.routed_text import RoutedText, in_words, scale_of, shades_of, text_block
-from allmend.report.sections.routing import expert_map, experts_of, of_arm, read_in_words
+from allmend.report.sections.routing import expert_map, experts_of, of_arm, read_in_words, weight
 from allmend.results import ArmRouting, MemberRouting
 from allmend.run import write_atomic
 
@@ -90,14 +90,14 @@ def _experts(member: MemberRouting, layers: Sequence[int]) -> list[Html]:
         "Mean weight of each expert",
         ["Layer", *names],
         [
-            [f"layer {layer}", *(Cell(numbers.number(gate), value=gate) for gate in gates)]
+            [f"layer {layer}", *(Cell(weight(gate), value=gate) for gate in gates)]
             for layer, gates in zip(layers, member.gates, strict=True)
         ],
     )
     return [
         paragraph(
-            f"The generalists have {numbers.number(member.overall.value)} of the weight over all layers "
-            f"({numbers.evidence(member.overall, numbers.number)} tokens)."
+            f"The generalists have {weight(member.overall.value)} of the weight over all layers "
+            f"({numbers.evidence(member.overall, weight)} tokens)."
         ),
         tag("div", figure("Weight of each expert", expert_map(member, layers)), class_="charts"),
         in_figures(rows, len(layers)),

@@ -15,6 +15,11 @@ MOST = 60
 """Members that the map has room for."""
 
 
+def weight(value: float) -> str:
+    """A weight in [0, 1]; what is below half a hundredth is as good as none."""
+    return f"{value:.2f}"
+
+
 def routing(evidence: Evidence) -> Html:
     """The section; nothing where no arm has mixtures."""
     arms = [arm for arm in (evidence.routing.arms if evidence.routing else ()) if arm.members]
@@ -68,8 +73,8 @@ def routing_map(arm: ArmRouting) -> Html:
     cells = {
         (i, j): HeatCell(
             mass.value,
-            f"{member.member}, layer {arm.layers[j]}\ngeneralists {numbers.number(mass.value)} "
-            f"({numbers.evidence(mass, numbers.number)})",
+            f"{member.member}, layer {arm.layers[j]}\ngeneralists {weight(mass.value)} "
+            f"({numbers.evidence(mass, weight)})",
         )
         for i, member in enumerate(members)
         for j, mass in enumerate(member.mass)
@@ -80,6 +85,7 @@ def routing_map(arm: ArmRouting) -> Html:
         [str(layer) for layer in arm.layers],
         cells,
         middle=EVEN,
+        form=weight,
         quantity="weight of the generalists, in [0, 1]",
         column_name="layer",
     )
@@ -89,7 +95,7 @@ def expert_map(member: MemberRouting, layers: Sequence[int]) -> Html:
     """Mean gates of one member's experts, layers from left to right."""
     names = experts_of(member)
     cells = {
-        (i, j): HeatCell(gates[i], f"{name}, layer {layers[j]}\nweight {numbers.number(gates[i])}")
+        (i, j): HeatCell(gates[i], f"{name}, layer {layers[j]}\nweight {weight(gates[i])}")
         for i, name in enumerate(names)
         for j, gates in enumerate(member.gates)
     }
@@ -98,8 +104,10 @@ def expert_map(member: MemberRouting, layers: Sequence[int]) -> Html:
         names,
         [str(layer) for layer in layers],
         cells,
-        middle=1 / len(names),
-        quantity="mean weight of an expert",
+        low=0.0,
+        high=1.0,
+        form=weight,
+        quantity="mean weight of an expert, in [0, 1]",
         column_name="layer",
     )
 
@@ -127,7 +135,7 @@ def rows_of(arm: ArmRouting) -> Rows:
                 _cell(member.overall),
                 *(
                     Cell(
-                        numbers.number(member.mass[place].value),
+                        weight(member.mass[place].value),
                         under=f"layer {arm.layers[place]}",
                         value=member.mass[place].value,
                     )
@@ -156,4 +164,4 @@ def by_layer(arm: ArmRouting) -> Html:
 
 
 def _cell(estimate: Estimate) -> Cell:
-    return Cell(numbers.number(estimate.value), under=numbers.interval(estimate, numbers.number), value=estimate.value)
+    return Cell(weight(estimate.value), under=numbers.interval(estimate, weight), value=estimate.value)
