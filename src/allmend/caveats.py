@@ -11,6 +11,7 @@ from allmend.federation.privacy.layers import protected
 from allmend.federation.privacy.ledger import open_ledger
 from allmend.federation.strategies.cobo import CoBo
 from allmend.federation.strategies.comigs import CoMiGS
+from allmend.federation.strategies.ifca import IFCA
 from allmend.learn.schedule import steps_per_round
 from allmend.optim.ramp import ramp_factor
 from allmend.recipe import Arm
@@ -35,6 +36,7 @@ def caveats(prepared: "Prepared") -> Iterator[str]:
     for arm in prepared.recipe.arms().values():
         yield from _of_optimizer(prepared, arm)
         yield from _of_graph(prepared, arm)
+        yield from _of_choices(prepared, arm)
         yield from _of_experts(prepared, arm)
     if prepared.canaries:
         for name in audited(prepared.recipe):
@@ -105,6 +107,20 @@ def _of_graph(prepared: "Prepared", arm: Arm) -> Iterator[str]:
         )
 
 
+def _of_choices(prepared: "Prepared", arm: Arm) -> Iterator[str]:
+    """Whose change a sum for one of several models may be."""
+    if arm.strategy.name != IFCA.name:
+        return
+    models, n = arm.strategy.options.get("groups", IFCA.groups), len(prepared.members)
+    if n < 2 * models:
+        yield f"arm {arm.name!r}: {models} models for {n} clients leave some of them alone, or a model without a client"
+    if arm.privacy.secure_aggregation is not None:
+        yield (
+            f"arm {arm.name!r}: what is summed behind masks is summed for each model, and clients choose theirs: the "
+            "sum for a model that one client alone has chosen is that client's change, though not whose it is"
+        )
+
+
 def _of_experts(prepared: "Prepared", arm: Arm) -> Iterator[str]:
     """What a mixture of experts comes to with these members."""
     if arm.strategy.name != CoMiGS.name:
@@ -112,7 +128,8 @@ def _of_experts(prepared: "Prepared", arm: Arm) -> Iterator[str]:
     most = arm.adapter.specialists
     own = {member.name: most if member.specialists is None else member.specialists for member in prepared.members}
     if not any(own.values()):
-        yield f"arm {arm.name!r}: no client has a specialist, and comigs is fedavg"
+        but = " with routers of each client's own" if arm.adapter.generalists > 1 else ""
+        yield f"arm {arm.name!r}: no client has a specialist, and comigs is fedavg{but}"
         return
     if not arm.adapter.generalists:
         yield f"arm {arm.name!r}: there is no generalist, and comigs is local training"
@@ -121,7 +138,10 @@ def _of_experts(prepared: "Prepared", arm: Arm) -> Iterator[str]:
             f"arm {arm.name!r}: {', '.join(alone)} without a specialist: a generalist that was trained among "
             "specialists does not stand well alone. One specialist of rank 1 or 2 helps."
         )
-    share = arm.strategy.options.get("validation", CoMiGS.validation)
+    options = arm.strategy.options
+    if not options.get("router_steps", CoMiGS.router_steps) or options.get("router", CoMiGS.router) == "train":
+        return
+    share = options.get("validation", CoMiGS.validation)
     apart = {member.name: max(1, round(share * len(member.records))) for member in prepared.members}
     if few := [name for name, count in apart.items() if count < FEW_VALIDATED and own[name]]:
         yield (

@@ -15,6 +15,7 @@ from allmend.federation.arm import mixture_of, strategy_of
 from allmend.federation.collaboration.graph import DENSE
 from allmend.federation.strategies import STRATEGIES, options_of
 from allmend.federation.strategies.cobo import CoBo
+from allmend.federation.strategies.grouped import Grouped
 from allmend.federation.strategies.private_fedavg import PrivateFedAvg
 from allmend.models.adapters import check_lora
 from allmend.models.load import LoadedModel, linear_layers
@@ -91,6 +92,8 @@ def _strategy_problems(arm: Arm, key: tuple[str, ...], seed: int, clients: Seque
             raise ValueError(
                 f"cobo keeps a weight for each two of at most {DENSE:,} clients, and these are {len(clients):,}"
             )
+        if isinstance(strategy, Grouped):
+            strategy.check(clients)
     except (ValueError, TypeError) as error:
         return [Problem(key, str(error))]
     except UserError as error:  # the members' budget
@@ -101,6 +104,12 @@ def _strategy_problems(arm: Arm, key: tuple[str, ...], seed: int, clients: Seque
             what = (
                 f"a sum is over {layer.fewest} clients or more, and round {number} of arm {arm.name!r} has "
                 f"{drawn} of {len(clients)}: add clients, let more of them take part, or remove the layer"
+            )
+            return [Problem((*key[:-1], "privacy", "secure_aggregation"), what)]
+        if isinstance(strategy, Grouped) and (least := strategy.fewest(clients)) < layer.fewest:
+            what = (
+                f"a sum is over {layer.fewest} clients or more, and arm {arm.name!r} has a group with {least} in a "
+                "round, whose sum stands alone: make groups larger, or remove the layer"
             )
             return [Problem((*key[:-1], "privacy", "secure_aggregation"), what)]
     return []

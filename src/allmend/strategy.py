@@ -196,14 +196,28 @@ class Client(Protocol):
     state: State
     initial: Tensors
 
-    def train(self, start: Tensors, turn: Turn, *, optimizer: Tensors | None = None, proximal: float = 0.0) -> Trained:
+    def train(
+        self,
+        start: Tensors,
+        turn: Turn,
+        *,
+        optimizer: Tensors | None = None,
+        proximal: float = 0.0,
+        anchor: Tensors | None = None,
+        validation: float = 0.0,
+    ) -> Trained:
         """Train on the member's own records for one round, from `start`.
+
+        A further training in the same turn, of another model, meets the same batches.
 
         Args:
             start: parameters to go on from.
             turn: the round, for the schedule.
-            optimizer: state of the optimiser to go on from; a fresh one when None.
-            proximal: μ of a term (μ / 2) ‖w − start‖² beside the loss.
+            optimizer: state of the optimiser to go on from, a fresh one when it is empty; when None, the member's own
+                where the recipe lets that go on from round to round, else a fresh one.
+            proximal: μ of a term (μ / 2) ‖w − anchor‖² beside the loss.
+            anchor: parameters; `start` when None.
+            validation: share of the records that is set apart, the same ones in every round, and not trained on.
         """
         ...
 

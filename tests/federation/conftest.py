@@ -126,10 +126,23 @@ class ToyClient:
     state: State = field(default_factory=State)
     optimizers: list[Tensors | None] = field(default_factory=list)
 
-    def train(self, start: Tensors, turn: Turn, *, optimizer: Tensors | None = None, proximal: float = 0.0) -> Trained:
+    def train(
+        self,
+        start: Tensors,
+        turn: Turn,
+        *,
+        optimizer: Tensors | None = None,
+        proximal: float = 0.0,
+        anchor: Tensors | None = None,
+        validation: float = 0.0,
+    ) -> Trained:
         self.optimizers.append(optimizer)
         count = (optimizer or {"steps": torch.zeros(())})["steps"] + 1
         return Trained({"x": start["x"] + self.step}, float(self.step.sum()), 1, 10, {"steps": count})
+
+    def loss(self, at: Tensors, turn: Turn, *, records: int | None = None) -> float:
+        """How far it would still go."""
+        return float((at["x"] - self.step).square().sum())
 
 
 @pytest.fixture

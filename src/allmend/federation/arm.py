@@ -21,7 +21,10 @@ from allmend.federation.rounds import Observer, run_rounds
 from allmend.federation.strategies import build_strategy
 from allmend.federation.strategies.cobo import CoBo
 from allmend.federation.strategies.comigs import CoMiGS
+from allmend.federation.strategies.ditto import Ditto
 from allmend.federation.strategies.fedavg import FedAvg
+from allmend.federation.strategies.ifca import IFCA
+from allmend.federation.strategies.local import Local
 from allmend.federation.strategies.private_fedavg import PrivateFedAvg
 from allmend.federation.strategies.product import FedAvgProduct
 from allmend.learn.loop import Step, mean_loss
@@ -121,6 +124,8 @@ def strategy_of(arm: Arm, *, seed: int) -> Strategy:
         _check_comigs(arm)
     if isinstance(strategy, CoBo):
         _check_cobo(strategy, arm)
+    if arm.privacy.record is not None and (more := _beyond_steps(strategy)):
+        raise ValueError(f"privacy.record promises something for one training a round: {more}. Remove one of the two")
     if isinstance(strategy, FedAvgProduct) and arm.adapter.kind != "lora":
         raise ValueError(f"{strategy.name} averages products of LoRA's factors: adapter.kind must be 'lora'")
     if isinstance(strategy, FedAvgProduct) and arm.train.largest_update is not None:
@@ -150,6 +155,17 @@ def strategy_of(arm: Arm, *, seed: int) -> Strategy:
         seed=seed,
         distributed=hidden,
     )
+
+
+def _beyond_steps(strategy: Strategy) -> str:
+    """What a strategy draws from records beside a round's steps over all of them; empty where that is nothing."""
+    if isinstance(strategy, Ditto):
+        return "ditto trains two models with the same records"
+    if isinstance(strategy, IFCA):
+        return "ifca lets a member's loss decide which model it trains"
+    if isinstance(strategy, Local) and strategy.validation:
+        return "with validation local draws its records from fewer than are counted"
+    return ""
 
 
 def _check_cobo(strategy: CoBo, arm: Arm) -> None:

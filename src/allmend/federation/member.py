@@ -4,13 +4,14 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
 from allmend.data.chat import Encoded
 from allmend.errors import UserError
 from allmend.learn.alternating import Alternation, RouterSettings, alternate
-from allmend.learn.loop import Step, gradient, mean_loss, train
+from allmend.learn.loop import Step, gradient, loss, mean_loss, train
 from allmend.learn.private import RecordNoise
 from allmend.learn.schedule import steps_per_round
 from allmend.models.adapters import Trainable, first_components, of_other_rank, with_components
@@ -126,6 +127,8 @@ class MemberClient:
     initial: Tensors
     state: State = field(default_factory=State)
     on_step: OnStep = lambda name, turn, step: None
+    _begun: tuple[Turn, int] | None = field(init=False, default=None)
+    """The turn of the last training, and the steps taken before it."""
 
     @property
     def name(self) -> str:
@@ -145,23 +148,45 @@ class MemberClient:
         """What it does not."""
         return self.member.held_out
 
-    def train(self, start: Tensors, turn: Turn, *, optimizer: Tensors | None = None, proximal: float = 0.0) -> Trained:
-        """One round of local training from `start`.
+    def train(
+        self,
+        start: Tensors,
+        turn: Turn,
+        *,
+        optimizer: Tensors | None = None,
+        proximal: float = 0.0,
+        anchor: Tensors | None = None,
+        validation: float = 0.0,
+    ) -> Trained:
+        """One round of local training from `start`; a second one in the same turn meets the same batches, and its
+        steps are not told.
+
+        Args:
+            start, turn, optimizer, proximal, anchor: see `Client`.
+            validation: share of the member's records that it does not train on, those that `alternate` sets apart
+                without a target.
 
         Raises:
             UserError: nothing to learn from, or training diverged; the member is named.
         """
         rank = self.member.rank if self.trainable.kind == "lora" else None
         self.trainable.load(start if rank is None else first_components(start, rank))
+        if anchor is not None and rank is not None:
+            anchor = first_components(anchor, rank)
         steps = steps_per_round(self.examples, self.settings)
         taken = int(self.state.facts.get("steps", 0))
+        if again := self._begun == (turn, taken - steps):
+            taken -= steps
+        self._begun = turn, taken
+        apart = set(self._apart(validation) if validation and not self.member.target else ())
+        places = [place for place in range(self.examples) if place not in apart]
         kept = self.settings.optimizer_state == "persist" and optimizer is None
         if kept:
             optimizer = of_group(OPTIMIZER, self.state.tensors) or None
         with self._named(turn):
             outcome = train(
                 self.trainable,
-                self.member.records,
+                [self.records[place] for place in places],
                 self.settings,
                 steps=steps,
                 first_step=taken,
@@ -171,14 +196,16 @@ class MemberClient:
                 seed=self.member.seed,
                 optimizer=optimizer,
                 proximal=proximal,
+                anchor=anchor,
                 noise=self.member.noise,
-                on_step=lambda step: self.on_step(self.name, turn, step),
+                on_step=lambda step: None if again else self.on_step(self.name, turn, step),
             )
         tensors = outcome.tensors if rank is None else with_components(outcome.tensors, start, rank)
         tensors = bounded(tensors, start, self.settings.largest_update)
         self.state.facts["steps"] = taken + steps
-        before = self.state.tensors.get(LEARNT, torch.zeros_like(outcome.learnt))
-        self.state.tensors = self.state.tensors | {LEARNT: before + outcome.learnt}
+        learnt = self._learnt()
+        learnt[places] += outcome.learnt
+        self.state.tensors = self.state.tensors | {LEARNT: learnt}
         if kept:
             self.state.tensors = self.state.tensors | grouped(OPTIMIZER, outcome.optimizer)
         tokens = sum(step.tokens for step in outcome.steps)
@@ -205,6 +232,7 @@ class MemberClient:
         router: RouterSettings,
         *,
         validation: float,
+        learns_from: Literal["validation", "train"] = "validation",
         experts: Tensors,
         routers: Tensors,
     ) -> Alternation:
@@ -216,6 +244,7 @@ class MemberClient:
             turn: the round, for the schedule.
             router: how routers learn.
             validation: share of the member's records that routers learn from, and experts do not, without a target.
+            learns_from: what routers learn from; with `train` the experts' records, and those set apart teach nobody.
             experts, routers: states of the optimisers to go on from; fresh when empty.
 
         Raises:
@@ -227,11 +256,12 @@ class MemberClient:
         routed, target = int(start[PRESENT].sum()) > 1, self.member.target
         apart = set(self._apart(validation) if routed and not target else ())
         places = [place for place in range(self.examples) if place not in apart]
+        own = [self.records[place] for place in places]
         with self._named(turn):
             found = alternate(
                 self._mixture,
-                [self.records[place] for place in places],
-                target or [self.records[place] for place in sorted(apart)],
+                own,
+                own if learns_from == "train" else target or [self.records[place] for place in sorted(apart)],
                 self.settings,
                 router,
                 steps=steps,
@@ -244,10 +274,14 @@ class MemberClient:
                 on_step=lambda step: self.on_step(self.name, turn, step),
             )
         self.state.facts["steps"] = taken + steps
-        learnt = self.state.tensors.get(LEARNT, torch.zeros(self.examples, 2, dtype=torch.int64)).clone()
+        learnt = self._learnt()
         learnt[places] += found.learnt
-        if apart:
+        if learns_from == "train":
+            learnt[places] += found.validated
+        elif apart:
             learnt[sorted(apart)] += found.validated
+        else:
+            self._count(float(found.validated[:, 0].sum()))
         self.state.tensors = self.state.tensors | {LEARNT: learnt}
         return found
 
@@ -279,10 +313,7 @@ class MemberClient:
         Raises:
             UserError: no record has a token to learn from; the member is named.
         """
-        source = [one for one in (self.held_out if held_out else self.records) if one.learns]
-        if records is not None and len(source) > records:
-            generator = torch.Generator().manual_seed((self.member.seed * 1_000_003 + turn.round) % 2**63)
-            source = [source[place] for place in torch.randperm(len(source), generator=generator)[:records].tolist()]
+        source = self._drawn(self.held_out if held_out else self.records, turn, records)
         own = self.trainable.parameters()
         self._count(len(source))
         with self._named(turn):
@@ -291,6 +322,36 @@ class MemberClient:
                 return gradient(self.trainable, source, tokens_per_pass=self.settings.tokens_per_pass)
             with of_other_rank(self.trainable, at) as other:
                 return gradient(other, source, tokens_per_pass=self.settings.tokens_per_pass)
+
+    def loss(self, at: Tensors, turn: Turn, *, records: int | None = None) -> float:
+        """The mean loss per token (nats) of this member's training records at some parameters.
+
+        Args:
+            at: parameters, of the member's shapes.
+            turn: the round, which decides the records that are drawn, as for `gradient`.
+            records: that are drawn, or as many as there are; all when None.
+
+        Raises:
+            UserError: no record has a token to learn from; the member is named.
+        """
+        source = self._drawn(self.records, turn, records)
+        self._count(len(source) / 3)
+        with self._named(turn):
+            self.trainable.load(at)
+            return loss(self.trainable, source, tokens_per_pass=self.settings.tokens_per_pass)
+
+    def _drawn(self, records: Sequence[Encoded], turn: Turn, count: int | None) -> list[Encoded]:
+        """Those that can be learnt from, or as many of them, drawn anew in each round."""
+        source = [one for one in records if one.learns]
+        if count is None or len(source) <= count:
+            return source
+        generator = torch.Generator().manual_seed((self.member.seed * 1_000_003 + turn.round) % 2**63)
+        return [source[place] for place in torch.randperm(len(source), generator=generator)[:count].tolist()]
+
+    def _learnt(self) -> torch.Tensor:
+        """What its records have taught so far, to add to."""
+        known = self.state.tensors.get(LEARNT)
+        return torch.zeros(self.examples, 2, dtype=torch.int64) if known is None else known.clone()
 
     def _count(self, passes: float) -> None:
         self.state.facts[ASIDE] = float(self.state.facts.get(ASIDE, 0.0)) + passes

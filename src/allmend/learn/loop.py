@@ -94,6 +94,7 @@ def train(
     seed: int,
     optimizer: Tensors | None = None,
     proximal: float = 0.0,
+    anchor: Tensors | None = None,
     noise: RecordNoise | None = None,
     penalty: Callable[[Sequence[Row]], None] = lambda rows: None,
     on_step: Callable[[Step], None] = lambda step: None,
@@ -110,8 +111,9 @@ def train(
         total_steps: steps of the whole schedule.
         seed: of data order, dropout and seeded noise.
         optimizer: the optimiser's state from an earlier call; fresh when None.
-        proximal: μ of a term (μ / 2) ‖w − w₀‖² beside the loss, with w₀ the parameters at the start. The losses that
-            are told are without it, the gradient norms with it.
+        proximal: μ of a term (μ / 2) ‖w − w₀‖² beside the loss. The losses that are told are without it, the gradient
+            norms with it.
+        anchor: w₀; the parameters at the start when None.
         noise: makes every step private for each record; the loss is the mean over records then, and nothing is
             dropped out, neither in the adapter nor in the model.
         penalty: given a batch's rows (on the CPU), adds the gradient of a further term to what lies in the parameters'
@@ -129,7 +131,9 @@ def train(
     parameters = trainable.parameters()
     device = next(iter(parameters.values())).device
     descent = Descent(trainable.model, parameters, settings, optimizer)
-    start = {name: parameter.detach().clone() for name, parameter in parameters.items()} if proximal else {}
+    if anchor is None:
+        anchor = {name: parameter.detach().clone() for name, parameter in parameters.items()} if proximal else {}
+    pulling = {name: anchor[name].to(parameters[name]) for name in parameters} if proximal else {}
     size: int | None = None
     if noise is not None and noise.sampling == "poisson":
         stream = poisson_batches(len(usable), settings.batch_size, noise, seed=seed, first=first_step)
@@ -151,7 +155,7 @@ def train(
                 rows, loss = _gradient(
                     trainable, chosen, settings, noise, size=size or len(batch), seed=seed, step=number
                 )
-                for name, before in start.items():  # what it adds depends on nothing but what noise has passed
+                for name, before in pulling.items():  # what it adds depends on nothing but what noise has passed
                     parameter = parameters[name]
                     assert parameter.grad is not None
                     parameter.grad.add_(parameter.detach() - before, alpha=proximal)
@@ -186,9 +190,7 @@ def gradient(trainable: Trainable, records: Sequence[Encoded], *, tokens_per_pas
     Raises:
         UserError: no record has a token to learn from.
     """
-    rows = pack([record for record in records if record.learns], tokens_per_pass)
-    if not rows:
-        raise UserError("no record has a token to learn from", hint="Look at data.max_tokens and the response fields.")
+    rows = _rows(records, tokens_per_pass)
     parameters = trainable.parameters()
     trainable.model.eval()
     try:
@@ -200,6 +202,27 @@ def gradient(trainable: Trainable, records: Sequence[Encoded], *, tokens_per_pas
     finally:
         for one in parameters.values():
             one.grad = None
+
+
+@torch.inference_mode()
+def loss(trainable: Trainable, records: Sequence[Encoded], *, tokens_per_pass: int) -> float:
+    """The mean negative log-likelihood per target of some records (nats); arguments as of `gradient`.
+
+    Raises:
+        UserError: no record has a token to learn from.
+    """
+    rows = _rows(records, tokens_per_pass)
+    device = next(iter(trainable.parameters().values())).device
+    trainable.model.eval()
+    total = math.fsum(-float(log_likelihood(trainable.model, row.to(device)).sum()) for row in rows)
+    return total / sum(row.targets.numel() for row in rows)
+
+
+def _rows(records: Sequence[Encoded], tokens_per_pass: int) -> list[Row]:
+    rows = pack([record for record in records if record.learns], tokens_per_pass)
+    if not rows:
+        raise UserError("no record has a token to learn from", hint="Look at data.max_tokens and the response fields.")
+    return rows
 
 
 def _check_finite(number: int, loss: float | None, norm: float, rate: float) -> None:

@@ -7,9 +7,13 @@ from typing import Any
 from allmend.federation.strategies.centralised import Centralised
 from allmend.federation.strategies.cobo import CoBo
 from allmend.federation.strategies.comigs import CoMiGS
+from allmend.federation.strategies.ditto import Ditto
 from allmend.federation.strategies.fedavg import FedAvg
 from allmend.federation.strategies.fedopt import FedAdam, FedYogi
 from allmend.federation.strategies.fedprox import FedProx
+from allmend.federation.strategies.finetuned import FineTuned
+from allmend.federation.strategies.grouped import Grouped
+from allmend.federation.strategies.ifca import IFCA
 from allmend.federation.strategies.local import Local
 from allmend.federation.strategies.product import FedAvgProduct
 from allmend.federation.strategies.robust import Krum, Median, TrimmedMean
@@ -26,6 +30,10 @@ STRATEGIES: dict[str, type[Any]] = {
     "krum": Krum,
     "cobo": CoBo,
     "comigs": CoMiGS,
+    "ditto": Ditto,
+    "finetuned": FineTuned,
+    "ifca": IFCA,
+    "grouped": Grouped,
     "local": Local,
     "centralised": Centralised,
 }

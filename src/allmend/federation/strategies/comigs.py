@@ -50,6 +50,7 @@ class MixtureClient(Client, Protocol):
         router: RouterSettings,
         *,
         validation: float,
+        learns_from: Literal["validation", "train"],
         experts: Tensors,
         routers: Tensors,
     ) -> Alternation: ...
@@ -62,7 +63,9 @@ class CoMiGS(FedAvg):
     Args:
         validation: share of a member's records that its router learns from, and its experts do not.
         router_every: τ, steps of the experts before it is the routers' turn.
-        router_steps: of the routers in a turn.
+        router_steps: of the routers in a turn; with 0 the gates stay nearly equal, as they are in the beginning.
+        router: what routers learn from: those records (`validation`), or the experts' (`train`), which is for comparison
+            and leaves the same records out.
         router_lr: learning rate of the routers, the same in every step.
         balance: weight of a term that draws the gates towards equal use of the experts.
         weighting: whether members count by their records (`examples`), or all alike (`equal`).
@@ -71,6 +74,7 @@ class CoMiGS(FedAvg):
     validation: float = 0.1
     router_every: int = 30
     router_steps: int = 10
+    router: Literal["validation", "train"] = "validation"
     router_lr: float = 2e-3
     balance: float = 0.0
     weighting: Literal["examples", "equal"] = "examples"
@@ -88,6 +92,8 @@ class CoMiGS(FedAvg):
         for option in ("router_steps", "balance"):
             if not getattr(self, option) >= 0:
                 raise ValueError(f"{option} must be 0 or more, got {getattr(self, option)}")
+        if self.router not in ("validation", "train"):
+            raise ValueError(f"router must be validation or train, got {self.router!r}")
         if not self.router_lr > 0:
             raise ValueError(f"router_lr must be above 0, got {self.router_lr}")
         if self.weighting not in ("examples", "equal"):
@@ -130,6 +136,7 @@ class CoMiGS(FedAvg):
             task.turn,
             RouterSettings(self.router_every, self.router_steps, self.router_lr, self.balance),
             validation=self.validation,
+            learns_from=self.router,
             experts={} if fresh else of_group("experts", client.state.tensors),
             routers=of_group("routers", client.state.tensors),
         )

@@ -21,12 +21,23 @@ from allmend.strategy import (
 
 @dataclass(frozen=True, kw_only=True)
 class Local:
-    """Each member's model and optimiser stay with it from round to round; only its loss is summed."""
+    """Each member's model and optimiser stay with it from round to round; only its loss is summed.
+
+    Args:
+        validation: share of a member's records that it does not train on: those whose routers alone learn from them in
+            `comigs`, which needs a baseline with as many records.
+    """
+
+    validation: float = 0.0
 
     name = "local"
     legs = 1
     pooled = False
     shares = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.validation < 1:
+            raise ValueError(f"validation must lie in [0, 1), got {self.validation}")
 
     def declare(self) -> Declaration:
         return Declaration(
@@ -51,7 +62,7 @@ class Local:
     def work(self, task: Task, client: Client) -> Reply:
         start = of_group("model", client.state.tensors) or client.initial
         optimizer = of_group("optimizer", client.state.tensors)
-        trained = client.train(start, task.turn, optimizer=optimizer or None)
+        trained = client.train(start, task.turn, optimizer=optimizer or None, validation=self.validation)
         client.state.tensors = (
             client.state.tensors | grouped("model", trained.tensors) | grouped("optimizer", trained.optimizer)
         )
