@@ -33,6 +33,12 @@ if TYPE_CHECKING:
 def caveats(prepared: "Prepared") -> Iterator[str]:
     """Sentences about the guarantees and the audit of each arm; opening the ledgers also shows that one round fits."""
     yield from _of_guarantees(prepared)
+    aiming = [member.name for member in prepared.members if member.target]
+    if aiming and all(arm.adapter.kind != "mixture" for arm in prepared.recipe.arms().values()):
+        yield (
+            f"{', '.join(aiming)} with a target, and no arm has routers to learn from it: it is not looked at. Remove "
+            "clients.target, or add an arm with comigs."
+        )
     for arm in prepared.recipe.arms().values():
         yield from _of_optimizer(prepared, arm)
         yield from _of_graph(prepared, arm)
@@ -142,11 +148,13 @@ def _of_experts(prepared: "Prepared", arm: Arm) -> Iterator[str]:
     if not options.get("router_steps", CoMiGS.router_steps) or options.get("router", CoMiGS.router) == "train":
         return
     share = options.get("validation", CoMiGS.validation)
-    apart = {member.name: max(1, round(share * len(member.records))) for member in prepared.members}
+    apart = {
+        member.name: len(member.target) or max(1, round(share * len(member.records))) for member in prepared.members
+    }
     if few := [name for name, count in apart.items() if count < FEW_VALIDATED and own[name]]:
         yield (
             f"arm {arm.name!r}: routers learn from fewer than {FEW_VALIDATED} records at {', '.join(few)}, and can "
-            "learn these by heart. Raise strategy.validation."
+            "learn these by heart. Raise strategy.validation, or give them a target with more."
         )
 
 

@@ -48,10 +48,12 @@ def check(recipe: Recipe, base: Path, *, model: LoadedModel | None = None) -> No
     for index, client in enumerate(recipe.clients):
         if client.data == AT_MEMBER:
             continue
-        path = base / Path(client.data).expanduser()
-        if not client.data.startswith("hub:") and not path.is_file():
+        for key in ("data", "held_out", "target"):
+            source = getattr(client, key)
+            if source is None or source.startswith("hub:") or (path := base / Path(source).expanduser()).is_file():
+                continue
             what = "is a folder, not a file" if path.is_dir() else "is not there (paths start from the recipe's folder)"
-            problems.append(Problem(("clients", index, "data"), f"{path} {what}"))
+            problems.append(Problem(("clients", index, key), f"{path} {what}"))
     try:
         _same_model(recipe, base, model)
         layers = linear_layers(model.folder if model else resolve(source_of(recipe, base)))

@@ -112,7 +112,7 @@ def prepare(recipe: Recipe, base: Path, *, model: LoadedModel | None = None) -> 
         held_out_encoded={one.member.name: one.held_out_encoded for one in encoded},
         canaries=tuple(canaries),
         notes={one.member.name: one.notes for one in encoded},
-        data_digests={one.member.name: data_digest((*one.member.records, *one.held_out_encoded)) for one in encoded},
+        data_digests={one.member.name: one.digest for one in encoded},
     )
     _check_routers(prepared)
     return replace(prepared, warnings=tuple(caveats(prepared)))
@@ -130,13 +130,19 @@ def _check_routers(prepared: Prepared) -> None:
             continue
         for member in prepared.members:
             most = arm.adapter.specialists if member.specialists is None else member.specialists
-            learning = sum(record.learns for record in member.records)
-            if arm.adapter.generalists + most > 1 and learning < 2:
+            if arm.adapter.generalists + most < 2:
+                continue
+            where = f"client {member.name!r}, arm {arm.name!r}"
+            different = len({record.ids.numpy().tobytes() for record in member.records if record.learns})
+            if member.target and not any(record.learns for record in member.target):
+                what = "no record of its target has a token for its router to learn from"
+                few.append(UserError(what, where=where, hint="Give it other records, or set specialists = 0 for it."))
+            elif not member.target and different < 2:
                 few.append(
                     UserError(
-                        f"{learning} training record, and its router needs one that its experts do not learn from",
-                        where=f"client {member.name!r}, arm {arm.name!r}",
-                        hint="Give it more records, or set specialists = 0 for it.",
+                        f"{different} training record, and its router needs one that its experts do not learn from",
+                        where=where,
+                        hint="Give it more records or a target, or set specialists = 0 for it.",
                     )
                 )
     if few:
@@ -161,6 +167,11 @@ class EncodedClient:
     held_out_encoded: tuple[Encoded, ...]
     notes: dict[str, int]
 
+    @property
+    def digest(self) -> str:
+        """`data_digest` of all that the client learns from and is measured on."""
+        return data_digest((*self.member.records, *self.held_out_encoded, *self.member.target))
+
 
 def encode_client(recipe: Recipe, client: ClientData, encoder: Encoder, canaries: Sequence[Canary]) -> EncodedClient:
     """A client's records and canaries as training and evaluation take them.
@@ -181,6 +192,8 @@ def encode_client(recipe: Recipe, client: ClientData, encoder: Encoder, canaries
     train += _planted(canaries, client.name, encoder)
     asked = sorted(client.held_out, key=lambda record: uniform(record.id))[: recipe.evaluation.max_held_out]
     test, kept = _fit([encoder.for_evaluation(record) for record in asked], asked, recipe, counts, "held-out")
+    aims = [encoder.for_training(record) for record in client.target]
+    aims, _ = _fit(aims, client.target, recipe, counts, "target")
     source = next((source for source in recipe.clients if source.name == client.name), None)
     member = Member(
         client.name,
@@ -189,6 +202,7 @@ def encode_client(recipe: Recipe, client: ClientData, encoder: Encoder, canaries
         rank=source.rank if source else None,
         held_out=[encoder.for_training(record) for record in kept],
         specialists=source.specialists if source else None,
+        target=aims,
     )
     return EncodedClient(member, tuple(fitting), tuple(kept), tuple(test), counts)
 
@@ -284,7 +298,13 @@ def _clients(recipe: Recipe, base: Path) -> list[ClientData]:
         try:
             clients.append(
                 load_client(
-                    source.name, source.data, fields=recipe.data.fields, held_out=recipe.data.held_out, base=base
+                    source.name,
+                    source.data,
+                    fields=recipe.data.fields,
+                    held_out=recipe.data.held_out,
+                    base=base,
+                    own_held_out=source.held_out,
+                    target=source.target,
                 )
             )
         except UserError as error:
@@ -344,19 +364,15 @@ def _apart(clients: Sequence[ClientData]) -> list[ClientData]:
     learnt: dict[tuple[object, ...], set[str]] = {}
     for client in clients:
         for record in client.train:
-            learnt.setdefault(_content(record), set()).add(client.name)
+            learnt.setdefault(record.content, set()).add(client.name)
     found = []
     for client in clients:
-        kept = tuple(record for record in client.held_out if not learnt.get(_content(record), set()) - {client.name})
+        kept = tuple(record for record in client.held_out if not learnt.get(record.content, set()) - {client.name})
         notes = dict(client.notes)
         if len(kept) < len(client.held_out):
             notes["held-out records in others' training"] = len(client.held_out) - len(kept)
         found.append(replace(client, held_out=kept, notes=notes))
     return found
-
-
-def _content(record: Record) -> tuple[object, ...]:
-    return record.messages, record.text
 
 
 def _fit(

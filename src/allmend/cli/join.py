@@ -27,6 +27,12 @@ def join(
     folder: Annotated[
         Path | None, typer.Option(help="Where this member keeps what is its own; allmend-NAME when absent.")
     ] = None,
+    held_out: Annotated[
+        Path | None, typer.Option(help="Records to be measured on, which are then no share of --data.")
+    ] = None,
+    target: Annotated[
+        Path | None, typer.Option(help="Records of what this member's model is to be good at, for its routers.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Take the base model from here.")] = None,
     accept: Annotated[str | None, typer.Option(help="Agree to the offer with this hash without being asked.")] = None,
     patience: Annotated[float, typer.Option(help="Seconds of silence after which to give up; 0 for never.")] = 0.0,
@@ -53,6 +59,9 @@ def join(
         )
     if not data.is_file():
         raise UserError("no such file", where=data, hint="Name this member's records with --data.")
+    for option, path in (("--held-out", held_out), ("--target", target)):
+        if path is not None and not path.is_file():
+            raise UserError("no such file", where=path, hint=f"Name a file with {option}, or leave it out.")
     own = read_key(key)
     place = folder or Path(f"allmend-{name}")
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -80,7 +89,9 @@ def join(
             loss = "" if step.loss is None else f", loss {step.loss:.3f} at first"
             console.print(f"  round {turn.round} of {turn.rounds}: training{loss}", highlight=False)
 
-    side = MemberSide(name, own, data, place, agree, source=model, on_step=tell)
+    side = MemberSide(
+        name, own, data, place, agree, source=model, on_step=tell, held_out=held_out, target=target
+    )
     waits: set[str] = set()
 
     def wait(why: str) -> None:
@@ -120,6 +131,8 @@ def _show(console: Console, offer: "Offer", recipe: "Recipe", client: "EncodedCl
     facts.add_row("Run", recipe.name)
     facts.add_row("Model", recipe.model.source)
     facts.add_row("Members", ", ".join(one.name for one in recipe.clients))
+    if client.member.target:
+        facts.add_row("Your target", f"{len(client.member.target):,} records, for your own routers")
     planted = len(client.member.records) - len(client.train)
     facts.add_row("Your records", f"{len(client.train):,} for training, {len(client.held_out):,} held out")
     if planted:

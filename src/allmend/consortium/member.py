@@ -43,7 +43,7 @@ from allmend.learn.noise import NoiseSource, keyed_source
 from allmend.learn.scores import read_scores, write_scores
 from allmend.models.load import LoadedModel
 from allmend.models.tensors import Tensors, parse
-from allmend.prepare import EncodedClient, data_digest, encode_client, prepare_model
+from allmend.prepare import EncodedClient, encode_client, prepare_model
 from allmend.recipe import Arm, Recipe
 from allmend.results import BASE
 from allmend.run import write_atomic
@@ -84,6 +84,8 @@ class MemberSide:
         model: the base model, where the caller has it in memory already.
         source: where to take the base model from instead of the place that the recipe names.
         on_step: told of every optimiser step.
+        held_out: records that it is measured on, where they are no part of `data`.
+        target: records of what its model is to be good at, for its routers.
     """
 
     name: str
@@ -94,6 +96,8 @@ class MemberSide:
     model: LoadedModel | None = None
     source: str | None = None
     on_step: OnStep = lambda name, turn, step: None
+    held_out: Path | None = None
+    target: Path | None = None
     _joined: Joined | None = field(init=False, default=None)
     declined: bool = field(init=False, default=False)
     refused: UserError | None = field(init=False, default=None)
@@ -197,7 +201,13 @@ class MemberSide:
                 hint="Fetch it again, or name the same one with --model.",
             )
         data = load_client(
-            self.name, str(self.data), fields=recipe.data.fields, held_out=recipe.data.held_out, base=Path()
+            self.name,
+            str(self.data),
+            fields=recipe.data.fields,
+            held_out=recipe.data.held_out,
+            base=Path(),
+            own_held_out=None if self.held_out is None else str(self.held_out),
+            target=None if self.target is None else str(self.target),
         )
         client = encode_client(recipe, data, encoder, _planted(recipe, data))
         site = Site(
@@ -205,9 +215,7 @@ class MemberSide:
             lambda arm: _open_arm(recipe, model, client, arm),
             self.on_step,
         )
-        _same_data(
-            site.folder / "data.json", data_digest((*client.member.records, *client.held_out_encoded)), self.data
-        )
+        _same_data(site.folder / "data.json", client.digest, self.data)
         return Joined(offer, recipe, model, client, site)
 
     def _worked(self, joined: Joined, about: dict[str, Any], question: bytes) -> bytes:

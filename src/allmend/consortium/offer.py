@@ -88,7 +88,9 @@ def among(recipe: Recipe, names: Sequence[str]) -> Recipe:
     """
     known = {client.name: client for client in recipe.clients}
     clients = [
-        known[name].model_copy(update={"data": AT_MEMBER}) if name in known else ClientSource(name=name, data=AT_MEMBER)
+        known[name].model_copy(update={"data": AT_MEMBER, "held_out": None, "target": None})
+        if name in known
+        else ClientSource(name=name, data=AT_MEMBER)
         for name in sorted(names)
     ]
     values = recipe.model_dump()

@@ -82,11 +82,20 @@ def read_records(source: str, *, fields: Fields, base: Path = Path()) -> tuple[l
     return to_records(rows, fields, faults)
 
 
-def load_client(name: str, source: str, *, fields: Fields, held_out: float, base: Path) -> ClientData:
+def load_client(
+    name: str,
+    source: str,
+    *,
+    fields: Fields,
+    held_out: float,
+    base: Path,
+    own_held_out: str | None = None,
+    target: str | None = None,
+) -> ClientData:
     """A member's data set, read and split.
 
     A held-out record that says word for word what a training record says would measure memory, not skill: it is left
-    out and counted under "held-out records also in training".
+    out and counted under "held-out records also in training". A target's record may stand in neither.
 
     Args:
         name: the client's name.
@@ -94,23 +103,45 @@ def load_client(name: str, source: str, *, fields: Fields, held_out: float, base
         fields: which field holds what.
         held_out: the share of records to hold out where the data do not say, in [0, 1).
         base: the folder that a relative path starts from.
+        own_held_out: a source of the held-out records, which are then no part of `source`.
+        target: a source of records of what the member's model is to be good at.
 
     Raises:
-        UserError: the data cannot be read, or the data's own split leaves nothing to learn from.
+        UserError: the data cannot be read, or the data's own split leaves nothing to learn from; both the data and
+            `own_held_out` hold records out; or the target has records that are also trained on or held out.
     """
     records, notes = read_records(source, fields=fields, base=base)
-    train, rest = split(records, held_out)
+    if own_held_out is None:
+        train, rest = split(records, held_out)
+    else:
+        if marked := sum(record.held_out is True for record in records):
+            raise UserError(
+                f"marks {marked} of its records as held out, and client {name!r} has them in {own_held_out}",
+                where=source,
+                hint="Remove one of the two: the client's held_out, or these records' split.",
+            )
+        train, rest = tuple(records), tuple(read_records(own_held_out, fields=fields, base=base)[0])
     if not train:
         raise UserError(
             f"client {name!r} has no training record: all {len(rest)} are held out",
             where=source,
             hint=f"Mark some as 'train' in the field {fields.split!r}, or hold out less than everything.",
         )
-    learnt = {(record.messages, record.text) for record in train}
-    unseen = tuple(record for record in rest if (record.messages, record.text) not in learnt)
+    learnt = {record.content for record in train}
+    unseen = tuple(record for record in rest if record.content not in learnt)
     if len(unseen) < len(rest):
         notes["held-out records also in training"] = len(rest) - len(unseen)
-    return ClientData(name, train, unseen, notes)
+    aims = () if target is None else tuple(read_records(target, fields=fields, base=base)[0])
+    for what, others in (("training", learnt), ("held-out", {record.content for record in unseen})):
+        if also := [record for record in aims if record.content in others]:
+            raise UserError(
+                f"{len(also)} of its {len(aims)} records are {what} records of client {name!r} too, such as "
+                f"{also[0].id!r}",
+                where=target,
+                hint="Take them out of the target: routers must learn from what nothing else was fitted to, and held-"
+                "out records from what nobody has learnt from.",
+            )
+    return ClientData(name, train, unseen, notes, aims)
 
 
 def _check_path(source: str, path: Path) -> None:

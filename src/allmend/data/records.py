@@ -44,6 +44,11 @@ class Record:
         return self.messages[-1].content if self.messages else self.text
 
     @property
+    def content(self) -> tuple[object, ...]:
+        """What it says, by which records are the same whatever their ids."""
+        return self.messages, self.text
+
+    @property
     def texts(self) -> tuple[str, ...]:
         """All that is written in it: every turn, or the running text."""
         return tuple(message.content for message in self.messages) or (self.text,)
@@ -77,6 +82,7 @@ class ClientData:
         name: the client's name.
         train: records to learn from.
         held_out: records never learnt from.
+        target: records of what its model is to be good at, where they are a set of their own.
         notes: counts worth telling the user (`{"duplicate ids": 3}`); shown in the report.
     """
 
@@ -84,3 +90,4 @@ class ClientData:
     train: tuple[Record, ...]
     held_out: tuple[Record, ...]
     notes: dict[str, int] = field(default_factory=dict)
+    target: tuple[Record, ...] = ()

@@ -91,6 +91,11 @@ class ClientSource(Section):
     data: str
     """A `.jsonl`, `.ndjson`, `.json` or `.csv` file, each also `.gz`; a `.parquet` file; or
     `hub:owner/name[:split]`."""
+    held_out: str | None = None
+    """Records that this client is measured on, in a source of their own: none of `data` is held out then."""
+    target: str | None = None
+    """Records of what its model is to be good at, in a source of their own: the routers of a mixture learn from them,
+    and from no share of `data`."""
     rank: Annotated[int, Field(ge=1)] | None = None
     """Most components of a LoRA adapter, or of each expert, that this client trains; all when absent."""
     specialists: Annotated[int, Field(ge=0)] | None = None
