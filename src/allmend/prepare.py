@@ -194,6 +194,8 @@ def encode_client(recipe: Recipe, client: ClientData, encoder: Encoder, canaries
     test, kept = _fit([encoder.for_evaluation(record) for record in asked], asked, recipe, counts, "held-out")
     aims = [encoder.for_training(record) for record in client.target]
     aims, _ = _fit(aims, client.target, recipe, counts, "target")
+    if client.target:
+        counts["records of its target"] = len(aims)
     source = next((source for source in recipe.clients if source.name == client.name), None)
     member = Member(
         client.name,
@@ -320,7 +322,7 @@ def _canaries(recipe: Recipe, clients: Sequence[ClientData]) -> list[Canary]:
     names = recipe.canaries.clients or [client.name for client in clients]
     if strangers := sorted(set(names) - {client.name for client in clients}):
         raise RecipeError([Problem(("canaries", "clients"), f"no such client: {', '.join(strangers)}")])
-    records = [record for client in clients for record in (*client.train, *client.held_out)]
+    records = [record for client in clients for record in client.records]
     try:
         canaries = plant(
             clients=names,

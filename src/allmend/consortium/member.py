@@ -356,7 +356,7 @@ def planned(recipe: Recipe, avoid: tuple[str, ...] = ()) -> list[Canary]:
 def _planted(recipe: Recipe, data: ClientData) -> list[Canary]:
     """The canaries, none of whose large secrets stands in the member's records."""
     canaries = planned(recipe)
-    texts = tuple(text for record in (*data.train, *data.held_out) for text in record.texts)
+    texts = tuple(text for record in data.records for text in record.texts)
     if canaries and planned(recipe, texts) != canaries:
         raise UserError(
             "a canary's secret stands in this member's records by chance",

@@ -91,3 +91,8 @@ class ClientData:
     held_out: tuple[Record, ...]
     notes: dict[str, int] = field(default_factory=dict)
     target: tuple[Record, ...] = ()
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        """All of them."""
+        return (*self.train, *self.held_out, *self.target)

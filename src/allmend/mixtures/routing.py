@@ -138,8 +138,8 @@ def as_arm(arm: str, layers: Sequence[int], members: Sequence[MemberRouting]) ->
 
 
 def routing_of_member(mixture: Mixture, member: Member) -> MemberRouting | None:
-    """Who answers in a mixture on records that its member holds out; None where it has none to read."""
-    return measured(mixture, member.name, member.held_out)
+    """Who answers in a mixture on records that its member holds out, or else on its target; None without either."""
+    return measured(mixture, member.name, member.held_out or member.target, target=not member.held_out)
 
 
 def measured(mixture: Mixture, name: str, records: Sequence[Encoded], *, target: bool = False) -> MemberRouting | None:
