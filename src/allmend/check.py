@@ -48,12 +48,12 @@ def check(recipe: Recipe, base: Path, *, model: LoadedModel | None = None) -> No
     for index, client in enumerate(recipe.clients):
         if client.data == AT_MEMBER:
             continue
-        for key in ("data", "held_out", "target"):
-            source = getattr(client, key)
+        for field in ("data", "held_out", "target"):
+            source = getattr(client, field)
             if source is None or source.startswith("hub:") or (path := base / Path(source).expanduser()).is_file():
                 continue
             what = "is a folder, not a file" if path.is_dir() else "is not there (paths start from the recipe's folder)"
-            problems.append(Problem(("clients", index, key), f"{path} {what}"))
+            problems.append(Problem(("clients", index, field), f"{path} {what}"))
     try:
         _same_model(recipe, base, model)
         layers = linear_layers(model.folder if model else resolve(source_of(recipe, base)))
