@@ -89,9 +89,7 @@ def join(
             loss = "" if step.loss is None else f", loss {step.loss:.3f} at first"
             console.print(f"  round {turn.round} of {turn.rounds}: training{loss}", highlight=False)
 
-    side = MemberSide(
-        name, own, data, place, agree, source=model, on_step=tell, held_out=held_out, target=target
-    )
+    side = MemberSide(name, own, data, place, agree, source=model, on_step=tell, held_out=held_out, target=target)
     waits: set[str] = set()
 
     def wait(why: str) -> None:
