@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 
 from allmend.cli.as_json import AsJson, print_json
 from allmend.cli.figures import ABSENT, show_sections
@@ -55,14 +56,17 @@ def show_personalised(console: Console, table: "PersonalisedTable") -> None:
     rows = [[_line(cell, under=place == _DIFFERENCE) for place, cell in enumerate(row)] for row in arm_rows(table)]
     title = "Each client's own held-out records: nats per token, mean over clients"
     show_sections(console, title, dict(zip(heads, widths, strict=True)), {"": rows})
-    sections: dict[str, list[list[str]]] = {}
-    for row in table.members:
-        losses = {name: thousandths(loss.value) for name, loss in row.losses.items()}
-        losses[row.best] = f"[bold]{losses[row.best]}[/bold]"
-        heading = f"{row.member}: {paid_in_words(row, table)}" if table.against else row.member
-        sections[heading] = [list(losses.values())]
     title = f"Did working together pay, against {table.against}?" if table.against else "By client"
-    show_sections(console, title, {arm.arm: max(7, min(14, len(arm.arm))) for arm in table.arms}, sections)
+    console.print(f"[bold]{escape(title)}[/bold]", highlight=False)
+    for row in table.members:
+        words = f": {paid_in_words(row, table)}" if table.against else ""
+        console.print(f"[bold]{escape(row.member)}[/bold]{escape(words)}", highlight=False, soft_wrap=True)
+        losses = (f"{escape(name)} {thousandths(loss.value)}" for name, loss in row.losses.items())
+        marked = (
+            f"[bold]{one}[/bold]" if name == row.best else one for name, one in zip(row.losses, losses, strict=True)
+        )
+        console.print(Padding("  ".join(marked), (0, 0, 0, 2)), highlight=False)
+    console.print()
     for words in ([in_words(table)] if table.against else []) + notes_of(table):
         console.print(escape(words), highlight=False, style="dim")
 

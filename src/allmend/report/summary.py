@@ -6,7 +6,7 @@ from allmend.report.evidence import Evidence
 from allmend.report.findings import Finding
 from allmend.report.findings.cost import cost, left
 from allmend.report.findings.memorisation import guaranteed, memorised, recited
-from allmend.report.findings.usefulness import against_alone, against_base, alone_against_base, by_member
+from allmend.report.findings.usefulness import against_alone, against_base, alone_against_base, by_member, paid
 from allmend.report.markup import Html, join, tag
 from allmend.report.numbers import THIN
 
@@ -21,6 +21,7 @@ def findings(evidence: Evidence) -> list[Finding]:
         found.append(by_member(evidence, model))
     if not shared:
         found += [alone_against_base(evidence, alone) for alone in personal[:1]]
+    found.append(paid(evidence))
     for model in evidence.audited[:1]:
         found += [memorised(evidence, model), recited(evidence, model)]
     found.append(guaranteed(evidence))

@@ -64,8 +64,8 @@ class CoMiGS(FedAvg):
         validation: share of a member's records that its router learns from, and its experts do not.
         router_every: τ, steps of the experts before it is the routers' turn.
         router_steps: of the routers in a turn; with 0 the gates stay nearly equal, as they are in the beginning.
-        router: what routers learn from: those records (`validation`), or the experts' (`train`), which is for comparison
-            and leaves the same records out.
+        router: what routers learn from: those records (`validation`), or, for comparison, the experts' (`train`),
+            which leaves the same records out.
         router_lr: learning rate of the routers, the same in every step.
         balance: weight of a term that draws the gates towards equal use of the experts.
         weighting: whether members count by their records (`examples`), or all alike (`equal`).

@@ -11,6 +11,7 @@ from allmend.results import BASE, POOLED, Estimate
 HELP = "Did it help?"
 TOGETHER = "Was it better than alone?"
 WHOM = "Whom did it help?"
+PAID = "Did working together pay?"
 
 
 def against_base(evidence: Evidence, model: str) -> Finding | None:
@@ -97,6 +98,26 @@ def by_member(evidence: Evidence, model: str) -> Finding | None:
     sentence += f". It gains most for {most} ({form(gains[most].value)}{unit}) and least for {least} "
     sentence += f"({form(gains[least].value)}{unit})."
     return Finding(WHOM, f"{shown} of {len(gains)}", "members for whom a gain is shown", sentence)
+
+
+def paid(evidence: Evidence) -> Finding | None:
+    """For how many clients an arm in which they work together is shown to be better than training alone."""
+    found = evidence.personalised
+    if found is None or found.against is None or not any(row.difference for row in found.members):
+        return None
+    n, better = len(found.members), sum(row.paid is True for row in found.members)
+    worse = sum(row.paid is False for row in found.members)
+    sentence = (
+        f"On their own held-out records {numbers.out_of(better, n)} clients are shown to be better off with some "
+    )
+    sentence += f"arm in which they work together than with {found.against}" + (f", and {worse} worse" if worse else "")
+    sentence += f"; for {n - better - worse} it cannot be told." if better + worse < n else "."
+    together = [arm for arm in found.arms if arm.difference and not arm.alone and not arm.simulated]
+    if together:
+        best = min(together, key=lambda arm: arm.loss.value)
+        assert best.difference is not None
+        sentence += f" On average over clients {best.arm} is best among these arms ({_nats(best.difference)})."
+    return Finding(PAID, numbers.out_of(better, n), f"clients better off than with {found.against}", sentence)
 
 
 def _whole_points(difference: float) -> str:

@@ -1,14 +1,14 @@
 """Whether working together paid: every arm on each client's own held-out records, beside training alone."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from allmend.report import numbers
 from allmend.report.charts import Axis, Row, interval_plot
 from allmend.report.evidence import Evidence
 from allmend.report.markup import Cell, Html, Rows, figure, listed, paragraph, section, table, tag
 from allmend.report.sections.utility import look
-from allmend.results import Estimate, PersonalisedArm, PersonalisedMember, PersonalisedTable
+from allmend.results import Estimate, PersonalisedMember, PersonalisedTable
 
 MOST = 40
 """Clients that the chart has room for."""
@@ -31,15 +31,16 @@ def personalised(evidence: Evidence) -> Html:
         paragraph(tag("strong", in_words(found))) if found.against else None,
         _chart(evidence, found),
         table(
-            "Loss per token (nats), mean over clients; bytes, optimiser steps and passes of a client (95 % interval)",
+            "Loss per token (nats), mean over clients (95 % interval); for a client, bytes from the coordinator (down) and to "
+            "it (up), optimiser steps and passes",
             head if found.against else [name for name in head if not name.startswith("Minus")],
             [row if found.against else [*row[:3], *row[4:]] for row in arm_rows(found)],
         ),
         table(
             "Loss per token (nats) on each client’s own records, the lowest in bold",
-            ["Client", *(arm.arm for arm in found.arms), *(["Did it pay?"] if found.against else [])],
+            ["Client", *(["Did it pay?"] if found.against else []), *(arm.arm for arm in found.arms)],
             [
-                [row.member, *_losses(row, found), *([paid_in_words(row, found)] if found.against else [])]
+                [row.member, *([paid_in_words(row, found)] if found.against else []), *_losses(row, found)]
                 for row in found.members
             ],
         ),
@@ -70,7 +71,9 @@ def paid_in_words(row: PersonalisedMember, found: PersonalisedTable) -> str:
         known = numbers.interval(gap, numbers.thousandths)
         return f"cannot be told: {row.together} is {shown} {side} {found.against}" + (f" ({known})" if known else "")
     if row.paid:
-        return f"yes, by {shown}{behind}, with {row.together}"
+        alone = [arm.arm for arm in found.arms if arm.alone and arm.arm == row.best]
+        but = f"; but {alone[0]}, in which clients train alone, is lower still" if alone else ""
+        return f"yes, by {shown}{behind}, with {row.together}{but}"
     return f"no: {found.against} is better by {shown}{behind} than {row.together}"
 
 
@@ -104,7 +107,7 @@ def _spread(by_party: Mapping[str, float], form: numbers.Format) -> Cell:
     if not by_party:
         return Cell(numbers.NONE)
     least, most = form(min(by_party.values())), form(max(by_party.values()))
-    return Cell(least if least == most else f"{least} to {most}", value=max(by_party.values()))
+    return Cell(least if least == most else f"{least}–{most}", value=max(by_party.values()))
 
 
 def _losses(row: PersonalisedMember, found: PersonalisedTable) -> list[str | Cell]:
@@ -131,10 +134,15 @@ def notes_of(found: PersonalisedTable) -> list[str]:
             f"Not at equal steps: clients’ models take {_spread(reference.steps, numbers.count).shown} steps in "
             f"{reference.arm}, and others in {named}."
         )
-    sizes = {arm.arm: arm.trainable for arm in found.arms if arm.trainable}
-    if len(set(sizes.values())) > 1:
-        named = ", ".join(f"{name} {numbers.count(size)}" for name, size in sizes.items())
-        notes.append(f"Not with equally many parameters that learn: {named}.")
+    sizes: dict[int, list[str]] = {}
+    for arm in found.arms:
+        sizes.setdefault(arm.trainable, []).append(arm.arm)
+    if len(sizes) > 1:
+        named = "; ".join(f"{numbers.count(size)} in {', '.join(names)}" for size, names in sizes.items())
+        notes.append(
+            f"Not with equally many parameters that learn: {named}. Between arms of different size it is not working "
+            "together alone that makes the difference."
+        )
     if pooled := [arm.arm for arm in found.arms if arm.simulated]:
         notes.append(f"{', '.join(pooled)}: one party with all records takes the steps of all. No client can have it.")
     together = [arm for arm in found.arms if not arm.alone and not arm.simulated and arm.arm != found.against]
@@ -175,8 +183,3 @@ def _bar(evidence: Evidence, row: PersonalisedMember, difference: Estimate) -> R
     tip = f"{row.member}: {arm}\n{shown} nats per token"
     color = look(evidence, arm)
     return Row(arm, row.member, color, difference.value, f"{shown} {arm}", tip, difference.low, difference.high)
-
-
-def by_arm(arms: Sequence[PersonalisedArm]) -> PersonalisedArm | None:
-    """The arm together that is best on average; None without one that is compared."""
-    return min((arm for arm in arms if arm.difference and not arm.alone), key=lambda arm: arm.loss.value, default=None)
