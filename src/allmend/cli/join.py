@@ -109,8 +109,11 @@ def join(
         console.print("Declined; nothing has left.")
         raise typer.Exit(1)
     console.print(f"The run has ended. This member's folder: {place}", highlight=False, soft_wrap=True)
-    for outcome in sorted(place.glob("runs/*/arms/*/adapter")) + sorted(place.glob("runs/*/arms/*/model")):
-        console.print(f"Model   {outcome}", highlight=False, soft_wrap=True)
+    for kind in ("adapter", "model", "mixture"):
+        for outcome in sorted(place.glob(f"runs/*/arms/*/{kind}")):
+            console.print(f"Model   {outcome}", highlight=False, soft_wrap=True)
+    for page in sorted(place.glob("runs/*/arms/*/routing.html")):
+        console.print(f"Routers {page}", highlight=False, soft_wrap=True)
     for page in sorted(place.glob("runs/*/arms/*/influence/influence.html")):
         console.print(f"Scores  {page}", highlight=False, soft_wrap=True)
 

@@ -41,7 +41,9 @@ from allmend.learn.compare import ModelScores
 from allmend.learn.evaluate import score
 from allmend.learn.noise import NoiseSource, keyed_source
 from allmend.learn.scores import read_scores, write_scores
+from allmend.mixtures.own import keep_own
 from allmend.models.load import LoadedModel
+from allmend.models.mixture import Mixture
 from allmend.models.tensors import Tensors, parse
 from allmend.prepare import EncodedClient, encode_client, prepare_model
 from allmend.recipe import Arm, Recipe
@@ -316,14 +318,15 @@ class MemberSide:
         return Reply(seen_facts=dict(facts))
 
     def _keep(self, joined: Joined, about: dict[str, Any], tensors: Tensors) -> Reply:
-        """Save the model that an arm came to, as others would load it."""
+        """Save the model that an arm came to, as others would load it, and who answers in a mixture of one's own."""
         arm, recipe = self._arm(joined, about.get("arm")), joined.recipe
         joined.site.close()
         with trainable_of(joined.model, recipe.arms()[arm].adapter, seed=recipe.seed) as trainable:
-            outcome = tensors or self._personal(joined, arm, about)
-            trainable.save(
-                joined.site.folder / "arms" / arm / FOLDERS[trainable.kind], outcome, base=str(joined.model.folder)
-            )
+            outcome, place = tensors or self._personal(joined, arm, about), joined.site.folder / "arms" / arm
+            trainable.save(place / FOLDERS[trainable.kind], outcome, base=str(joined.model.folder))
+            if isinstance(trainable, Mixture):
+                trainable.load(outcome)
+                keep_own(place, trainable, joined.client.member, joined.model.tokenizer, arm=arm)
         return Reply()
 
 
