@@ -23,11 +23,12 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 
 from _measure import figure, machine
+from allmend.federation.collaboration.graph import Graph
 from allmend.federation.collaboration.pull import pull
 from allmend.federation.collaboration.sketches import gradient_sketch, sketch_groups
-from allmend.federation.strategies.cobo import CoBo
+from allmend.federation.strategies.cobo import CoBo, graph_of_state
 from allmend.intervals import mean, paired_difference
-from allmend.models.tensors import Tensors
+from allmend.models.tensors import Tensors, nbytes
 from allmend.results import Estimate
 from allmend.strategy import Reply, Seen, State, Sums, Trained, Turn, of_group
 
@@ -36,6 +37,7 @@ RHO = {"perm": 0.03, "mild": 0.01}
 GAMMA = 100.0
 TUNING = (1, 3, 10, 30)
 LAMBDAS = (0.01, 0.1, 1.0)
+NEIGHBOURS, COMMON = 7, 1 / 8
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ class Found:
     bytes_up: int
 
 
-def cobo(strategy: CoBo, at: World, rounds: int, *, graph: torch.Tensor | None = None, every: int = 100) -> Found:
+def cobo(strategy: CoBo, at: World, rounds: int, *, every: int = 100) -> Found:
     """The strategy's own rounds, in order and in this process."""
     names = [f"{place:05d}" for place in range(len(at.x))]
     clients = {name: Softmax(name, at.x[place], at.y[place]) for place, name in enumerate(names)}
@@ -146,17 +148,19 @@ def cobo(strategy: CoBo, at: World, rounds: int, *, graph: torch.Tensor | None =
             for name, task in strategy.plan(state, turn, names).items():
                 reply: Reply = strategy.work(task, clients[name])
                 sums.add(reply)
-                up += sum(tensor.nbytes for tensor in reply.seen.values())
+                up += nbytes(reply.seen) + nbytes(reply.summed)
                 seen[name] = Seen(reply.seen, reply.seen_facts)
-            if graph is not None and round == 1 and leg == 0:
-                state = strategy._with_newcomers(state, names)
-                state.tensors["w"] = graph
             state = strategy.combine(state, turn, sums, seen)
         if round % every == 0:
-            history.append((round, *quality(state.tensors["w"], at.group)))
+            history.append((round, *quality(whole(graph_of_state(state)), at.group)))
     w = torch.stack([of_group("model", clients[name].state.tensors)["w"] for name in names])
-    log = state.tensors.get("log", torch.zeros(0))
-    return Found(w, state.tensors["w"], len(log), time.perf_counter() - start, history, up)
+    log, graph = state.tensors.get("log", torch.zeros(0)), whole(graph_of_state(state))
+    return Found(w, graph, len(log), time.perf_counter() - start, history, up)
+
+
+def whole(graph: Graph) -> torch.Tensor:
+    """w [n, n], strided; the benchmark has room for it."""
+    return graph.matrix(range(graph.n)).to_dense()
 
 
 def quality(w: torch.Tensor, group: torch.Tensor) -> tuple[float, float]:
@@ -265,6 +269,7 @@ def one_seed(setting: str, members: int, rounds: int, seed: int) -> tuple[dict[s
     eager = cobo(replace(strategy, pairs_per_member=8.0), at, rounds)
     same = (at.group[:, None] == at.group).float().fill_diagonal_(0)
     clusters = ifca(at, rounds, 10, 5, seed)
+    near = cobo(replace(strategy, rho=RHO["perm"], neighbours=NEIGHBOURS, common_rounds=COMMON), at, rounds)
     in_sketched, count = sketched(at, rounds)
     none = torch.zeros_like(same)
     ways = {
@@ -278,6 +283,7 @@ def one_seed(setting: str, members: int, rounds: int, seed: int) -> tuple[dict[s
         "random graph": pulled(at, rounds, random_graph(found.graph, seed), rho),
         "CoBo": found.w,
         "CoBo, 4 × the pairs": eager.w,
+        f"CoBo, {NEIGHBOURS} neighbours by sketches": near.w,
         "groups by sketches": in_sketched,
         "true graph": pulled(at, rounds, same, rho),
         "true groups": averaged(at, rounds, at.group),

@@ -14,12 +14,13 @@ from allmend import make_recipe, tune
 from allmend.cli import app
 from allmend.collaborators import collaborating, graph_of, groups_of, read_graph
 from allmend.errors import UserError
+from allmend.federation.collaboration.graph import Graph, every_pair, pair_of
 from allmend.federation.strategies.cobo import CoBo
 from allmend.life import rehearse
 from allmend.recipe import Recipe, RecipeError
 from allmend.results import CollaboratorsTable
 from allmend.run import RunFolder
-from allmend.strategy import State
+from allmend.strategy import State, grouped
 
 CLIENTS = {"de-a": "Haus {}", "de-b": "Haus {}", "nl-a": "boom {}"}
 SIZES = dict.fromkeys(CLIENTS, 10)
@@ -142,13 +143,29 @@ def test_groups_are_those_whose_weights_are_high_on_average() -> None:
             [0.2, 0.1, 0.0, 0.3, 0.0],
         ]
     )
-    assert groups_of(w) == [0, 1, 0, 1, 2]
-    assert groups_of(torch.zeros(1, 1)) == [0]
-    assert groups_of(1 - torch.eye(3)) == [0, 0, 0]
+    assert groups_of(graph_of_matrix(w)) == [0, 1, 0, 1, 2]
+    assert groups_of(graph_of_matrix(torch.zeros(1, 1))) == [0]
+    assert groups_of(graph_of_matrix(1 - torch.eye(3))) == [0, 0, 0]
+
+
+def test_groups_of_many_are_those_joined_by_high_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("allmend.collaborators.DENSE", 3)
+    w = torch.zeros(5, 5)
+    for i, j, weight in ((0, 2, 0.9), (2, 4, 0.6), (1, 3, 0.7), (0, 1, 0.4)):
+        w[i, j] = w[j, i] = weight
+
+    assert groups_of(graph_of_matrix(w)) == [0, 1, 0, 1, 0]
+
+
+def graph_of_matrix(w: torch.Tensor) -> Graph:
+    n = len(w)
+    i, j = pair_of(every_pair(n))
+    return Graph(n, every_pair(n), w[i, j], torch.zeros(len(i), dtype=torch.int64))
 
 
 def test_a_coordinators_state_without_any_probe() -> None:
-    state = State({"w": 1 - torch.eye(2), "visits": torch.zeros(2, 2)}, {"members": "a\nb"})
+    one = {"numbers": torch.tensor([0]), "weights": torch.ones(1), "visits": torch.tensor([0])}
+    state = State(grouped("graph", one), {"members": "a\nb"})
 
     graph = graph_of("cobo", state, 1, CoBo())
 

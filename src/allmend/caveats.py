@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from allmend.check import audited
 from allmend.data.canaries import canary_of
+from allmend.federation.arm import strategy_of
 from allmend.federation.member import Member
 from allmend.federation.privacy.layers import protected
 from allmend.federation.privacy.ledger import open_ledger
@@ -103,13 +104,19 @@ def _of_graph(prepared: "Prepared", arm: Arm) -> Iterator[str]:
     if n < 2:
         yield f"arm {arm.name!r}: one client alone has nobody to work with, and cobo is local training"
         return
-    pairs = arm.strategy.options.get("pairs_per_member", CoBo.pairs_per_member)
-    visits = arm.strategy.rounds * min(1.0, pairs / n)
+    strategy = strategy_of(arm, seed=0)
+    assert isinstance(strategy, CoBo)
+    rounds, candidates = arm.strategy.rounds, n * (n - 1) / 2
+    if strategy.neighbours:
+        rounds -= strategy.rounds_together(rounds)
+        candidates = min(candidates, n * strategy.neighbours)  # at most: who is near may find each other
+    visits = rounds * min(1.0, strategy.pairs_per_member * (n - 1) / 2 / candidates)
     if 0 < visits < FEW_VISITS:
+        fewer = "" if strategy.neighbours else ", or let clients look among few with strategy.neighbours"
         yield (
             f"arm {arm.name!r}: each pair of the {n} clients is compared {visits:.2g} times on average, and "
             f"{math.exp(-visits):.0%} of the pairs never: that says little about who works with whom. Raise "
-            "strategy.rounds or strategy.pairs_per_member."
+            f"strategy.rounds or strategy.pairs_per_member{fewer}."
         )
 
 

@@ -1,16 +1,21 @@
 """Who works with whom in a run: the graph that CoBo has found, read from an arm's checkpoint."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from scipy.spatial.distance import squareform
 
 from allmend.errors import UserError
 from allmend.federation.arm import strategy_of
+from allmend.federation.collaboration.graph import DENSE, Graph
+from allmend.federation.collaboration.probes import WEIGHT, empty_log
 from allmend.federation.collaboration.sketches import numbered
-from allmend.federation.strategies.cobo import PROBED, CoBo, members_of
+from allmend.federation.strategies.cobo import CoBo, graph_of_state, members_of
 from allmend.parquet import write_rows
 from allmend.prepare import checkpoints_of
 from allmend.recipe import Arm, Recipe
@@ -103,16 +108,11 @@ def graph_of(arm: str, state: State, round: int, strategy: CoBo, *, past: bool =
         strategy: of the arm.
         past: whether the state is a later one, whose log is then read up to the round.
     """
-    members = members_of(state)
-    n = len(members)
-    log = state.tensors.get("log", torch.zeros(0, len(PROBED), dtype=torch.float64))
+    members, graph = members_of(state), graph_of_state(state)
+    log = state.tensors.get("log", empty_log())
     log = log[log[:, 0] <= round]
-    w = state.tensors["w"]
     if past:
-        w = torch.full((n, n), strategy.initial_graph).fill_diagonal_(0)
-        for _, i, j, weight, _, _ in log.tolist():
-            if math.isfinite(weight):
-                w[int(i), int(j)] = w[int(j), int(i)] = weight
+        graph = _as_it_was(graph, log, strategy.initial_graph)
     last: dict[tuple[int, int], tuple[int, float]] = {}
     visits: dict[tuple[int, int], int] = {}
     for when, i, j, _, product, _ in log.tolist():
@@ -121,19 +121,11 @@ def graph_of(arm: str, state: State, round: int, strategy: CoBo, *, past: bool =
             last[pair] = int(when), product
             visits[pair] = visits.get(pair, 0) + 1
     pairs = []
-    for one in range(n):
-        for other in range(one + 1, n):
-            when, found = last.get((one, other), (0, None))
-            pairs.append(
-                Pair(
-                    one=one,
-                    other=other,
-                    weight=float(w[one, other]),
-                    visits=visits.get((one, other), 0),
-                    last=when,
-                    product=found,
-                )
-            )
+    for (one, other), weight in zip(graph.pairs.T.tolist(), graph.weights.tolist(), strict=True):
+        when, found = last.get((one, other), (0, None))
+        pairs.append(
+            Pair(one=one, other=other, weight=weight, visits=visits.get((one, other), 0), last=when, product=found)
+        )
     mean = sum(visits.values()) / len(pairs) if pairs else 0.0
     step = state.facts.get("step", strategy.graph_step)
     return ArmGraph(
@@ -141,7 +133,7 @@ def graph_of(arm: str, state: State, round: int, strategy: CoBo, *, past: bool =
         members=tuple(members),
         round=round,
         pairs=tuple(pairs),
-        groups=tuple(groups_of(w)),
+        groups=tuple(groups_of(graph)),
         frozen=bool(strategy.freeze_after_visits) and bool(pairs) and mean >= strategy.freeze_after_visits,
         step=float(step) or None,
         discarded=float(state.facts.get("discarded", 0.0)),
@@ -151,11 +143,27 @@ def graph_of(arm: str, state: State, round: int, strategy: CoBo, *, past: bool =
     )
 
 
-def groups_of(w: torch.Tensor) -> list[int]:
-    """Groups by average linkage of 1 − w, cut at a half, counted from 0 in the order of their members."""
-    if len(w) < 2:
-        return [0] * len(w)
-    distances = (1 - w.double()).fill_diagonal_(0).numpy()
+def _as_it_was(graph: Graph, log: torch.Tensor, initial: float) -> Graph:
+    """The graph after the probes of a log, from the weights that they left."""
+    weights = torch.full_like(graph.weights, initial)
+    for probe in log[log[:, WEIGHT].isfinite()]:
+        weights[graph.places(probe[1:3, None].long())] = float(probe[WEIGHT])
+    return replace(graph, weights=weights)
+
+
+def groups_of(graph: Graph) -> list[int]:
+    """Groups by average linkage of 1 − w, cut at a half, counted from 0 in the order of their members.
+
+    Among more members than may all have a distance from each other, groups are those who are joined by weights above a
+    half.
+    """
+    if graph.n < 2:
+        return [0] * graph.n
+    if graph.n > DENSE:
+        pairs = graph.pairs[:, graph.weights > TOGETHER].numpy()
+        joined = coo_array((np.ones(pairs.shape[1]), (pairs[0], pairs[1])), shape=(graph.n, graph.n))
+        return numbered(connected_components(joined, directed=False)[1].tolist())
+    distances = (1 - graph.matrix(range(graph.n)).double()).fill_diagonal_(0).numpy()
     tree = linkage(squareform(distances, checks=False), method="average")
     return numbered(fcluster(tree, TOGETHER, criterion="distance").tolist())
 
@@ -173,7 +181,7 @@ def _state(run: RunFolder, recipe: Recipe, arm: Arm) -> tuple[State, int] | None
 
 def _probes(state: State) -> list[Probe]:
     members = members_of(state)
-    log = state.tensors.get("log", torch.zeros(0, len(PROBED), dtype=torch.float64))
+    log = state.tensors.get("log", empty_log())
     return [
         Probe(int(round), members[int(i)], members[int(j)], w, product, cosine)
         for round, i, j, w, product, cosine in log.tolist()

@@ -3,7 +3,14 @@ import math
 import pytest
 import torch
 
-from allmend.federation.collaboration.graph import sample_pairs, update_graph
+from allmend.federation.collaboration.graph import (
+    Graph,
+    every_pair,
+    number_of,
+    pair_of,
+    sample_pairs,
+    update_graph,
+)
 
 
 def graph(n: int, seed: int = 0) -> torch.Tensor:
@@ -11,53 +18,84 @@ def graph(n: int, seed: int = 0) -> torch.Tensor:
     return w + w.T
 
 
+def weighted(n: int) -> Graph:
+    numbers = every_pair(n)
+    weights = torch.rand(len(numbers), generator=drawn())
+    return Graph(n, numbers, weights, torch.zeros(len(numbers), dtype=torch.int64))
+
+
 def drawn(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("sparse", [False, True])
-def test_only_pairs_that_were_probed_move_and_both_halves_alike(sparse: bool) -> None:
-    w = graph(6)
-    pairs = torch.tensor([[0, 4, 2], [3, 1, 5]])
-    products = torch.tensor([0.3, -9.0, math.nan])
+def test_only_pairs_that_were_probed_move_and_both_halves_alike() -> None:
+    before = weighted(6)
+    w = before.matrix(range(6))
+    places = before.places(torch.tensor([[0, 4, 2], [3, 1, 5]]))
 
-    found = update_graph(w.to_sparse() if sparse else w, pairs, products, 0.5)
+    after = update_graph(before, places, torch.tensor([0.3, -9.0, math.nan]), 0.5)
 
-    dense = found.to_dense() if sparse else found
-    assert torch.equal(dense, dense.T)
-    assert torch.equal(dense.diagonal(), torch.zeros(6))
-    assert dense.min() >= 0
-    assert dense.max() <= 1
+    found = after.matrix(range(6))
+    assert torch.equal(found, found.T)
+    assert torch.equal(found.diagonal(), torch.zeros(6))
+    assert found.min() >= 0
+    assert found.max() <= 1
     expected = w.clone()
     expected[0, 3] = expected[3, 0] = min(1.0, float(w[0, 3]) + 0.15)
     expected[1, 4] = expected[4, 1] = 0.0
-    assert torch.allclose(dense, expected)
+    assert torch.allclose(found, expected)
     untouched = torch.ones(6, 6, dtype=torch.bool)
     untouched[[0, 3, 1, 4], [3, 0, 4, 1]] = False
-    assert torch.equal(dense[untouched], w[untouched])
-    assert found.is_sparse == sparse
+    assert torch.equal(found[untouched], w[untouched])
+    seen = {tuple(pair) for pair, count in zip(after.pairs.T.tolist(), after.visits.tolist(), strict=True) if count}
+    assert seen == {(0, 3), (1, 4)}
 
 
-def test_a_pair_that_no_weight_was_known_of_comes_into_a_sparse_graph() -> None:
-    none = torch.zeros(4, 4).to_sparse()
+def test_members_and_pairs_that_are_added_leave_the_others_as_they_are() -> None:
+    before = update_graph(weighted(5), torch.tensor([3, 4]), torch.tensor([0.1, 0.2]), 1.0)
+    more = number_of(torch.tensor([6, 1, 0]), torch.tensor([7, 5, 1]))  # the last is there already
 
-    found = update_graph(none, torch.tensor([[1], [3]]), torch.tensor([0.5]), 1.0)
+    after = before.grown(8, more, 0.25)
 
-    assert found.to_dense()[1, 3] == found.to_dense()[3, 1] == 0.5
-    assert found._nnz() == 2
+    w, old = after.matrix(range(8)), before.matrix(range(5))
+    assert torch.equal(w[:5, :5], old)
+    assert w[6, 7] == w[1, 5] == 0.25
+    assert torch.count_nonzero(w[5:]) == 3
+    assert after.visits.sum() == 2
+    assert after.pairs.shape[1] == 12
+    assert torch.equal(after.matrix([7, 2, 6]), w[[7, 2, 6]][:, [7, 2, 6]])
+
+
+def test_every_pair_has_one_number() -> None:
+    n = 200
+    i, j = torch.tril_indices(n, n, -1).flip(0)
+    assert torch.equal(pair_of(every_pair(n)), torch.stack([i, j]))
+    assert torch.equal(number_of(i, j), every_pair(n))
+    assert torch.equal(torch.cat([every_pair(120), every_pair(n, first=120)]), every_pair(n))
+    large = torch.tensor([2**52 - 1, 2**52, 4_999_999 * 2_500_000 - 1])
+    assert torch.equal(number_of(*pair_of(large)), large)
+
+
+def test_a_matrix_of_many_is_sparse_and_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = weighted(7).matrix([5, 1, 2, 6])
+    monkeypatch.setattr("allmend.federation.collaboration.graph.DENSE", 3)
+
+    found = weighted(7).matrix([5, 1, 2, 6])
+
+    assert found.is_sparse
+    assert torch.equal(found.to_dense(), dense)
 
 
 @pytest.mark.parametrize(("step", "product"), [(0.25, 1.0), (0.3, 0.5), (1.0, -0.07)])
 def test_visits_to_cross_from_one_end_to_the_other(step: float, product: float) -> None:
-    w = torch.full((2, 2), 0.0 if product > 0 else 1.0, dtype=torch.float64).fill_diagonal_(0)
-    end = 1.0 if product > 0 else 0.0
-    visits = 0
-    while w[0, 1] != end:
-        w = update_graph(w, torch.tensor([[0], [1]]), torch.tensor([product], dtype=torch.float64), step)
-        visits += 1
-        assert visits < 1000
+    start, end = (0.0, 1.0) if product > 0 else (1.0, 0.0)
+    one = Graph.empty().grown(2, torch.tensor([0]), start)
+    one = Graph(2, one.numbers, one.weights.double(), one.visits)
+    while one.weights[0] != end:
+        one = update_graph(one, torch.tensor([0]), torch.tensor([product], dtype=torch.float64), step)
+        assert one.visits[0] < 1000
 
-    assert visits == math.ceil(round(1 / (step * abs(product)), 9))
+    assert one.visits[0] == math.ceil(round(1 / (step * abs(product)), 9))
 
 
 @pytest.mark.parametrize("n", [2, 3, 7, 40])
@@ -94,4 +132,4 @@ def test_pairs_of_many_members_are_drawn_without_a_place_for_each() -> None:
 def test_nobody_to_pair_with() -> None:
     assert sample_pairs(1, 1.0, drawn()).shape == (2, 0)
     assert sample_pairs(5, 0.0, drawn()).shape == (2, 0)
-    assert sample_pairs(4, 1.0, drawn()).T.tolist() == [[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]]
+    assert sample_pairs(4, 1.0, drawn()).T.tolist() == [[0, 1], [0, 2], [1, 2], [0, 3], [1, 3], [2, 3]]

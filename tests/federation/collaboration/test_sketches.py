@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from allmend.federation.collaboration.sketches import gradient_sketch, sketch_groups
+from allmend.federation.collaboration.graph import pair_of
+from allmend.federation.collaboration.sketches import gradient_sketch, nearest, sketch_groups
 
 
 def gradient(seed: int, scale: float = 1.0) -> dict[str, torch.Tensor]:
@@ -52,3 +53,31 @@ def test_groups_that_pull_apart_are_found() -> None:
 @pytest.mark.parametrize("n", [0, 1, 2])
 def test_few_members_are_one_group(n: int) -> None:
     assert sketch_groups(torch.randn(n, 8)).tolist() == [0] * n
+
+
+@pytest.mark.parametrize("rows", [2, 1000])
+@pytest.mark.parametrize("first", [0, 9])
+def test_neighbours_are_those_of_the_largest_cosines(rows: int, first: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("allmend.federation.collaboration.sketches.ROWS", rows)
+    sketches = torch.randn(12, 20, generator=torch.Generator().manual_seed(1)) * torch.rand(12, 1)
+    sketches[3] = 0
+
+    found = {(i, j) for i, j in pair_of(nearest(sketches, 3, first=first)).T.tolist()}
+
+    expected = set()
+    for one in range(first, 12):
+        near = [
+            (float(torch.cosine_similarity(sketches[one], sketches[other], dim=0)), other)
+            for other in range(12)
+            if other not in (one, 3)
+        ]
+        if one != 3:
+            expected |= {(min(one, other), max(one, other)) for _, other in sorted(near)[-3:]}
+    assert found == expected
+
+
+def test_more_neighbours_than_there_are_members_are_all_of_them() -> None:
+    assert len(nearest(torch.randn(4, 8), 9)) == 6
+    assert len(nearest(torch.randn(1, 8), 9)) == 0
+    assert len(nearest(torch.zeros(3, 8), 2)) == 0
+    assert len(nearest(torch.zeros(0, 8), 2)) == 0

@@ -12,7 +12,8 @@ from allmend.federation.checkpoint import Checkpoint, Checkpoints
 from allmend.federation.collaboration.graph import laplacian
 from allmend.federation.member import Member
 from allmend.federation.strategies import build_strategy
-from allmend.federation.strategies.cobo import PROBE, TRAIN, CoBo, members_of
+from allmend.federation.strategies.cobo import PROBE, TRAIN, CoBo, graph_of_state, members_of
+from allmend.federation.strategies.fedavg import FedAvg
 from allmend.federation.strategies.local import Local
 from allmend.models.tensors import Tensors, dump, parse
 from allmend.recipe import Train
@@ -61,11 +62,22 @@ def rounds(
                 seen[name] = Seen(reply.seen, reply.seen_facts)
             state = strategy.combine(state, turn, sums, seen)
             state = State(*parse(dump(state.tensors, state.facts)))
-        w = state.tensors["w"]
+        w = weights(state)
         assert torch.equal(w, w.T)
         assert not w.diagonal().any()
         assert bool(((w >= 0) & (w <= 1)).all())
     return state
+
+
+def weights(state: State) -> torch.Tensor:
+    """w [n, n] as the coordinator has it."""
+    graph = graph_of_state(state)
+    return graph.matrix(range(graph.n))
+
+
+def visits(state: State) -> dict[tuple[int, int], int]:
+    graph = graph_of_state(state)
+    return dict(zip(map(tuple, graph.pairs.T.tolist()), graph.visits.tolist(), strict=True))
 
 
 def models(strategy: CoBo, state: State, clients: Mapping[str, Bowl]) -> torch.Tensor:
@@ -107,7 +119,7 @@ def test_members_that_agree_find_each_other() -> None:
     strategy = CoBo(rho=0.0, initial_graph=0.5, graph_step=0.5, pairs_per_member=4.0, freeze_after_visits=3, **FACTORS)
     state = rounds(strategy, clients, 4)
 
-    w = state.tensors["w"]
+    w = weights(state)
     assert members_of(state) == ["a", "b", "c", "d"]
     assert w[0, 1] == w[2, 3] == 1
     assert w[:2, 2:].max() == 0
@@ -133,12 +145,12 @@ def test_a_frozen_graph_asks_nobody() -> None:
     clients = bowls(FOUR)
     strategy = CoBo(pairs_per_member=4.0, freeze_after_visits=2, graph_step=0.3, **FACTORS)
     state = rounds(strategy, clients, 2)
-    assert state.tensors["visits"].sum() == 2 * 4 * 3
-    before, asked = state.tensors["w"].clone(), [len(client.asked) for client in clients.values()]
+    assert set(visits(state).values()) == {2}
+    before, asked = weights(state), [len(client.asked) for client in clients.values()]
 
     state = rounds(strategy, clients, 3, state=state, first=3)
 
-    assert torch.equal(state.tensors["w"], before)
+    assert torch.equal(weights(state), before)
     assert [len(client.asked) for client in clients.values()] == asked
 
 
@@ -151,7 +163,7 @@ def test_both_members_of_a_pair_are_asked_at_the_same_point() -> None:
         assert torch.equal(one["x"], other["x"])
     mine = [of_group("model", clients[name].state.tensors)["x"] for name in ("a", "b")]
     assert torch.equal(clients["a"].asked[-1]["x"], (mine[0] + mine[1]) / 2)
-    assert state.tensors["visits"][0, 1] == 3
+    assert visits(state) == {(0, 1): 3}
 
 
 def test_names_and_their_order_change_nothing_else() -> None:
@@ -185,15 +197,15 @@ def test_who_is_absent_keeps_model_and_row_and_who_comes_late_begins_with_the_me
 
     assert torch.equal(of_group("model", clients["c"].state.tensors)["x"], kept)
     assert torch.equal(state.tensors["adapter/2/x"], before.tensors["adapter/2/x"])
-    assert torch.equal(state.tensors["w"][2], before.tensors["w"][2])
-    assert torch.equal(state.tensors["visits"][2], before.tensors["visits"][2])
+    assert torch.equal(weights(state)[2], weights(before)[2])
+    assert all(visits(state)[pair] == count for pair, count in visits(before).items() if 2 in pair)
 
     task = strategy.plan(state, Turn(5, TRAIN, 9), list("abcd"))["d"]
     everyone = torch.stack([state.tensors[f"adapter/{place}/x"] for place in range(3)])
     assert torch.allclose(task.tensors["model/x"], everyone.mean(0), atol=1e-5)
     state = rounds(strategy, clients, 1, state=state, first=5)
     assert members_of(state) == ["a", "b", "c", "d"]
-    assert torch.equal(state.tensors["w"][:3, :3].diagonal(), torch.zeros(3))
+    assert torch.equal(weights(state)[:3, :3].diagonal(), torch.zeros(3))
 
 
 def test_a_step_is_found_from_the_first_products() -> None:
@@ -205,7 +217,7 @@ def test_a_step_is_found_from_the_first_products() -> None:
     products = state.tensors["log"][:, 4].abs()
     assert float(state.facts["step"]) * float(products.sort().values[2:4].mean()) == pytest.approx(1 / 4)
     by_hand = rounds(replace(strategy, graph_step=float(state.facts["step"])), bowls(FOUR), 1)
-    assert torch.equal(state.tensors["w"], by_hand.tensors["w"])
+    assert torch.equal(weights(state), weights(by_hand))
     assert torch.equal(state.tensors["log"], by_hand.tensors["log"])
 
 
@@ -217,9 +229,9 @@ def test_a_gradient_that_is_no_number_is_passed_over_and_counted() -> None:
 
     assert state.facts["broken/b"] == 6
     assert "broken/a" not in state.facts
-    assert torch.equal(state.tensors["w"][1], torch.tensor([0.5, 0.0, 0.5, 0.5]))
-    assert not state.tensors["visits"][1].any()
-    assert state.tensors["visits"][0, 2] == 2
+    assert torch.equal(weights(state)[1], torch.tensor([0.5, 0.0, 0.5, 0.5]))
+    assert not any(count for pair, count in visits(state).items() if 1 in pair)
+    assert visits(state)[0, 2] == 2
 
 
 def test_sketches_tell_about_what_gradients_do() -> None:
@@ -238,9 +250,97 @@ def test_sketches_tell_about_what_gradients_do() -> None:
     assert cosines.abs().max() > 0
 
 
+# --- neighbours by sketches
+
+
+def kinds(count: int, each: int, *, seed: int = 0) -> tuple[dict[str, Bowl], list[int]]:
+    """Members whose optima lie around those of their kinds, in directions at right angles."""
+    generator = torch.Generator().manual_seed(seed)
+    points, own = {}, []
+    for number in range(count * each):
+        kind = number % count
+        optimum = torch.zeros(40)
+        optimum[kind] = 3.0
+        points[f"m{number:03d}"] = (optimum + 0.05 * torch.randn(40, generator=generator)).tolist()
+        own.append(kind)
+    return bowls(points), own
+
+
+def test_neighbours_are_of_a_members_kind_and_weights_are_theirs_alone() -> None:
+    clients, kind = kinds(4, 5)
+    strategy = CoBo(rho=0.2, neighbours=4, common_rounds=0.5, graph_step=0.01, **FACTORS)
+    state = rounds(strategy, clients, 20)
+
+    found = graph_of_state(state)
+    assert found.pairs.shape[1] == 4 * 10  # all pairs of a kind
+    assert all(kind[i] == kind[j] for i, j in found.pairs.T.tolist())
+    w = weights(state)
+    assert bool((w > 0).sum() > 0)
+
+
+def test_common_rounds_are_those_of_fedavg_and_show_nothing_else() -> None:
+    clients, _ = kinds(2, 3)
+    other, _ = kinds(2, 3)
+    strategy = CoBo(neighbours=2, common_rounds=1.0, **FACTORS)
+    state = rounds(strategy, clients, 3)
+    alone = FedAvg().init(clients["m000"].initial)
+    for round in range(1, 4):
+        turn, sums = Turn(round, 0, 3), Sums()
+        for name, task in FedAvg().plan(alone, turn, list(other)).items():
+            sums.add(FedAvg().work(task, other[name]))
+        alone = FedAvg().combine(alone, turn, sums, {})
+
+    assert members_of(state) == []
+    assert not any(client.asked for client in clients.values())
+    for client in clients.values():
+        personal = strategy.personal(state, client.state)
+        assert personal is not None
+        assert torch.equal(personal["x"], alone.tensors["model/x"])
+
+
+def test_who_comes_late_finds_neighbours_at_the_same_point() -> None:
+    clients, kind = kinds(3, 4)
+    first = {name: client for name, client in clients.items() if name != "m005"}
+    strategy = CoBo(rho=0.0, neighbours=3, common_rounds=0.25, graph_step=0.01, pairs_per_member=0.0, **FACTORS)
+    state = rounds(strategy, first, 4)
+    common = state.tensors["common/x"].clone()
+
+    state = rounds(strategy, clients, 2, state=state, first=5)
+
+    assert torch.equal(state.tensors["common/x"], common)
+    assert torch.equal(clients["m005"].asked[0]["x"], common)
+    names = members_of(state)
+    assert names[-1] == "m005"
+    found = {i for i, j in graph_of_state(state).pairs.T.tolist() if j == len(names) - 1}
+    assert {names[place] for place in found} == {name for place, name in enumerate(clients) if kind[place] == 2} - {
+        "m005"
+    }
+
+
+def test_a_member_without_a_direction_is_near_nobody() -> None:
+    clients, _ = kinds(2, 3)
+    clients["m001"].gradient = lambda *_, **__: {"x": torch.full((40,), math.nan)}  # type: ignore[method-assign]
+    strategy = CoBo(neighbours=2, common_rounds=0.25, pairs_per_member=0.0, **FACTORS)
+    state = rounds(strategy, clients, 4)
+
+    assert members_of(state) == sorted(clients)
+    assert 1 not in graph_of_state(state).pairs
+
+
+def test_what_shows_a_place_has_length_one() -> None:
+    clients, _ = kinds(2, 3)
+    strategy = CoBo(neighbours=2, common_rounds=0.25, pairs_per_member=0.0, **FACTORS)
+    state = rounds(strategy, clients, 4)
+
+    assert torch.allclose(state.tensors["sketches"].norm(dim=1), torch.ones(6), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [
+        ("neighbours", -1),
+        ("common_rounds", 0.0),
+        ("common_rounds", 1.5),
         ("rho", -0.1),
         ("rho", math.nan),
         ("initial_graph", 1.5),

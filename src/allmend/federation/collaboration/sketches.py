@@ -11,8 +11,13 @@ import torch
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 
+from allmend.federation.collaboration.graph import number_of
+
 BLOCK = 16_384
 """Coordinates whose columns of S are made at a time."""
+
+ROWS = 1024
+"""Members whose cosines with all others are held at a time."""
 
 
 def gradient_sketch(gradient: Mapping[str, torch.Tensor], size: int, seed: int) -> torch.Tensor:
@@ -39,6 +44,30 @@ def cosines(sketches: torch.Tensor) -> torch.Tensor:
     unit = wide / wide.norm(dim=1, keepdim=True).clamp_min(1e-300)
     found: torch.Tensor = unit @ unit.T
     return found
+
+
+def nearest(sketches: torch.Tensor, count: int, *, first: int = 0) -> torch.Tensor:
+    """Numbers of the pairs (see `graph`) of members and those whose sketches have the largest cosines with theirs.
+
+    There are `count` to 2 · `count` pairs for each member: who is near somebody may have nearer ones. A row of zeros is
+    near nobody.
+
+    Args:
+        sketches: [n, k].
+        count: of each member's neighbours.
+        first: members before this place look for nobody, but may be found.
+    """
+    n = len(sketches)
+    unit = torch.nn.functional.normalize(sketches.float(), dim=1)
+    some = (unit.square().sum(1) > 0.5).nonzero()[:, 0]
+    found = []
+    for rows in torch.split(some[some >= first], ROWS):
+        near = unit[rows] @ unit[some].T
+        near[rows[:, None] == some] = -torch.inf
+        others = some[near.topk(min(count, len(some) - 1), dim=1).indices] if len(some) > 1 else rows[:, None][:, :0]
+        pairs = torch.stack([rows[:, None].expand_as(others).flatten(), others.flatten()]).sort(0).values
+        found.append(number_of(*pairs))
+    return torch.unique(torch.cat(found)) if n and found else torch.zeros(0, dtype=torch.int64)
 
 
 def sketch_groups(sketches: torch.Tensor) -> torch.Tensor:

@@ -8,21 +8,33 @@ Whom one works with is a statement about training and not about friendship: wher
 own records, their gradients at the midpoint disagree even if both sets of records are of one kind. The graph forms
 while models are young, and is frozen after some visits of each pair.
 
+Among many members a pair is visited too rarely for that. With `neighbours`, members first train one model together, of
+which only sums leave them; then each shows a sketch of its gradient there, and the graph has only pairs of members
+whose sketches are near each other. Probes decide among these.
+
 Source: Hashemi, He, Jaggi, "CoBo: Collaborative Learning via Bilevel Optimization", arXiv 2409.05539, NeurIPS 2024.
-Ours are the implicit pull, the geometry of products, the freezing, the automatic step and the sketches.
+Ours are the implicit pull, the geometry of products, the freezing, the automatic step, the sketches and the neighbours.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import Literal, Protocol, cast
 
 import torch
 
 from allmend.federation.collaboration.geometry import GEOMETRIES, Geometry
-from allmend.federation.collaboration.graph import sample_pairs, update_graph
-from allmend.federation.collaboration.sketches import gradient_sketch
+from allmend.federation.collaboration.graph import Graph, draw, every_pair, update_graph
+from allmend.federation.collaboration.probes import (
+    PRODUCT,
+    WEIGHT,
+    empty_log,
+    product_and_cosine,
+    replayed,
+    usual_step,
+)
+from allmend.federation.collaboration.sketches import gradient_sketch, nearest
+from allmend.federation.strategies.fedavg import FedAvg
 from allmend.models.tensors import Tensors, is_finite
 from allmend.strategy import (
     Client,
@@ -43,14 +55,14 @@ from allmend.strategy import (
 TRAIN, PROBE = range(2)
 """The legs."""
 
-VISITS = 4
-"""Probes in which a product of the usual size takes a weight from one end to the other, where the step is `auto`."""
+TOGETHER = FedAvg()
+"""The rounds of one model for all."""
+
+PLACE = "place"
+"""Group of what tells a member's neighbours: the direction of its gradient at the common model."""
 
 PATIENCE = 3
 """Probes without a finite gradient after which a member is named."""
-
-PROBED = ("round", "i", "j", "w", "product", "cosine")
-"""Columns of the log of probes, `log` in the coordinator's state; members by their places in `members`."""
 
 
 class ProbingClient(Client, Protocol):
@@ -74,6 +86,8 @@ class CoBo:
         probe_split: whose gradient: of the records that it trains on, or of those that it holds out.
         freeze_after_visits: probes of each pair, on average, after which the graph stays as it is; 0: never.
         geometry: whether midpoint and pull are of the adapters' products or of their factors.
+        neighbours: members that each may be pulled towards, found by sketches, and those that find it; 0: everybody.
+        common_rounds: share of the rounds in which there is one model for all, where there are neighbours to find.
         exchange: whether gradients travel as they are, or as sketches of `sketch_size` numbers.
         sketch_size: numbers of a sketch.
         seed: of the pairs and the sketches.
@@ -87,6 +101,8 @@ class CoBo:
     probe_split: Literal["train", "held_out"] = "train"
     freeze_after_visits: int = 10
     geometry: Literal["product", "factors"] = "product"
+    neighbours: int = 0
+    common_rounds: float = 0.1
     exchange: Literal["gradient", "sketch"] = "gradient"
     sketch_size: int = 256
     seed: int = 0
@@ -97,11 +113,13 @@ class CoBo:
     shares = False
 
     def __post_init__(self) -> None:
-        for option in ("rho", "graph_step", "pairs_per_member", "freeze_after_visits"):
+        for option in ("rho", "graph_step", "pairs_per_member", "freeze_after_visits", "neighbours"):
             if not getattr(self, option) >= 0:
                 raise ValueError(f"{option} must be 0 or more, got {getattr(self, option)}")
         if not 0 <= self.initial_graph <= 1:
             raise ValueError(f"initial_graph must lie in [0, 1], got {self.initial_graph}")
+        if not 0 < self.common_rounds <= 1:
+            raise ValueError(f"common_rounds must be above 0 and at most 1, got {self.common_rounds}")
         for option in ("probe_records", "sketch_size"):
             if getattr(self, option) < 1:
                 raise ValueError(f"{option} must be 1 or more, got {getattr(self, option)}")
@@ -123,46 +141,70 @@ class CoBo:
             if self.exchange == "sketch"
             else f"the gradient at a midpoint{', twice this size,' if self.geometry == 'product' else ''} for each pair"
         )
+        found = {PLACE: f"{self.sketch_size} numbers of the gradient at the common model: it says who is near whom"}
         return Declaration(
             sent="the member's own model after the pull, and for each pair that it is in the other member's model: "
             f"about {self.pairs_per_member:g} others see a member's model in a round",
-            summed={
+            summed=({"update": "change of the common model times number of records"} if self.neighbours else {})
+            | {
                 "weight": "number of training records",
                 "loss": "training loss times number of records",
             },
             seen={
                 "adapter": "personal models are mixed with weights that differ by member",
                 self.exchange: f"{told}: it says which members agree",
-            },
+            }
+            | (found if self.neighbours else {}),
             kept="the member's model and its optimiser",
             numbers=frozenset({"weight", "loss"}),
             seen_by="the coordinator (the adapter also by the other members of its pairs)",
         )
 
     def layout(self, initial: Tensors, leg: int = 0) -> Layout:
-        return {}
+        return shapes(grouped("update", initial)) if self.neighbours and leg == TRAIN else {}
 
     def init(self, initial: Tensors) -> State:
-        return State(
-            {"w": torch.zeros(0, 0), "visits": torch.zeros(0, 0, dtype=torch.int64)} | grouped("initial", initial),
-            {"members": ""},
-        )
+        found = State(grouped("initial", initial), {"members": ""})
+        if self.neighbours:
+            sketches = torch.zeros(0, self.sketch_size)
+            found.tensors |= grouped("common", initial) | {"sketches": sketches}
+        return _with_graph(found, Graph.empty())
+
+    def rounds_together(self, rounds: int) -> int:
+        """How many of a run's rounds have one model for all."""
+        return max(1, round(self.common_rounds * rounds)) if self.neighbours else 0
+
+    def _together(self, turn: Turn) -> bool:
+        return turn.round <= self.rounds_together(turn.rounds)
 
     def plan(self, state: State, turn: Turn, members: Sequence[str]) -> dict[str, Task]:
+        if self._together(turn):
+            common = grouped("model", of_group("common", state.tensors))
+            return {name: Task(turn, common, {"together": True}, seen={}) for name in sorted(members)}
         return self._to_train(state, turn, members) if turn.leg == TRAIN else self._to_probe(state, turn, members)
 
     def _to_train(self, state: State, turn: Turn, members: Sequence[str]) -> dict[str, Task]:
         known = members_of(state)
         late = set(members) - set(known)
-        start = grouped("model", self._mean(state)) if late and known and self.initial_graph else {}
+        start: Tensors = {}
+        facts: Facts = {}
         shown = shapes(grouped("adapter", of_group("initial", state.tensors)))
-        return {name: Task(turn, start if name in late else {}, seen=shown) for name in sorted(members)}
+        all_shown = shown
+        if self.neighbours:
+            start, facts = grouped("model", of_group("common", state.tensors)), {"place": True}
+            all_shown = shown | {f"{PLACE}/all": torch.Size([self.sketch_size])}
+        elif late and known and self.initial_graph:
+            start = grouped("model", self._mean(state))
+        return {
+            name: Task(turn, start, facts, all_shown) if name in late else Task(turn, seen=shown)
+            for name in sorted(members)
+        }
 
     def _to_probe(self, state: State, turn: Turn, members: Sequence[str]) -> dict[str, Task]:
         known, adapters = members_of(state), _adapters(state)
         here = {known[place] for place in state.tensors["present"].nonzero()[:, 0].tolist()} & set(members)
         probes: dict[str, list[tuple[int, str, bool]]] = {name: [] for name in sorted(here)}
-        for number, (i, j) in enumerate(state.tensors["pairs"].T.tolist()):
+        for number, (i, j) in enumerate(_drawn(state).T.tolist()):
             for own, other, first in ((known[i], known[j], True), (known[j], known[i], False)):
                 if own in here:
                     probes[own].append((number, other, first))
@@ -188,14 +230,14 @@ class CoBo:
             return self._train(task, client)
         model = of_group("model", task.tensors)
         self._keep(client, model)
-        member = cast(ProbingClient, client)
         seen: Tensors = {}
         for fact, first in task.facts.items():
+            if not fact.startswith("first/"):
+                continue
             number = fact.removeprefix("first/")
             other = of_group(f"other/{number}", task.tensors)
-            point = self._geometry.midpoint(*((model, other) if first else (other, model)))
-            found = member.gradient(
-                point, task.turn, records=self.probe_records, held_out=self.probe_split == "held_out"
+            found = self._gradient(
+                self._geometry.midpoint(*((model, other) if first else (other, model))), task, client
             )
             if self.exchange == "sketch":
                 seen[f"sketch/{number}"] = gradient_sketch(found, self.sketch_size, self.seed)
@@ -207,20 +249,37 @@ class CoBo:
         return Reply(seen={name: tensor for name, tensor in seen.items() if name.split("/")[1] not in broken})
 
     def _train(self, task: Task, client: Client) -> Reply:
-        start = of_group("model", client.state.tensors) or of_group("model", task.tensors) or client.initial
+        if "together" in task.facts:
+            return TOGETHER.work(Task(task.turn, of_group("model", task.tensors)), client)
+        start = of_group("model", task.tensors) or of_group("model", client.state.tensors) or client.initial
+        place = self._place(start, task, client) if "place" in task.facts else {}
         optimizer = of_group("optimizer", client.state.tensors)
         trained = client.train(start, task.turn, optimizer=optimizer or None)
         self._keep(client, trained.tensors)
         client.state.tensors = client.state.tensors | grouped("optimizer", trained.optimizer)
         weight = float(client.examples)
         loss = {} if trained.loss is None else {"loss": trained.loss * weight}
-        return Reply(summed_facts={"weight": weight} | loss, seen=grouped("adapter", trained.tensors))
+        return Reply(summed_facts={"weight": weight} | loss, seen=grouped("adapter", trained.tensors) | place)
+
+    def _place(self, common: Tensors, task: Task, client: Client) -> Tensors:
+        """A sketch of the direction of the member's gradient at the common model, without its size."""
+        sketch = gradient_sketch(self._gradient(common, task, client), self.sketch_size, self.seed)
+        return {f"{PLACE}/all": torch.nn.functional.normalize(sketch, dim=0)} if is_finite(sketch) else {}
+
+    def _gradient(self, at: Tensors, task: Task, client: Client) -> Tensors:
+        member = cast(ProbingClient, client)
+        return member.gradient(at, task.turn, records=self.probe_records, held_out=self.probe_split == "held_out")
 
     @staticmethod
     def _keep(client: Client, model: Tensors) -> None:
         client.state.tensors = client.state.tensors | grouped("model", model)
 
     def combine(self, state: State, turn: Turn, sums: Sums, seen: Mapping[str, Seen]) -> State:
+        if self._together(turn):
+            if turn.leg == PROBE:
+                return state
+            common = TOGETHER.combine(State(grouped("model", of_group("common", state.tensors))), turn, sums, seen)
+            return State(state.tensors | grouped("common", of_group("model", common.tensors)), state.facts)
         return self._pulled(state, turn, seen) if turn.leg == TRAIN else self._probed(state, turn, seen)
 
     def _pulled(self, state: State, turn: Turn, seen: Mapping[str, Seen]) -> State:
@@ -229,29 +288,30 @@ class CoBo:
         Who shows no whole model is taken for absent.
         """
         whole = {f"adapter/{name}" for name in of_group("initial", state.tensors)}
-        seen = {name: one for name, one in seen.items() if one.tensors.keys() == whole}
-        state = self._with_newcomers(state, sorted(seen))
-        known = members_of(state)
+        seen = {name: one for name, one in seen.items() if whole <= one.tensors.keys()}
+        state = self._with_newcomers(state, {name: seen[name] for name in sorted(seen)})
+        known, graph = members_of(state), graph_of_state(state)
         here = [known.index(name) for name in sorted(seen)]
         models = [of_group("adapter", seen[name].tensors) for name in sorted(seen)]
-        w = state.tensors["w"]
-        found = self._geometry.pulled(models, w[here][:, here], self.rho)
+        found = self._geometry.pulled(models, graph.matrix(here), self.rho)
         tensors = dict(state.tensors)
         for place, model in zip(here, found.models, strict=True):
             tensors |= grouped(f"adapter/{place}", model)
         present = torch.zeros(len(known), dtype=torch.bool)
         present[here] = True
-        pairs = torch.empty(2, 0, dtype=torch.int64)
-        if not self._frozen(state):
+        drawn = torch.empty(0, dtype=torch.int64)
+        if not self._frozen(graph):
             generator = torch.Generator().manual_seed((self.seed * 1_000_003 + turn.round) % 2**63)
-            among = sample_pairs(len(here), self.pairs_per_member / max(len(here), 1), generator)
-            pairs = torch.tensor(here, dtype=torch.int64)[among]
-        return State(tensors | {"present": present, "pairs": pairs}, state.facts | {"discarded": found.lost})
+            among = graph.among(here)
+            # as many pairs as among everybody, where each is drawn with pairs_per_member / n
+            wanted = self.pairs_per_member * (len(here) - 1) / 2
+            drawn = among[draw(len(among), wanted / max(len(among), 1), generator)]
+        return State(tensors | {"present": present, "drawn": drawn}, state.facts | {"discarded": found.lost})
 
     def _probed(self, state: State, turn: Turn, seen: Mapping[str, Seen]) -> State:
         """Products move the graph."""
-        known = members_of(state)
-        pairs = state.tensors["pairs"]
+        known, graph = members_of(state), graph_of_state(state)
+        drawn, pairs = state.tensors["drawn"], _drawn(state)
         facts = dict(state.facts)
         products, cosines = [], []
         for number, pair in enumerate(pairs.T.tolist()):
@@ -260,61 +320,51 @@ class CoBo:
             for name, one in zip(names, told, strict=True):
                 if name in seen and not one:
                     facts[f"broken/{name}"] = int(facts.get(f"broken/{name}", 0)) + 1
-            product, cosine = _product(*told) if all(told) else (math.nan, math.nan)
+            product, cosine = product_and_cosine(*told) if all(told) else (math.nan, math.nan)
             products.append(product / (self.sketch_size if self.exchange == "sketch" else 1))
             cosines.append(cosine)
         found = torch.tensor(products, dtype=torch.float64)
-        log = state.tensors.get("log", torch.zeros(0, len(PROBED), dtype=torch.float64))
+        log = state.tensors.get("log", empty_log())
         columns = [torch.full_like(found, turn.round), *pairs.double(), found.new_full(found.shape, math.nan), found]
         rows = torch.stack([*columns, torch.tensor(cosines, dtype=torch.float64)], dim=1)
         log = torch.cat([log, rows])
-        w, step = state.tensors["w"], float(facts.get("step", self.graph_step))
+        step = float(facts.get("step", self.graph_step))
+        graph = update_graph(graph, drawn, found, step)
         if step:
-            w = update_graph(w, pairs, found, step)
-            log[len(log) - len(rows) :, 3] = w[pairs[0], pairs[1]].double()
-        elif (step := _usual_step(log[:, 4], len(known))) > 0:
+            log[len(log) - len(rows) :, WEIGHT] = graph.weights[drawn].double()
+        elif (step := usual_step(log[:, PRODUCT], len(known))) > 0:
             # all that waited for a step, in their order
-            w = self._replayed(w, log, step)
-        visits = state.tensors["visits"].clone()
-        ones = found.isfinite().long()
-        visits[pairs[0], pairs[1]] += ones
-        visits[pairs[1], pairs[0]] += ones
-        tensors = state.tensors | {"w": w, "visits": visits, "log": log}
-        return State(tensors, facts | ({"step": step} if step else {}))
+            graph, log = replayed(graph, log, step)
+        return _with_graph(State(state.tensors | {"log": log}, facts | ({"step": step} if step else {})), graph)
 
-    @staticmethod
-    def _replayed(w: torch.Tensor, log: torch.Tensor, step: float) -> torch.Tensor:
-        for round in dict.fromkeys(log[:, 0].tolist()):
-            rows = (log[:, 0] == round).nonzero()[:, 0]
-            pairs = log[rows, 1:3].long().T
-            w = update_graph(w, pairs, log[rows, 4], step)
-            log[rows, 3] = w[pairs[0], pairs[1]].double()
-        return w
-
-    def _with_newcomers(self, state: State, names: Sequence[str]) -> State:
-        known = members_of(state)
-        new = [name for name in names if name not in known]
+    def _with_newcomers(self, state: State, shown: Mapping[str, Seen]) -> State:
+        known, graph = members_of(state), graph_of_state(state)
+        new = [name for name in shown if name not in known]
         if not new:
             return state
         n, more = len(known), len(new)
-        w = torch.full((n + more, n + more), self.initial_graph).fill_diagonal_(0)
-        w[:n, :n] = state.tensors["w"]
-        visits = torch.zeros(n + more, n + more, dtype=torch.int64)
-        visits[:n, :n] = state.tensors["visits"]
-        return State(state.tensors | {"w": w, "visits": visits}, state.facts | {"members": "\n".join([*known, *new])})
+        tensors = dict(state.tensors)
+        if self.neighbours:
+            nowhere = torch.zeros(self.sketch_size)
+            places = [shown[name].tensors.get(f"{PLACE}/all", nowhere) for name in new]
+            tensors["sketches"] = torch.cat([tensors["sketches"], torch.stack(places)])
+            numbers = nearest(tensors["sketches"], self.neighbours, first=n)
+        else:
+            numbers = every_pair(n + more, first=n)
+        graph = graph.grown(n + more, numbers, self.initial_graph)
+        return _with_graph(State(tensors, state.facts | {"members": "\n".join([*known, *new])}), graph)
 
-    def _frozen(self, state: State) -> bool:
-        visits = state.tensors["visits"]
-        n = len(visits)
-        return (
-            bool(self.freeze_after_visits) and n > 1 and float(visits.sum()) / (n * (n - 1)) >= self.freeze_after_visits
-        )
+    def _frozen(self, graph: Graph) -> bool:
+        return bool(self.freeze_after_visits) and graph.n > 1 and graph.visits_of_a_pair >= self.freeze_after_visits
 
     def _mean(self, state: State) -> Tensors:
         """What who comes late begins with: the mean of all, since it is taken to work with each of them."""
         return self._geometry.mean(list(_adapters(state).values()))
 
     def revealed(self, task: Task, reply: Reply) -> Tensors | None:
+        if "together" in task.facts:
+            model = of_group("model", task.tensors)
+            return TOGETHER.revealed(Task(task.turn, model), reply) if reply.summed else None
         return of_group("adapter", reply.seen) or None
 
     def shared(self, state: State) -> Tensors | None:
@@ -327,6 +377,22 @@ class CoBo:
 def members_of(state: State) -> list[str]:
     """Names of all members that ever took part, in the order of the graph's rows."""
     return [name for name in str(state.facts["members"]).split("\n") if name]
+
+
+def graph_of_state(state: State) -> Graph:
+    """The graph as the coordinator keeps it; its members are those of `members_of`, in their order."""
+    own = of_group("graph", state.tensors)
+    return Graph(len(members_of(state)), own["numbers"], own["weights"], own["visits"])
+
+
+def _with_graph(state: State, graph: Graph) -> State:
+    own = {"numbers": graph.numbers, "weights": graph.weights, "visits": graph.visits}
+    return State(state.tensors | grouped("graph", own), state.facts)
+
+
+def _drawn(state: State) -> torch.Tensor:
+    """Pairs that are compared in this round, by the places of their members, int64 [2, P]."""
+    return graph_of_state(state).pairs[:, state.tensors["drawn"]]
 
 
 def _adapters(state: State) -> dict[str, Tensors]:
@@ -342,18 +408,3 @@ def _adapters(state: State) -> dict[str, Tensors]:
 def _of_number(tensors: Tensors, number: str) -> list[torch.Tensor]:
     """What was told of a pair, in order of the names."""
     return [tensors[name] for name in sorted(tensors) if name.split("/")[1] == number]
-
-
-def _product(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> tuple[float, float]:
-    """⟨g, h⟩, and the cosine."""
-    pairs = list(zip(one, other, strict=True))
-    product = sum(float((a.double() * b.double()).sum()) for a, b in pairs)
-    squares = [sum(float(part.double().square().sum()) for part in some) for some in (one, other)]
-    size = math.sqrt(squares[0] * squares[1])
-    return product, product / size if size else 0.0
-
-
-def _usual_step(products: torch.Tensor, members: int) -> float:
-    """γ with which the median of the first products crosses [0, 1] in four visits; 0 while there are too few."""
-    sizes = [abs(one) for one in products.tolist() if math.isfinite(one) and one]
-    return 1 / (VISITS * median(sizes)) if sizes and len(sizes) >= members else 0.0
