@@ -104,6 +104,7 @@ def test_a_graph_that_stays_as_it_is_needs_no_comparison(tiny_folder: Path, tmp_
     [
         ({"specialists": 0}, ["comigs is fedavg"]),
         ({"generalists": 0}, ["comigs is local training", "fewer than 64 records at north, south"]),
+        ({"generalists": 2, "specialists": 0}, ["fedavg with routers of each client's own"]),
         ({}, ["fewer than 64 records at north, south"]),
     ],
 )
@@ -122,3 +123,42 @@ def test_a_generalist_alone_is_warned_of(tiny_folder: Path, tmp_path: Path) -> N
     said = told(tiny_folder, tmp_path, clients=clients, adapter=adapter, strategy={"name": "comigs", "rounds": 1})
     assert "north without a specialist" in said[0]
     assert "at south, and can" in said[1]
+
+
+@pytest.mark.parametrize("options", [{"router_steps": 0}, {"router": "train"}])
+def test_routers_that_learn_from_no_few_records_of_their_own_are_not_warned_of(
+    options: dict[str, Any], tiny_folder: Path, tmp_path: Path
+) -> None:
+    adapter = {"kind": "mixture", "rank": 2}
+    assert told(tiny_folder, tmp_path, adapter=adapter, strategy={"name": "comigs", "rounds": 1} | options) == []
+
+
+@pytest.mark.parametrize(("groups", "words"), [(1, []), (2, ["2 models for 2 clients leave some of them alone"])])
+def test_models_that_hardly_anybody_can_choose(
+    groups: int, words: list[str], tiny_folder: Path, tmp_path: Path
+) -> None:
+    said = told(tiny_folder, tmp_path, strategy={"name": "ifca", "rounds": 2, "groups": groups})
+    assert len(said) == len(words)
+    assert all(word in one for word, one in zip(words, said, strict=True))
+
+
+def test_a_sum_that_may_be_one_clients_is_told(tiny_folder: Path, tmp_path: Path) -> None:
+    clients = [{"name": f"c{number}", "data": f"c{number}.jsonl"} for number in range(4)]
+    for number in range(4):
+        write(tmp_path, f"c{number}", 12)
+    layers = {"secure_aggregation": {}}
+    said = told(tiny_folder, tmp_path, clients=clients, strategy={"name": "ifca", "rounds": 2}, privacy=layers)
+    assert ["one client alone has chosen" in one for one in said] == [True]
+
+
+def test_a_target_counts_for_routers_and_needs_some(tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "aim.jsonl").write_text("".join(f'{{"text": "aim {i}"}}\n' for i in range(64)))
+    clients = [
+        {"name": "north", "data": "north.jsonl", "target": "aim.jsonl"},
+        {"name": "south", "data": "south.jsonl"},
+    ]
+    mixture = {"kind": "mixture", "rank": 2}
+    (few,) = told(tiny_folder, tmp_path, clients=clients, adapter=mixture, strategy={"name": "comigs", "rounds": 1})
+    assert "fewer than 64 records at south," in few
+    (idle,) = told(tiny_folder, tmp_path, clients=clients)
+    assert "north with a target, and no arm has routers" in idle

@@ -89,3 +89,73 @@ def test_members_draws_by_coins_are_looked_at_round_by_round(tiny_folder: Path, 
         check(recipe(tiny_folder, *names, privacy=layers | {"randomness": "secure"}, **sections), tmp_path)
     with pytest.raises(RecipeError, match=r"round \d+ of arm 'fedavg' has [012] of 8"):
         check(recipe(tiny_folder, *names, privacy=layers, **sections), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "groups names nobody"),
+        ({"groups": "c0 c1, c2 c9"}, "groups names c9, and there are the clients c0, c1, c2, c3"),
+        ({"groups": "c0 c1, c2"}, "c3: in no group"),
+        ({"groups": "c0 c1, c2 c3 c0"}, "groups names c0 twice"),
+        ({"groups": "c0 c1, c2", "others": "alone"}, None),
+        ({"groups": "c0 c1,c2  c3"}, None),
+    ],
+)
+def test_groups_that_are_told_are_of_the_clients(
+    options: dict[str, str], words: str | None, tiny_folder: Path, tmp_path: Path
+) -> None:
+    names = [f"c{number}" for number in range(4)]
+    for name in names:
+        write(tmp_path, name)
+    made = recipe(tiny_folder, *names, compare={"groups": {"strategy": {"name": "grouped", **options}}})
+    if words is None:
+        check(made, tmp_path)
+        return
+    with pytest.raises(RecipeError) as raised:
+        check(made, tmp_path)
+    assert [(problem.key, words in problem.what) for problem in raised.value.problems] == [
+        (("compare", "groups", "strategy"), True)
+    ]
+
+
+@pytest.mark.parametrize(("groups", "least"), [("c0 c1 c2, c3 c4 c5", None), ("c0 c1 c2 c3, c4 c5", 2)])
+def test_behind_masks_each_group_needs_as_many_as_any_sum(
+    groups: str, least: int | None, tiny_folder: Path, tmp_path: Path
+) -> None:
+    names = [f"c{number}" for number in range(6)]
+    for name in names:
+        write(tmp_path, name)
+    strategy = {"name": "grouped", "groups": groups}
+    made = recipe(tiny_folder, *names, strategy=strategy, privacy={"secure_aggregation": {}})
+    if least is None:
+        check(made, tmp_path)
+        return
+    with pytest.raises(RecipeError, match=f"has a group with {least} in a round") as raised:
+        check(made, tmp_path)
+    assert [problem.key for problem in raised.value.problems] == [("privacy", "secure_aggregation")]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "words"),
+    [
+        ({"name": "ditto"}, "ditto trains two models with the same records"),
+        ({"name": "ifca"}, "ifca lets a member's loss decide"),
+        ({"name": "local", "validation": 0.2}, "fewer than are counted"),
+        ({"name": "local"}, None),
+        ({"name": "finetuned"}, None),
+        ({"name": "grouped", "groups": "north, south"}, None),
+    ],
+)
+def test_a_guarantee_for_records_is_for_one_training_a_round(
+    strategy: dict[str, object], words: str | None, tiny_folder: Path, tmp_path: Path
+) -> None:
+    for name in ("north", "south"):
+        write(tmp_path, name)
+    record = {"noise_multiplier": 1.0, "delta": 1e-3}
+    made = recipe(tiny_folder, strategy=strategy, privacy={"record": record}, train={"largest_update": 1.0})
+    if words is None:
+        check(made, tmp_path)
+        return
+    with pytest.raises(RecipeError, match=words):
+        check(made, tmp_path)

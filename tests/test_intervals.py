@@ -8,7 +8,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from allmend.intervals import CONFIDENCE, difference, exp_mean, mean, mean_share, paired_difference, ratio, share
+from allmend.intervals import (
+    CONFIDENCE,
+    difference,
+    exp_mean,
+    mean,
+    mean_ratio,
+    mean_share,
+    paired_difference,
+    ratio,
+    share,
+)
 from allmend.results import Estimate
 
 VALUES = st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=12)
@@ -197,3 +207,55 @@ def test_errors() -> None:
         exp_mean([0.0], [0])
     with pytest.raises(ValueError, match=r"longer|shorter"):
         paired_difference([1.0, 2.0], [1.0])
+
+
+@given(VALUES.filter(lambda values: max(values) - min(values) > 1e-3), st.floats(0.5, 0.999))
+def test_a_ratios_interval_has_the_confidence_that_is_asked_for(values: list[float], confidence: float) -> None:
+    found = ratio(values, [1] * len(values), confidence=confidence)
+    error = stdev(values) / math.sqrt(len(values))
+    low, high = stats.t.interval(confidence, len(values) - 1, loc=sum(values) / len(values), scale=error)
+    assert ends(found) == pytest.approx((low, high), rel=1e-6, abs=1e-6)
+
+
+SPREAD = VALUES.filter(lambda values: max(values) - min(values) > 1e-3)
+
+
+@given(SPREAD, SPREAD)
+def test_a_mean_over_two_groups_is_half_of_welchs_difference_to_the_negative(
+    first: list[float], second: list[float]
+) -> None:
+    """(a + b) / 2 is half of a minus −b, whose interval scipy knows."""
+    found = mean_ratio([(first, [1] * len(first)), (second, [1] * len(second))])
+    test = stats.ttest_ind(first, [-value for value in second], equal_var=False).confidence_interval(CONFIDENCE)
+    assert ends(found) == pytest.approx((test.low / 2, test.high / 2), rel=1e-6, abs=1e-6)
+    assert found.n == len(first) + len(second)
+
+
+@given(SPREAD, st.integers(1, 9))
+def test_a_mean_over_one_group_is_its_ratio(values: list[float], tokens: int) -> None:
+    found, alone = (
+        made for made in (mean_ratio([(values, [tokens] * len(values))]), ratio(values, [tokens] * len(values)))
+    )
+    assert ends(found) == pytest.approx(ends(alone), rel=1e-9, abs=1e-9)
+    assert (found.value, found.n) == (pytest.approx(alone.value), alone.n)
+
+
+def test_groups_count_alike_however_many_tokens_they_have() -> None:
+    assert mean_ratio([([10.0, 12.0], [1, 1]), ([300.0, 100.0], [100, 100])]).value == pytest.approx((11 + 2) / 2)
+
+
+def test_a_group_of_one_record_leaves_no_interval_and_one_of_no_difference_does() -> None:
+    spread = ([1.0, 2.0, 4.0], [1, 1, 1])
+    assert mean_ratio([spread, ([3.0], [1])]).low is None
+    assert mean_ratio([spread, ([2.0, 2.0], [1, 1])]).low is None  # equal values tell nothing of their spread
+    same = mean_ratio([spread, ([0.0, 0.0], [1, 1])])  # a model minus itself
+    alone = mean_ratio([spread])
+    assert ends(same) == pytest.approx((alone.low / 2, alone.high / 2))  # type: ignore[operator]
+    assert mean_ratio([([0.0, 0.0], [1, 1])]).low is None
+
+
+def test_no_groups() -> None:
+    with pytest.raises(ValueError, match="no groups"):
+        mean_ratio([])
+    with pytest.raises(ValueError, match="no tokens"):
+        mean_ratio([([1.0], [1]), ([0.0], [0])])

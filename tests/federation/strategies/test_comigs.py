@@ -149,6 +149,60 @@ def test_routers_and_experts_learn_from_different_records(make_mixture: MakeMixt
     assert len(client._apart(0.999)) == 7
 
 
+def test_routers_may_learn_from_the_experts_records_for_comparison(
+    run: Callable[..., Any], make_mixture: MakeMixture, members: list[Member]
+) -> None:
+    """What is set apart teaches nobody then: other records in its place change no bit."""
+    strategy = replace(ALL, router="train")
+    apart = MemberClient(members[0], make_mixture(), SETTINGS, make_mixture().state())._apart(0.25)
+    other = list(members[0].records)
+    for place in apart:
+        other[place] = replace(other[place], ids=other[place].ids.flip(0))
+
+    def final(strategy: CoMiGS, records: Any) -> State:
+        member = replace(members[0], records=records)
+        return run(strategy, [member], SETTINGS, rounds=2, trainable=make_mixture()).states["east"]
+
+    found, changed = final(strategy, members[0].records), final(strategy, other)
+    assert dump(found.tensors, {}) == dump(changed.tensors, {})
+    assert of_group("routers", found.tensors)
+    assert not found.tensors[LEARNT][apart].any()
+    # in each of two rounds four steps of the experts and two of the routers, of two records each
+    assert found.tensors[LEARNT][:, 0].sum() == 2 * (4 + 2) * 2
+    # what is set apart does teach the routers that learn from it
+    assert dump(final(ALL, members[0].records).tensors, {}) != dump(final(ALL, other).tensors, {})
+
+
+def test_without_router_steps_the_gates_stay_as_they_were(
+    run: Callable[..., Any], make_mixture: MakeMixture, members: list[Member]
+) -> None:
+    found = run(replace(ALL, router_steps=0), members[:1], SETTINGS, rounds=2, trainable=make_mixture()).states["east"]
+    start = MemberClient(members[0], make_mixture(), SETTINGS, make_mixture().state()).experts()
+    routers = {name: tensor for name, tensor in of_group("own", found.tensors).items() if role(name) == "router"}
+    assert routers
+    assert all(torch.equal(tensor, start[name]) for name, tensor in routers.items())
+
+
+@pytest.mark.parametrize(("generalists_there", "specialists"), [(2, 0), (0, 2)])
+def test_all_experts_shared_and_none(
+    generalists_there: int, specialists: int, run: Callable[..., Any], make_mixture: MakeMixture, members: list[Member]
+) -> None:
+    """With generalists alone all members have the same experts; with none nothing is summed, and each is by itself."""
+    mixture = make_mixture(generalists=generalists_there, specialists=specialists)
+    found = run(ALL, members, SETTINGS, rounds=2, trainable=mixture)
+    models = [ALL.personal(found.state, state) for state in found.states.values()]
+    assert all(models)
+    for name in models[0]:  # type: ignore[union-attr]
+        if role(name) in ("generalist", "specialist"):
+            same = torch.equal(models[0][name], models[1][name])  # type: ignore[index]
+            assert same == (role(name) == "generalist") or not models[0][name].any(), name  # type: ignore[index]
+    if not generalists_there:
+        assert not ALL.layout(mixture.state(), TRAIN)
+        alone = make_mixture(generalists=0, specialists=2)
+        one = run(ALL, members[:1], SETTINGS, rounds=2, trainable=alone).states["east"]
+        assert dump(one.tensors, {}) == dump(found.states["east"].tensors, {})
+
+
 def test_a_run_that_was_stopped_goes_on_with_its_experts(
     run: Callable[..., Any], make_mixture: MakeMixture, members: list[Member], tmp_path: Path
 ) -> None:
@@ -223,6 +277,7 @@ def test_worker_processes_make_the_same(
         ("router_lr", 0.0),
         ("balance", math.nan),
         ("weighting", "none"),
+        ("router", "held_out"),
         ("participation", 0.0),
     ],
 )

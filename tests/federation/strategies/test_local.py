@@ -1,12 +1,14 @@
 """Local training: no exchange, so every member is what it would be alone."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 
 from allmend.events import RoundDone
-from allmend.federation.member import MemberClient
+from allmend.federation.member import LEARNT, MemberClient
 from allmend.federation.strategies.local import Local
 from allmend.recipe import Train
 from allmend.strategy import State, Turn
@@ -70,3 +72,32 @@ def test_what_the_client_keeps_for_itself_stays(make_toy: Callable[..., Any]) ->
 def test_a_loss_that_must_not_leave_does_not(make_quiet_toy: Callable[..., Any]) -> None:
     reply = Local().work(Local().plan(State(), Turn(1, 0, 1), ["a"])["a"], make_quiet_toy("a", 4))
     assert reply.summed_facts == {"weight": 4.0}
+
+
+def test_with_validation_it_leaves_out_what_comigs_sets_apart(
+    run: Callable[..., Any], make_member: Callable[..., Any], make_trainable: Callable[..., Any], settings: Train
+) -> None:
+    """As many steps, on the other records; what stands in those that are left out changes nothing."""
+    member = make_member("a", records=8)
+    found = run(Local(validation=0.25), [member], settings, rounds=3).states["a"]
+    apart = MemberClient(member, make_trainable(), settings, {})._apart(0.25)
+    learnt = found.tensors[LEARNT][:, 0]
+    assert len(apart) == 2
+    assert not learnt[apart].any()
+    assert (learnt > 0).sum() == 6
+    assert found.facts["steps"] == run(Local(), [member], settings, rounds=3).states["a"].facts["steps"]
+    other = list(member.records)
+    for place in apart:
+        other[place] = replace(other[place], ids=other[place].ids.flip(0))
+    changed = run(Local(validation=0.25), [replace(member, records=other)], settings, rounds=3).states["a"]
+    assert all(torch.equal(tensor, changed.tensors[name]) for name, tensor in found.tensors.items())
+    # where routers have a target, comigs' experts learn from all records, and so does their baseline
+    target = replace(member, target=member.records)
+    whole = run(Local(validation=0.25), [target], settings, rounds=3).states["a"]
+    assert (whole.tensors[LEARNT][:, 0] > 0).all()
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
+def test_impossible_shares_are_refused(share: float) -> None:
+    with pytest.raises(ValueError, match="validation must lie in"):
+        Local(validation=share)

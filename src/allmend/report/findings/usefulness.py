@@ -101,14 +101,14 @@ def by_member(evidence: Evidence, model: str) -> Finding | None:
 
 
 def paid(evidence: Evidence) -> Finding | None:
-    """For how many clients an arm in which they work together is shown to be better than training alone."""
+    """For how many members an arm in which they work together is shown to be better than training alone."""
     found = evidence.personalised
     if found is None or found.against is None or not any(row.difference for row in found.members):
         return None
     n, better = len(found.members), sum(row.paid is True for row in found.members)
     worse = sum(row.paid is False for row in found.members)
     sentence = (
-        f"On their own held-out records {numbers.out_of(better, n)} clients are shown to be better off with some "
+        f"On their own held-out records {numbers.out_of(better, n)} members are shown to be better off with some "
     )
     sentence += f"arm in which they work together than with {found.against}" + (f", and {worse} worse" if worse else "")
     sentence += f"; for {n - better - worse} it cannot be told." if better + worse < n else "."
@@ -116,8 +116,8 @@ def paid(evidence: Evidence) -> Finding | None:
     if together:
         best = min(together, key=lambda arm: arm.loss.value)
         assert best.difference is not None
-        sentence += f" On average over clients {best.arm} is best among these arms ({_nats(best.difference)})."
-    return Finding(PAID, numbers.out_of(better, n), f"clients better off than with {found.against}", sentence)
+        sentence += f" On average over members {best.arm} is best among these arms ({_nats(best.difference)})."
+    return Finding(PAID, numbers.out_of(better, n), f"members better off than with {found.against}", sentence)
 
 
 def _whole_points(difference: float) -> str:
