@@ -293,3 +293,38 @@ def test_a_records_budget_that_cannot_be_kept_names_the_client(tiny_folder: Path
     with pytest.raises(UserError, match="the smallest ε that can be reached is") as late:
         prepare(recipe(tiny_folder, privacy={"record": beyond}), tmp_path)
     assert late.value.where == "arm 'fedavg', client 'north'"
+
+
+def with_target(model: Path, folder: Path, **client: Any) -> Recipe:
+    for name in ("north", "south"):
+        write(folder, name)
+    (folder / "aim.jsonl").write_text("".join(json.dumps({"prompt": f"{i}!", "response": "yes"}) + "\n" for i in "abc"))
+    clients = [{"name": "north", "data": "north.jsonl"} | client, {"name": "south", "data": "south.jsonl"}]
+    return recipe(model, clients=clients, data={"held_out": 0.0}) if client else recipe(model, data={"held_out": 0.0})
+
+
+def test_a_target_is_encoded_counted_and_part_of_what_a_run_is_bound_to(tiny_folder: Path, tmp_path: Path) -> None:
+    plain = prepare(with_target(tiny_folder, tmp_path), tmp_path)
+    aiming = prepare(with_target(tiny_folder, tmp_path, target="aim.jsonl"), tmp_path)
+    north, south = aiming.members
+    assert [len(member.target) for member in (north, south)] == [3, 0]
+    assert all(record.learns for record in north.target)
+    assert aiming.notes["north"]["records of its target"] == 3
+    assert "records of its target" not in aiming.notes["south"]
+    assert aiming.data_digests["south"] == plain.data_digests["south"]
+    assert aiming.data_digests["north"] != plain.data_digests["north"]
+    (tmp_path / "aim.jsonl").write_text('{"prompt": "other", "response": "yes"}\n')
+    other = prepare(aiming.recipe, tmp_path)
+    assert other.data_digests["north"] != aiming.data_digests["north"]
+
+
+def test_held_out_records_from_a_file_are_measured_and_leave_the_data_whole(tiny_folder: Path, tmp_path: Path) -> None:
+    found = prepare(with_target(tiny_folder, tmp_path, held_out="aim.jsonl"), tmp_path)
+    assert (len(found.train["north"]), len(found.held_out["north"])) == (6, 3)
+    assert (len(found.train["south"]), len(found.held_out["south"])) == (6, 0)
+
+
+@pytest.mark.parametrize("key", ["held_out", "target"])
+def test_files_that_are_not_there_are_told_with_their_key(key: str, tiny_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=rf"clients\[1\]\.{key}: .*absent\.jsonl is not there"):
+        prepare(with_target(tiny_folder, tmp_path, **{key: "absent.jsonl"}), tmp_path)

@@ -495,3 +495,41 @@ def test_held_out_records_that_are_also_learnt_from_are_left_out(tmp_path: Path)
     data = client(tmp_path, QA[0] | {"split": "train"}, QA[0] | {"id": "z", "split": "test"}, QA[1] | {"split": "test"})
     assert [record.id for record in data.held_out] == ["b"]
     assert data.notes == {"held-out records also in training": 1}
+
+
+def test_held_out_records_and_a_target_in_files_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text(jsonl(*({"id": str(i), "text": f"own {i}"} for i in range(20))))
+    (tmp_path / "t.jsonl").write_text(jsonl({"text": "own 3"}, {"id": "1", "text": "test 1"}, {"text": "test 2"}))
+    (tmp_path / "v.csv").write_text("text,split\naim 1,test\naim 2,train\n")
+    data = load_client(
+        "north", "d.jsonl", fields=Fields(), held_out=0.5, base=tmp_path, own_held_out="t.jsonl", target="v.csv"
+    )
+    assert len(data.train) == 20, "the share is for clients whose data say nothing else"
+    assert [record.text for record in data.held_out] == ["test 1", "test 2"]
+    assert [record.text for record in data.target] == ["aim 1", "aim 2"], "a target has no split"
+    assert data.notes["held-out records also in training"] == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "message"),
+    [
+        ("target", "own 3", "1 of its 2 records are training records of client 'north' too, such as 'x'"),
+        ("target", "test 2", "1 of its 2 records are held-out records of client 'north' too, such as 'x'"),
+        ("target", "", "'text'"),
+    ],
+)
+def test_a_target_has_records_of_its_own(tmp_path: Path, kind: str, text: str, message: str) -> None:
+    (tmp_path / "d.jsonl").write_text(jsonl(*({"id": str(i), "text": f"own {i}"} for i in range(20))))
+    (tmp_path / "t.jsonl").write_text(jsonl({"text": "test 1"}, {"text": "test 2"}))
+    (tmp_path / "v.jsonl").write_text(jsonl({"id": "y", "text": "else"}, {"id": "x", "text": text}))
+    with pytest.raises(UserError, match=message):
+        load_client(
+            "north", "d.jsonl", fields=Fields(), held_out=0, base=tmp_path, own_held_out="t.jsonl", target="v.jsonl"
+        )
+
+
+def test_records_are_held_out_in_one_place(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text(jsonl({"text": "a", "split": "test"}, {"text": "b", "split": "train"}))
+    (tmp_path / "t.jsonl").write_text(jsonl({"text": "c"}))
+    with pytest.raises(UserError, match=r"marks 1 of its records as held out.*\n.*split"):
+        load_client("north", "d.jsonl", fields=Fields(), held_out=0, base=tmp_path, own_held_out="t.jsonl")
