@@ -70,6 +70,7 @@ def place(workplace: Path) -> Path:
     Path("recipe.toml").unlink()
     shutil.copytree(ROOT / "examples", "examples")
     Path("my.jsonl").write_text(Path("north.jsonl").read_text().replace("plus", "and"))  # of nobody's training
+    Path("note.txt").write_text("Seen on the ward; to be coded.\n")
     for example in ("privacy", "personalised"):
         small(f"examples/{example}.toml")
     return workplace
