@@ -34,7 +34,7 @@ class Usage:
 def layers_with_experts(mixture: Mixture) -> list[int]:
     """Numbers of the decoder's layers that have experts, from 0, in the order in which `routing` has them."""
     places = [name for name, module in mixture.model.named_modules() if isinstance(module, MixtureMLP)]
-    return [next(int(part) for part in reversed(place.split(".")) if part.isdigit()) for place in places]
+    return [next(int(part) for part in place.split(".") if part.isdigit()) for place in places]
 
 
 def token_gates(mixture: Mixture, ids: torch.Tensor) -> torch.Tensor:
