@@ -8,11 +8,11 @@ from pathlib import Path
 from allmend import __version__
 from allmend.report import numbers
 from allmend.report.frame import WIDTH, svg
-from allmend.report.heat_map import Shades, scale, shades
+from allmend.report.heat_map import Shades, scale
 from allmend.report.markup import Html, join, paragraph, section, tag
 from allmend.report.page import fill, head_of
 from allmend.report.picture import picture
-from allmend.report.sections.routing import EVEN, weight
+from allmend.report.sections.routing import EVEN, ends_of_scale, weight
 from allmend.run import write_atomic
 
 ADVANCE = 7.23
@@ -69,7 +69,8 @@ def in_words(text: RoutedText) -> str:
 
 def shades_of(texts: Sequence[RoutedText]) -> Shades:
     """One scale for texts that stand together, the same on either side of an even weight."""
-    return shades([piece.mass for text in texts for piece in text.pieces], middle=EVEN)
+    low, high = ends_of_scale(piece.mass for text in texts for piece in text.pieces)
+    return Shades(low, high, EVEN)
 
 
 def text_block(text: RoutedText, colours: Shades) -> Html:

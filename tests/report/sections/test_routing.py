@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 
 from allmend.report.evidence import Evidence
-from allmend.report.sections.routing import ends_of, expert_map, experts_of, read_in_words, routing, routing_map
+from allmend.report.sections.routing import (
+    ends_of,
+    ends_of_scale,
+    expert_map,
+    experts_of,
+    read_in_words,
+    routing,
+    routing_map,
+)
 from allmend.results import ArmRouting, Estimate, MemberRouting, RoutingTable
 
 
@@ -67,6 +75,22 @@ def test_several_arms_have_headings_and_empty_ones_are_left_out() -> None:
 def test_a_member_without_a_router_has_no_ends() -> None:
     page = shown(arm(member("north", 1.0, 1.0, 1.0, own=0)))
     assert "layer 3</small>" not in page.partition("<details>")[0]
+
+
+def test_differences_that_hardly_matter_do_not_look_large() -> None:
+    assert ends_of_scale([0.49, 0.51]) == pytest.approx((0.4, 0.6))
+    assert ends_of_scale([0.2, 0.51]) == pytest.approx((0.2, 0.8))
+    assert ends_of_scale([]) == pytest.approx((0.4, 0.6))
+    found = routing_map(arm(member("north", 0.49, 0.5, 0.51)))
+    assert {int(strength) for strength in re.findall(r'class="cell[^"]*" style="--v:(\d+)%"', found)[:3]} == {0, 10}
+
+
+def test_without_generalists_there_is_no_map() -> None:
+    alone = member("north", 0.0, 0.0, 0.0, own=2)
+    page = shown(arm(alone.model_copy(update={"shared": 0, "gates": ((0.5, 0.5),) * 3}), warnings=("look",)))
+    assert "There is no generalist" in page
+    assert "look" in page
+    assert "<svg" not in page
 
 
 def test_layers_with_least_and_most() -> None:

@@ -1,6 +1,6 @@
 """Who answers: how much weight members' routers give to the experts that all share, layer by layer."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from allmend.report import numbers
 from allmend.report.evidence import Evidence
@@ -11,6 +11,9 @@ from allmend.results import ArmRouting, Estimate, MemberRouting
 EVEN = 0.5
 """Weight of the generalists at which neither side answers more."""
 
+NEAR = 0.1
+"""Reach of a scale to either side of it at least: differences that hardly matter shall not look large."""
+
 MOST = 60
 """Members that the map has room for."""
 
@@ -18,6 +21,12 @@ MOST = 60
 def weight(value: float) -> str:
     """A weight in [0, 1]; what is below half a hundredth is as good as none."""
     return f"{value:.2f}"
+
+
+def ends_of_scale(values: Iterable[float]) -> tuple[float, float]:
+    """Ends of a scale of the generalists' weights, as far from an even weight on either side."""
+    reach = max((abs(value - EVEN) for value in values), default=NEAR)
+    return EVEN - max(reach, NEAR), EVEN + max(reach, NEAR)
 
 
 def routing(evidence: Evidence) -> Html:
@@ -40,6 +49,9 @@ def routing(evidence: Evidence) -> Html:
 
 def of_arm(arm: ArmRouting) -> list[Html]:
     """What is shown of an arm that has a member: warnings, the map and its figures."""
+    if not any(member.shared for member in arm.members):
+        alone = "There is no generalist: all the weight is with specialists."
+        return [paragraph(alone), *(paragraph(warning, class_="warning") for warning in arm.warnings)]
     return [
         paragraph(read_in_words(arm.members)),
         *(paragraph(warning, class_="warning") for warning in arm.warnings),
@@ -79,11 +91,14 @@ def routing_map(arm: ArmRouting) -> Html:
         for i, member in enumerate(members)
         for j, mass in enumerate(member.mass)
     }
+    low, high = ends_of_scale(cell.value for cell in cells.values())
     return heat_map(
         "Weight of the generalists by client and layer",
         [member.member for member in members],
         [str(layer) for layer in arm.layers],
         cells,
+        low=low,
+        high=high,
         middle=EVEN,
         form=weight,
         quantity="weight of the generalists, in [0, 1]",
