@@ -104,6 +104,24 @@ def test_a_member_of_a_smaller_rank_learns_no_other_components(
         assert not torch.equal(mine, before[:1] if "lora_A" in name else before[:, :1]), name
 
 
+def test_a_member_of_a_smaller_rank_is_pulled_in_its_components_alone(
+    make_member: Callable[..., Any], make_trainable: Callable[..., Any], settings: Train
+) -> None:
+    trainable = make_trainable()
+    v = trainable.state()
+    near = {name: torch.full_like(tensor, 0.1) for name, tensor in v.items()}
+    far = {name: tensor.clone() for name, tensor in near.items()}
+    for name, tensor in far.items():
+        (tensor[1:] if "lora_A" in name else tensor[:, 1:]).fill_(9.0)
+
+    def trained(anchor: Tensors) -> Tensors:
+        client = MemberClient(replace(make_member("a"), rank=1), trainable, settings, v)
+        return client.train(v, Turn(1, 0, 1), proximal=1.0, anchor=anchor).tensors
+
+    found, other = trained(near), trained(far)
+    assert all(torch.equal(tensor, other[name]) for name, tensor in found.items())
+
+
 @pytest.mark.parametrize("proximal", [-0.1, float("nan"), float("inf")])
 def test_impossible_terms_are_refused(proximal: float) -> None:
     with pytest.raises(ValueError, match="proximal must be 0 or more"):

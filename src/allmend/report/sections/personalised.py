@@ -13,6 +13,9 @@ from allmend.results import Estimate, PersonalisedMember, PersonalisedTable
 MOST = 40
 """Clients that the chart has room for."""
 
+ALIKE = 1.05
+"""Times as many parameters as another arm that still count as equally many: a mixture has routers beside its experts."""
+
 
 def personalised(evidence: Evidence) -> Html:
     """The section; nothing where no arm has personal models."""
@@ -137,7 +140,7 @@ def notes_of(found: PersonalisedTable) -> list[str]:
     sizes: dict[int, list[str]] = {}
     for arm in found.arms:
         sizes.setdefault(arm.trainable, []).append(arm.arm)
-    if len(sizes) > 1:
+    if max(sizes) > ALIKE * min(sizes):
         named = "; ".join(f"{numbers.count(size)} in {', '.join(names)}" for size, names in sizes.items())
         notes.append(
             f"Not with equally many parameters that learn: {named}. Between arms of different size it is not working "
