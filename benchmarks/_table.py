@@ -34,7 +34,7 @@ RUNS = (
     "private_step.py",
     "mixture_step.py",
     "audit_probes.py --runs 1",
-    f"influence_peers.py --data {DATA} --threads 1 --records 48",
+    f"influence_peers.py --data {DATA} --threads 1 --records 16 --targets 8 --runs 1",
     "influence_memory.py",
     "depth_speed.py",
     "secure_sum.py",

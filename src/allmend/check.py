@@ -14,6 +14,7 @@ from allmend.errors import UserError
 from allmend.federation.arm import mixture_of, strategy_of
 from allmend.federation.collaboration.graph import DENSE
 from allmend.federation.strategies import STRATEGIES, options_of
+from allmend.federation.strategies.clustered import Clustered
 from allmend.federation.strategies.cobo import CoBo
 from allmend.federation.strategies.grouped import Grouped
 from allmend.federation.strategies.private_fedavg import PrivateFedAvg
@@ -109,6 +110,9 @@ def _strategy_problems(arm: Arm, key: tuple[str, ...], seed: int, clients: Seque
                 f"{drawn} of {len(clients)}: add clients, let more of them take part, or remove the layer"
             )
             return [Problem((*key[:-1], "privacy", "secure_aggregation"), what)]
+        if isinstance(strategy, Clustered) and strategy.min_group < layer.fewest:
+            what = f"a sum is over {layer.fewest} clients or more, and so must a group's be: set it to that"
+            return [Problem((*key, "min_group"), what)]
         if isinstance(strategy, Grouped) and (least := strategy.fewest(clients)) < layer.fewest:
             what = (
                 f"a sum is over {layer.fewest} clients or more, and arm {arm.name!r} has a group with {least} in a "

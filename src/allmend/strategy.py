@@ -233,6 +233,7 @@ class Declaration:
         kept: what stays at the member.
         numbers: which of the names above are single numbers; the others have the size of what learns.
         seen_by: who looks at what is seen.
+        beside: which of what is seen may be so where sums are hidden: it says something else than they would.
     """
 
     sent: str
@@ -241,6 +242,7 @@ class Declaration:
     kept: str = ""
     numbers: frozenset[str] = frozenset()
     seen_by: str = "the coordinator"
+    beside: frozenset[str] = frozenset()
 
     def undeclared(self, reply: Reply) -> list[str]:
         """Names in a reply that were not declared in their group, sorted."""

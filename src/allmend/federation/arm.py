@@ -19,6 +19,7 @@ from allmend.federation.privacy.ledger import Ledger, member_account, open_ledge
 from allmend.federation.privacy.vectors import codes_of_legs, rounding
 from allmend.federation.rounds import Observer, run_rounds
 from allmend.federation.strategies import build_strategy
+from allmend.federation.strategies.clustered import Clustered
 from allmend.federation.strategies.cobo import CoBo
 from allmend.federation.strategies.comigs import CoMiGS
 from allmend.federation.strategies.ditto import Ditto
@@ -130,7 +131,8 @@ def strategy_of(arm: Arm, *, seed: int) -> Strategy:
         raise ValueError(f"{strategy.name} averages products of LoRA's factors: adapter.kind must be 'lora'")
     if isinstance(strategy, FedAvgProduct) and arm.train.largest_update is not None:
         raise ValueError(f"train.largest_update is about LoRA's factors, and {strategy.name} sends their products")
-    if arm.privacy.secure_aggregation and (seen := sorted(strategy.declare().seen)):
+    declared = strategy.declare()
+    if arm.privacy.secure_aggregation and (seen := sorted(set(declared.seen) - declared.beside)):
         raise ValueError(
             f"privacy.secure_aggregation hides what is summed, and {strategy.name!r} looks at each member's "
             f"{', '.join(seen)}: remove one of the two"
@@ -161,6 +163,8 @@ def _beyond_steps(strategy: Strategy) -> str:
     """What a strategy draws from records beside a round's steps over all of them; empty where that is nothing."""
     if isinstance(strategy, Ditto):
         return "ditto trains two models with the same records"
+    if isinstance(strategy, Clustered):
+        return "clustered shows where a member's gradient points"
     if isinstance(strategy, IFCA):
         return "ifca lets a member's loss decide which model it trains"
     if isinstance(strategy, Local) and strategy.validation:

@@ -301,7 +301,15 @@ class MemberClient:
         assert isinstance(self.trainable, Mixture)
         return self.trainable
 
-    def gradient(self, at: Tensors, turn: Turn, *, records: int | None = None, held_out: bool = False) -> Tensors:
+    def gradient(
+        self,
+        at: Tensors,
+        turn: Turn,
+        *,
+        records: int | None = None,
+        held_out: bool = False,
+        part: tuple[int, int] = (0, 1),
+    ) -> Tensors:
         """The gradient of the mean loss of this member's records at some parameters, by name.
 
         Args:
@@ -309,11 +317,13 @@ class MemberClient:
             turn: the round, which decides the records that are drawn.
             records: that are drawn, or as many as there are; all when None.
             held_out: whether of the held-out records instead.
+            part: which of so many parts of these records, counted from 0; of fewer records than parts, all.
 
         Raises:
             UserError: no record has a token to learn from; the member is named.
         """
-        source = self._drawn(self.held_out if held_out else self.records, turn, records)
+        drawn = self._drawn(self.held_out if held_out else self.records, turn, records)
+        source = drawn[part[0] :: part[1]] if len(drawn) >= part[1] else drawn
         own = self.trainable.parameters()
         self._count(len(source))
         with self._named(turn):

@@ -202,9 +202,10 @@ class StrategyChoice(BaseModel):
 
     name: str = "fedavg"
     """`fedavg`, `fedavg_product`, `fedprox`, `fedadam`, `fedyogi`, `trimmed_mean`, `median`, `krum`, `cobo` (a model
-    for each, pulled towards those that agree), `comigs` (experts that are shared and experts of one's own), `ditto`,
-    `finetuned`, `ifca`, `grouped` (baselines of personal models), `local` (no exchange) or `centralised` (all records
-    in one place: a baseline that only a simulation can run)."""
+    for each, pulled towards those that agree), `comigs` (experts that are shared and experts of one's own), `clustered`
+    (a model for each group that gradients make), `ditto`, `finetuned`, `ifca`, `grouped` (baselines of personal
+    models), `local` (no exchange) or `centralised` (all records in one place: a baseline that only a simulation can
+    run)."""
     rounds: Annotated[int, Field(ge=1)] = 3
     """Exchanges between coordinator and clients."""
 

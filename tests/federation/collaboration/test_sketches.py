@@ -37,22 +37,57 @@ def test_a_sketch_is_linear_and_follows_from_its_seed() -> None:
     assert not torch.allclose(gradient_sketch(g, 16, 5), gradient_sketch(g, 16, 6))
 
 
+def halves(members: torch.Tensor, seed: int, *, noise: float = 0.6) -> tuple[torch.Tensor, torch.Tensor]:
+    """Members of a group agree but for noise, and gradients sum to zero, as where one model suits all on average."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(int(members.max()) + 1, 64, generator=generator)
+    both = [centres[members] + noise * torch.randn(len(members), 64, generator=generator) for _ in range(2)]
+    first, second = (one - one.mean(0) for one in both)
+    return first, second
+
+
 def test_groups_that_pull_apart_are_found() -> None:
-    """Members of a group agree, and all gradients sum to zero, as they do where one model suits all on average."""
-    generator = torch.Generator().manual_seed(0)
-    centres = torch.randn(4, 64, generator=generator)
     members = torch.tensor([0, 1, 0, 2, 3, 1, 2, 3, 0, 1, 2, 3])
-    sketches = centres[members] + 0.3 * torch.randn(12, 64, generator=generator)
-    sketches -= sketches.mean(0)
+    first, second = halves(members, 0)
 
-    assert sketch_groups(sketches).tolist() == members.tolist()
+    assert sketch_groups(first, second, most=6).tolist() == members.tolist()
     # lengths do not matter
-    assert sketch_groups(sketches * torch.rand(12, 1, generator=generator)).tolist() == members.tolist()
+    lengths = torch.rand(12, 1, generator=torch.Generator().manual_seed(1)) + 0.1
+    assert sketch_groups(first * lengths, second, most=6).tolist() == members.tolist()
+    # nor does the order of members
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(2))
+    turned = sketch_groups(first[order], second[order], most=6)
+    same = members[order][:, None] == members[order]
+    assert torch.equal(turned[:, None] == turned, same)
 
 
-@pytest.mark.parametrize("n", [0, 1, 2])
+def test_no_more_groups_are_made_than_may_be() -> None:
+    members = torch.arange(24) % 8
+    first, second = halves(members, 3)
+    assert len(sketch_groups(first, second, most=12).unique()) == 8
+    assert len(sketch_groups(first, second, most=3).unique()) <= 3
+
+
+def test_groups_that_one_half_has_and_the_other_has_not_are_none() -> None:
+    members = torch.arange(16) % 4
+    first = halves(members, 0)[0]
+    found = [
+        len(sketch_groups(first, halves(members[torch.randperm(16)], seed)[1], most=8).unique()) for seed in (5, 6)
+    ]
+    assert sketch_groups(*halves(members, 0), most=8).max() == 3
+    assert found == [1, 1]
+
+
+@pytest.mark.parametrize("n", [8, 30])
+def test_members_of_one_kind_are_mostly_one_group(n: int) -> None:
+    """A test at a level of a tenth: of forty draws, at most a quarter."""
+    cut = sum(bool(sketch_groups(torch.randn(n, 64), torch.randn(n, 64), most=n).any()) for _ in range(40))
+    assert cut <= 10
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3])
 def test_few_members_are_one_group(n: int) -> None:
-    assert sketch_groups(torch.randn(n, 8)).tolist() == [0] * n
+    assert sketch_groups(torch.randn(n, 8), torch.randn(n, 8), most=4).tolist() == [0] * n
 
 
 @pytest.mark.parametrize("rows", [2, 1000])

@@ -16,6 +16,9 @@ from allmend.federation.collaboration.graph import number_of
 BLOCK = 16_384
 """Coordinates whose columns of S are made at a time."""
 
+INTERCHANGES, LEVEL = 199, 0.1
+"""Of members at random, and the share of them that may part groups as well as the groups that were found."""
+
 ROWS = 1024
 """Members whose cosines with all others are held at a time."""
 
@@ -70,27 +73,59 @@ def nearest(sketches: torch.Tensor, count: int, *, first: int = 0) -> torch.Tens
     return torch.unique(torch.cat(found)) if n and found else torch.zeros(0, dtype=torch.int64)
 
 
-def sketch_groups(sketches: torch.Tensor) -> torch.Tensor:
+def sketch_groups(first: torch.Tensor, second: torch.Tensor, *, most: int, seed: int = 0) -> torch.Tensor:
     """Groups of members whose gradients at one point agree, int64 [n], counted from 0 in the order of their members.
 
     At a point that suits all on average gradients sum to zero, so that those of strangers are opposed on average, but
     a third of them agree by chance: signs tell little. Average linkage of 1 − cosine, cut where its heights have the
-    widest gap, needs no number of groups.
+    widest gap, needs no number of groups; only cuts into groups of two and more on average are looked at.
+
+    Such a cut there always is. Whether it says anything is asked of the halves: groups of one half's gradients, cut
+    into as many, must have larger cosines within than across in the other half's, by more than where its members are
+    interchanged at random. Otherwise all are one group.
 
     Args:
-        sketches: [n, k].
+        first, second: [n, k], sketches of the gradients of two halves of each member's records.
+        most: groups at most.
+        seed: of the interchanges.
     """
-    n = len(sketches)
-    if n < 3:
+    n = len(first)
+    if n < 4 or most < 2:
         return torch.zeros(n, dtype=torch.int64)  # one distance has no gap
-    distances = (1 - cosines(sketches)).clamp_min(0).numpy()
-    np.fill_diagonal(distances, 0.0)
-    tree = linkage(squareform((distances + distances.T) / 2, checks=False), method="average")
-    heights = tree[:, 2]
-    gaps = np.diff(heights)
-    cut = int(gaps.argmax())
-    labels = fcluster(tree, (heights[cut] + heights[cut + 1]) / 2, criterion="distance")
-    return torch.tensor(numbered(labels.tolist()))
+    both = torch.nn.functional.normalize(first.double(), dim=1) + torch.nn.functional.normalize(second.double(), dim=1)
+    tree = _linkage(cosines(both))
+    fewest = max(0, n - 1 - min(most, n // 2))  # joints that are made whatever the cut
+    cut = n - 1 - fewest - int(np.diff(tree[:, 2])[fewest:].argmax())
+    halves = [cosines(one).numpy() for one in (first, second)]
+    labels = [_cut(_linkage(torch.from_numpy(one)), cut) for one in halves]
+    generator = np.random.default_rng(seed)
+
+    def apart(order: np.ndarray) -> float:
+        return sum(_apart(own, other[order][:, order]) for own, other in zip(labels, halves[::-1], strict=True))
+
+    found = apart(np.arange(n))
+    as_large = sum(apart(generator.permutation(n)) >= found for _ in range(INTERCHANGES))
+    if (1 + as_large) / (1 + INTERCHANGES) > LEVEL:
+        return torch.zeros(n, dtype=torch.int64)
+    return torch.tensor(numbered(_cut(tree, cut).tolist()))
+
+
+def _linkage(near: torch.Tensor) -> np.ndarray:
+    distances = (1 - near).clamp_min(0).fill_diagonal_(0).numpy()
+    tree: np.ndarray = linkage(squareform((distances + distances.T) / 2, checks=False), method="average")
+    return tree
+
+
+def _cut(tree: np.ndarray, groups: int) -> np.ndarray:
+    labels: np.ndarray = fcluster(tree, groups, criterion="maxclust")
+    return labels
+
+
+def _apart(labels: np.ndarray, near: np.ndarray) -> float:
+    """Mean cosine within groups less that across."""
+    same, pair = labels[:, None] == labels, ~np.eye(len(labels), dtype=bool)
+    within, across = near[same & pair], near[~same]
+    return float(within.mean() if len(within) else 0.0) - float(across.mean() if len(across) else 0.0)
 
 
 def numbered(labels: Sequence[int]) -> list[int]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from allmend.federation.strategies.centralised import Centralised
+from allmend.federation.strategies.clustered import Clustered
 from allmend.federation.strategies.cobo import CoBo
 from allmend.federation.strategies.comigs import CoMiGS
 from allmend.federation.strategies.ditto import Ditto
@@ -30,6 +31,7 @@ STRATEGIES: dict[str, type[Any]] = {
     "krum": Krum,
     "cobo": CoBo,
     "comigs": CoMiGS,
+    "clustered": Clustered,
     "ditto": Ditto,
     "finetuned": FineTuned,
     "ifca": IFCA,

@@ -68,7 +68,15 @@ PATIENCE = 3
 class ProbingClient(Client, Protocol):
     """A member whose gradient can be asked for anywhere."""
 
-    def gradient(self, at: Tensors, turn: Turn, *, records: int | None = None, held_out: bool = False) -> Tensors: ...
+    def gradient(
+        self,
+        at: Tensors,
+        turn: Turn,
+        *,
+        records: int | None = None,
+        held_out: bool = False,
+        part: tuple[int, int] = (0, 1),
+    ) -> Tensors: ...
 
 
 @dataclass(frozen=True, kw_only=True)
