@@ -10,8 +10,10 @@ from allmend.check import audited
 from allmend.data.packing import pack
 from allmend.federation.arm import strategy_of, tokens_per_round
 from allmend.learn.objective import log_likelihood
+from allmend.mixtures.routing import TABLE as ROUTING
+from allmend.mixtures.routing import planned_routing
 from allmend.prepare import Prepared, checkpoints_of
-from allmend.results import BASE, InfluenceByMember
+from allmend.results import BASE, InfluenceByMember, RoutingTable
 from allmend.run import RunFolder
 
 TRAIN_COST = 2.7
@@ -41,6 +43,8 @@ def work_ahead(prepared: Prepared, run: RunFolder | None = None) -> dict[str, fl
         work |= planned_work(prepared, [BASE, *audited(recipe)], recipe.audit, run)
     if run is None or run.read_table(TABLE, InfluenceByMember) is None:
         work |= planned_influence(prepared)
+    if run is None or run.read_table(ROUTING, RoutingTable) is None:
+        work |= planned_routing(prepared)
     return work
 
 

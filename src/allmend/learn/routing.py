@@ -1,6 +1,6 @@
 """Who answers, token by token: the gates of a mixture of experts on texts and records."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,23 +50,40 @@ def token_gates(mixture: Mixture, ids: torch.Tensor) -> torch.Tensor:
     return routing(mixture.model, batch)
 
 
-def usage(mixture: Mixture, records: Sequence[Encoded], *, most: int = MOST) -> Usage | None:
+def first_records(records: Sequence[Encoded], most: int = MOST) -> list[Encoded]:
+    """Those whose tokens come to no more than so many, and the first one in any case; none without a token."""
+    found: list[Encoded] = []
+    tokens = 0
+    for record in records:
+        tokens += len(record)
+        if found and tokens > most:
+            break
+        if len(record):
+            found.append(record)
+    return found
+
+
+def usage(
+    mixture: Mixture,
+    records: Sequence[Encoded],
+    *,
+    most: int = MOST,
+    on_tokens: Callable[[int], None] = lambda tokens: None,
+) -> Usage | None:
     """How a mixture's experts are used on records: on every token that is read, prompts and templates included.
 
     Args:
         mixture: with the state that is asked about.
         records: without branches, as for training.
-        most: tokens in all: the first records up to so many, and the first one in any case.
+        most: tokens in all: see `first_records`.
+        on_tokens: told the tokens of each record.
 
     Returns:
         None where there is no token.
     """
     sums: list[torch.Tensor] = []
-    tokens: list[int] = []
-    for record in records:
-        if tokens and sum(tokens) + len(record) > most:
-            break
-        if len(record):
-            sums.append(token_gates(mixture, record.ids).double().sum(1).cpu())
-            tokens.append(len(record))
-    return Usage(torch.stack(sums), tuple(tokens)) if tokens else None
+    read = first_records(records, most)
+    for record in read:
+        sums.append(token_gates(mixture, record.ids).double().sum(1).cpu())
+        on_tokens(len(record))
+    return Usage(torch.stack(sums), tuple(map(len, read))) if read else None

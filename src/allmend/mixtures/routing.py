@@ -5,7 +5,7 @@ measures its own (`own`), and the coordinator cannot.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from allmend import intervals
@@ -15,7 +15,8 @@ from allmend.events import Warned
 from allmend.federation.arm import FOLDERS
 from allmend.federation.member import Member
 from allmend.federation.strategies.comigs import CoMiGS
-from allmend.learn.routing import layers_with_experts, usage
+from allmend.learn.routing import first_records, layers_with_experts, usage
+from allmend.meter import Meter
 from allmend.mixtures.collapse import collapsed
 from allmend.models.load import LoadedModel
 from allmend.models.mixture import Mixture, load_mixture, remove_mixture
@@ -25,6 +26,9 @@ from allmend.results import ArmRouting, Estimate, MemberRouting, RoutingTable
 from allmend.run import EventLog, RunFolder
 
 TABLE = "routing"
+
+PHASE = "routing "
+"""Begins the name of a run's phase, which its arm ends."""
 
 
 def mixing(recipe: Recipe) -> list[str]:
@@ -38,14 +42,23 @@ def write_routing(run: RunFolder, prepared: Prepared, log: EventLog) -> None:
     Raises:
         UserError: a mixture cannot be read, or the operating system refused.
     """
-    arms = mixing(prepared.recipe)
-    if not arms or run.read_table(TABLE, RoutingTable) is not None:
+    if not mixing(prepared.recipe) or run.read_table(TABLE, RoutingTable) is not None:
         return
-    found = [routing_of_arm(run, prepared, name) for name in arms]
+    found: list[ArmRouting] = []
+    for phase, tokens in planned_routing(prepared).items():
+        meter = Meter(log.emit, phase, tokens)
+        found.append(routing_of_arm(run, prepared, phase.removeprefix(PHASE), on_tokens=meter.add))
+        meter.done()
     for arm in found:
         for warning in arm.warnings:
             log.emit(Warned(message=warning))
     run.write_table(TABLE, RoutingTable(arms=tuple(found)))
+
+
+def planned_routing(prepared: Prepared) -> dict[str, float]:
+    """The phases and what each reads, in tokens."""
+    read = sum(len(one) for member in prepared.members for one in first_records(_read_of(member)))
+    return {f"{PHASE}{name}": float(read) for name in mixing(prepared.recipe)}
 
 
 def read_routing(out: Path | str, name: str | None = None, *, model: LoadedModel | None = None) -> ArmRouting:
@@ -118,7 +131,9 @@ def mixed(model: LoadedModel, folder: Path) -> Iterator[Mixture]:
         remove_mixture(mixture)
 
 
-def routing_of_arm(run: RunFolder, prepared: Prepared, arm: str) -> ArmRouting:
+def routing_of_arm(
+    run: RunFolder, prepared: Prepared, arm: str, *, on_tokens: Callable[[int], None] = lambda tokens: None
+) -> ArmRouting:
     """Who answers in an arm, on records that each member holds out, or those of its target where it holds out none."""
     members = {member.name: member for member in prepared.members}
     layers: list[int] = []
@@ -126,7 +141,7 @@ def routing_of_arm(run: RunFolder, prepared: Prepared, arm: str) -> ArmRouting:
     for name, folder in folders(run, arm).items():
         with mixed(prepared.model, folder) as mixture:
             layers = layers_with_experts(mixture)
-            if (one := routing_of_member(mixture, members[name])) is not None:
+            if (one := routing_of_member(mixture, members[name], on_tokens=on_tokens)) is not None:
                 found.append(one)
     return as_arm(arm, layers, found)
 
@@ -137,24 +152,21 @@ def as_arm(arm: str, layers: Sequence[int], members: Sequence[MemberRouting]) ->
     return ArmRouting(arm=arm, layers=tuple(layers), members=tuple(members), warnings=tuple(warnings))
 
 
-def routing_of_member(mixture: Mixture, member: Member) -> MemberRouting | None:
-    """Who answers in a mixture on records that its member holds out, or else on its target; None without either."""
-    return measured(mixture, member.name, member.held_out or member.target, target=not member.held_out)
+def _read_of(member: Member) -> Sequence[Encoded]:
+    return member.held_out or member.target
 
 
-def measured(mixture: Mixture, name: str, records: Sequence[Encoded], *, target: bool = False) -> MemberRouting | None:
-    """Who answers in a mixture on records.
+def routing_of_member(
+    mixture: Mixture, member: Member, *, on_tokens: Callable[[int], None] = lambda tokens: None
+) -> MemberRouting | None:
+    """Who answers in a mixture on records that its member holds out, or else on its target; None without either.
 
     Args:
         mixture: with the member's state.
-        name: of the member.
-        records: to read, as for training.
-        target: whether they are what its routers have learnt from.
-
-    Returns:
-        None where there is nothing to read.
+        member: its records.
+        on_tokens: told the tokens of each record that is read.
     """
-    used = usage(mixture, records)
+    used = usage(mixture, _read_of(member), on_tokens=on_tokens)
     if used is None:
         return None
     there = mixture.present.cpu().bool()
@@ -162,9 +174,9 @@ def measured(mixture: Mixture, name: str, records: Sequence[Encoded], *, target:
     gates = used.gates[:, :, there]
     mass = gates[:, :, :shared].sum(-1)  # [records, layers]
     return MemberRouting(
-        member=name,
+        member=member.name,
         records=len(used.tokens),
-        target=target,
+        target=not member.held_out,
         shared=shared,
         own=int(there.sum()) - shared,
         mass=tuple(_share(column.tolist(), used.tokens) for column in mass.T),
