@@ -13,14 +13,16 @@ from allmend import load_model, tune
 from allmend.data.chat import Encoder
 from allmend.data.files import load_client
 from allmend.errors import UserError
-from allmend.events import Warned
+from allmend.events import PhaseDone, RunStarted, Warned
 from allmend.learn.routing import token_gates
 from allmend.mixtures.collapse import collapsed
 from allmend.mixtures.routing import mixed, read_routing
 from allmend.models.mixture_layers import MixtureMLP
+from allmend.prepare import prepare, read_frozen
 from allmend.recipe import Fields
 from allmend.results import Estimate, MemberRouting, RoutingTable
 from allmend.run import RunFolder
+from allmend.workload import work_ahead
 
 
 def test_the_table_has_each_members_gates_on_its_held_out_records(run: RunFolder, tiny_folder: Path) -> None:
@@ -137,3 +139,12 @@ def test_a_run_without_mixtures_has_no_table(tiny_folder: Path, tmp_path: Path) 
     assert "Who answers" not in (run.path / "report.html").read_text()
     with pytest.raises(UserError, match="no arm has mixtures"):
         read_routing(run.path)
+
+
+def test_it_is_a_phase_of_the_run_as_long_as_was_foreseen(run: RunFolder) -> None:
+    prepared = prepare(read_frozen(run), run.path.parent)
+    (started,) = (event for event in run.history() if isinstance(event, RunStarted))
+    (done,) = (event for event in run.history() if isinstance(event, PhaseDone) and event.phase == "routing comigs")
+    assert started.work["routing comigs"] == done.tokens == work_ahead(prepared)["routing comigs"]
+    assert done.tokens == sum(one.overall.n for one in read_routing(run.path).members)
+    assert "routing comigs" not in work_ahead(prepared, run)
