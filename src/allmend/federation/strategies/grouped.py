@@ -24,6 +24,7 @@ class Grouped(SeveralModels):
 
     name = "grouped"
     choice = "the shared parameters of the member's group"
+    stays = "the model and the optimiser of a member of no group"
 
     def __post_init__(self) -> None:
         super().__post_init__()

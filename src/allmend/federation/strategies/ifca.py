@@ -36,6 +36,7 @@ class IFCA(SeveralModels):
 
     name = "ifca"
     choice = "all models, of which the member takes the one that has the lowest loss on its training records"
+    stays = "which of them that is"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,26 +56,16 @@ class IFCA(SeveralModels):
         drawn = list(super().plan(state, turn, members))
         if turn.round > 1:
             return {name: Task(turn, dict(state.tensors)) for name in drawn}
+        # the models are all the same still
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.groups) % 2**63)
         lots = {drawn[place]: lot for lot, place in enumerate(torch.randperm(len(drawn), generator=generator).tolist())}
-        return {name: self._first(state, turn, lots[name] % self.groups) for name in drawn}
-
-    def _first(self, state: State, turn: Turn, group: int) -> Task:
-        """One of the models, which are all the same still."""
-        return Task(turn, grouped(f"model-{group}", self.model(state.tensors, group)))
+        return {name: Task(turn, dict(state.tensors), {"model": lots[name] % self.groups}) for name in drawn}
 
     def work(self, task: Task, client: Client) -> Reply:
-        models = {group: model for group in range(self.groups) if (model := self.model(task.tensors, group))}
-        if not models:
+        if not task.tensors:
             return Reply()
-        member = cast(LosingClient, client)
-        group = next(iter(models))
-        if len(models) > 1:
-            losses = {
-                group: member.loss(model, task.turn, records=self.probe_records or None)
-                for group, model in models.items()
-            }
-            group = min(losses, key=lambda group: losses[group])
+        models = [self.model(task.tensors, group) for group in range(self.groups)]
+        group = int(task.facts["model"]) if "model" in task.facts else self._lowest(models, task.turn, client)
         client.state.facts["model"] = group
         if task.turn.leg == RETURN:
             client.state.tensors = client.state.tensors | grouped("model", models[group])
@@ -82,3 +73,11 @@ class IFCA(SeveralModels):
         trained = client.train(models[group], task.turn)
         client.state.tensors = client.state.tensors | grouped("model", trained.tensors)
         return self.reply(group, models[group], trained, client)
+
+    def _lowest(self, models: Sequence[Tensors], turn: Turn, client: Client) -> int:
+        """The place of the model that a member loses least under, the first of several."""
+        if len(models) == 1:
+            return 0
+        member = cast(LosingClient, client)
+        losses = [member.loss(model, turn, records=self.probe_records or None) for model in models]
+        return losses.index(min(losses))

@@ -38,6 +38,8 @@ class SeveralModels(FedAvg):
     shares = False
     choice: ClassVar[str] = ""
     """How a member comes to its model, in words."""
+    stays: ClassVar[str] = ""
+    """What stays at a member, in words."""
 
     @property
     def count(self) -> int:
@@ -52,7 +54,7 @@ class SeveralModels(FedAvg):
             summed=dict(declared.summed)
             | {"update": "change of the model that the member trains times number of records, apart for each model"}
             | of_models,
-            kept="which model is the member's",
+            kept=self.stays,
             numbers=declared.numbers | of_models.keys(),
         )
 

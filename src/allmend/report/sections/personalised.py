@@ -14,7 +14,7 @@ MOST = 40
 """Clients that the chart has room for."""
 
 ALIKE = 1.05
-"""Times as many parameters as another arm that still count as equally many: a mixture has routers beside its experts."""
+"""Times as many parameters that still count as equally many: a mixture has routers beside its experts."""
 
 
 def personalised(evidence: Evidence) -> Html:
@@ -34,8 +34,8 @@ def personalised(evidence: Evidence) -> Html:
         paragraph(tag("strong", in_words(found))) if found.against else None,
         _chart(evidence, found),
         table(
-            "Loss per token (nats), mean over clients (95 % interval); for a client, bytes from the coordinator (down) and to "
-            "it (up), optimiser steps and passes",
+            "Loss per token (nats), mean over clients (95 % interval); for a client, bytes from the coordinator (down) "
+            "and to it (up), optimiser steps and passes",
             head if found.against else [name for name in head if not name.startswith("Minus")],
             [row if found.against else [*row[:3], *row[4:]] for row in arm_rows(found)],
         ),
