@@ -206,7 +206,7 @@ def test_without_an_arm_that_trains_alone_one_must_be_named(tmp_path: Path) -> N
     assert table.against is None
     assert all(arm.difference is None for arm in table.arms)
     assert all(row.difference is None and row.paid is None for row in table.members)
-    assert "No arm trains alone" in notes_of(table)[0]
+    assert "No finished arm trains alone" in notes_of(table)[0]
     assert compare_arms(made, "own").members[0].paid is True
     shown = CliRunner().invoke(app, ["personalise", "compare", str(made.path)], env={"COLUMNS": "100"})
     assert shown.exit_code == 0, shown.output

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.padding import Padding
 
 from allmend.cli.as_json import AsJson, print_json
-from allmend.cli.figures import ABSENT, show_sections
+from allmend.cli.figures import show_sections
 
 if TYPE_CHECKING:
     from allmend.report.markup import Cell
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 _DIFFERENCE = 3
 """Place of the figure whose interval stands beside it."""
+
+_COST = 5
+"""Place of the first figure of what an arm costs."""
 
 
 def compare(
@@ -51,11 +54,14 @@ def show_personalised(console: Console, table: "PersonalisedTable") -> None:
     from allmend.report.numbers import thousandths
     from allmend.report.sections.personalised import arm_rows, in_words, notes_of, paid_in_words
 
-    widths = (14, 6, 10, 25, 6, 8, 8, 7, 8)
-    heads = ("", "loss", "perplexity", f"minus {table.against or ABSENT}", "regret", "down", "up", "steps", "passes")
     rows = [[_line(cell, under=place == _DIFFERENCE) for place, cell in enumerate(row)] for row in arm_rows(table)]
+    columns = {"": 16, "loss": 8, "perplexity": 10, f"minus {table.against}": 25, "worst regret": 12}
+    shown = [place for place in range(len(columns)) if table.against or place != _DIFFERENCE]
+    columns = {name: width for place, (name, width) in enumerate(columns.items()) if place in shown}
     title = "Each client's own held-out records: nats per token, mean over clients"
-    show_sections(console, title, dict(zip(heads, widths, strict=True)), {"": rows})
+    show_sections(console, title, columns, {"": [[row[place] for place in shown] for row in rows]})
+    columns = {"": 16, "down": 8, "up": 10, "steps": 8, "passes": 8}
+    show_sections(console, "What it took for a client", columns, {"": [[row[0], *row[_COST:]] for row in rows]})
     title = f"Did working together pay, against {table.against}?" if table.against else "By client"
     console.print(f"[bold]{escape(title)}[/bold]", highlight=False)
     for row in table.members:

@@ -127,11 +127,12 @@ def notes_of(found: PersonalisedTable) -> list[str]:
     notes = []
     if found.against is None:
         notes.append(
-            "No arm trains alone, so that it cannot be told for whom working together paid: add one with the strategy "
-            "local, or compare with another arm (allmend personalise compare --against ARM)."
+            "No finished arm trains alone, so that it cannot be told for whom working together paid: add one with the "
+            "strategy local, or compare with another arm (allmend personalise compare --against ARM)."
         )
     reference = next((arm for arm in found.arms if arm.arm == found.against), found.arms[0])
-    if other := [arm for arm in found.arms if not arm.simulated and arm.steps != reference.steps and arm.steps]:
+    known = [arm for arm in found.arms if arm.steps and not arm.simulated] if reference.steps else []
+    if other := [arm for arm in known if arm.steps != reference.steps]:
         named = ", ".join(f"{arm.arm} ({_spread(arm.steps, numbers.count).shown})" for arm in other)
         notes.append(
             f"Not at equal steps: clients’ models take {_spread(reference.steps, numbers.count).shown} steps in "
@@ -139,8 +140,9 @@ def notes_of(found: PersonalisedTable) -> list[str]:
         )
     sizes: dict[int, list[str]] = {}
     for arm in found.arms:
-        sizes.setdefault(arm.trainable, []).append(arm.arm)
-    if max(sizes) > ALIKE * min(sizes):
+        if arm.trainable:
+            sizes.setdefault(arm.trainable, []).append(arm.arm)
+    if sizes and max(sizes) > ALIKE * min(sizes):
         named = "; ".join(f"{numbers.count(size)} in {', '.join(names)}" for size, names in sizes.items())
         notes.append(
             f"Not with equally many parameters that learn: {named}. Between arms of different size it is not working "
@@ -182,7 +184,7 @@ def _chart(evidence: Evidence, found: PersonalisedTable) -> Html | None:
 def _bar(evidence: Evidence, row: PersonalisedMember, difference: Estimate) -> Row:
     arm = str(row.together)
     ends = numbers.interval(difference, numbers.signed_thousandths)
-    shown = numbers.signed_thousandths(difference.value) + (f" ({ends})" if ends else "")
-    tip = f"{row.member}: {arm}\n{shown} nats per token"
+    shown = numbers.signed_thousandths(difference.value)
+    tip = f"{row.member}: {arm}\n{shown}{f' ({ends})' if ends else ''} nats per token"
     color = look(evidence, arm)
     return Row(arm, row.member, color, difference.value, f"{shown} {arm}", tip, difference.low, difference.high)
