@@ -149,7 +149,7 @@ CASES: dict[str, tuple[Callable[[], None], tuple[str, ...]]] = {
     ),
     "an unknown strategy": (
         lambda: replace("recipe.toml", '"fedavg"', '"fedsgd"'),
-        ("strategy", "line 18", "'fedsgd'", "centralised, cobo, comigs, fedadam", "local"),
+        ("strategy", "line 18", "'fedsgd'", "centralised, clustered, cobo, comigs", "local"),
     ),
     "an option of another strategy": (
         lambda: replace("recipe.toml", '"fedavg"', '"local"\nparticipation = 0.5'),

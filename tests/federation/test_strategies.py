@@ -40,7 +40,7 @@ def test_the_recipes_seed_reaches_the_strategies_that_have_one() -> None:
     assert options_of("fedavg") == {"participation": 1.0}
 
 
-TOYS = sorted(set(STRATEGIES) - {"fedavg_product", "cobo", "comigs"})
+TOYS = sorted(set(STRATEGIES) - {"fedavg_product", "clustered", "cobo", "comigs"})
 """Strategies that do not mind what learns; the others have their own tests of the same."""
 
 LEAVES_OUT = {"finetuned"}

@@ -203,7 +203,10 @@ def test_halves_of_the_records_are_parts_of_the_gradient(
     turn, at = Turn(1, RETURN, 3), trainable.state()
     whole = client.gradient(at, turn)
     halves = [client.gradient(at, turn, part=(half, 2)) for half in range(2)]
-    tokens = [sum(int((record.target & (record.position > 0)).sum()) for record in client.records[half::2]) for half in range(2)]
+    tokens = [
+        sum(int((record.target & (record.position > 0)).sum()) for record in client.records[half::2])
+        for half in range(2)
+    ]
     for name, tensor in whole.items():
         mean = sum(count * half[name] for count, half in zip(tokens, halves, strict=True)) / sum(tokens)
         assert torch.allclose(mean, tensor, atol=1e-6), name
