@@ -1,16 +1,19 @@
 """`allmend routing` and `allmend personalise export` on the terminal."""
 
+import io
 import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from tests.mixtures.conftest import NAMES, made, write_records
 from typer.testing import CliRunner, Result
 
 from allmend import tune
 from allmend.cli import app
-from allmend.cli.routing import BARS, strip
+from allmend.cli.routing import BARS, show_routing, strip
 from allmend.errors import UserError
+from allmend.results import ArmRouting, Estimate, MemberRouting
 from allmend.run import RunFolder
 
 
@@ -42,7 +45,7 @@ def test_one_layer(run: RunFolder) -> None:
     known = json.loads(allmend("routing", run.path, "--json").output)["members"][0]
     shown = allmend("routing", run.path, "--layer", 1).output
     (line,) = (line for line in shown.splitlines() if line.startswith(known["member"]))
-    assert f" {known['mass'][1]['value']:.2f} (" in line
+    assert line.split()[1] == f"{known['mass'][1]['value']:.2f}" != f"{known['overall']['value']:.2f}"
     assert "(layer 1)" in shown
 
 
@@ -60,6 +63,26 @@ def test_lines_fit_the_terminal(run: RunFolder, columns: int) -> None:
     shown = allmend("routing", run.path, columns=columns).output
     assert all(len(line) <= columns for line in shown.splitlines())
     assert all(sum(line.startswith(name) for line in shown.splitlines()) == 1 for name in NAMES)
+
+
+@pytest.mark.parametrize("columns", [80, 100, 140])
+def test_many_layers_and_long_names_fit_the_terminal(columns: int) -> None:
+    share = Estimate(value=0.5, low=0.4, high=0.6, n=9)
+    members = [
+        MemberRouting(
+            member=letter * 27, records=1, shared=1, own=1, mass=(share,) * 48, overall=share, gates=((0.5, 0.5),) * 48
+        )
+        for letter in "ab"
+    ]
+    console = Console(width=columns, record=True, file=io.StringIO())
+    show_routing(console, ArmRouting(arm="comigs", layers=tuple(range(48)), members=tuple(members)))
+    lines = console.export_text().splitlines()
+    assert all(len(line) <= columns for line in lines)
+    for letter in "ab":
+        (line,) = (line for line in lines if line.startswith(letter * 10))
+        assert "0.50 (0.40 to 0.60)" in line
+        assert line.count("▅") == min(48, columns - min(27, columns - 55) - 41)
+        assert (letter * 27 in line) == (columns >= 100)
 
 
 def test_a_text_for_each_client_or_one(run: RunFolder, tmp_path: Path) -> None:
@@ -102,6 +125,7 @@ def test_a_text_that_is_none(run: RunFolder, tmp_path: Path) -> None:
 def test_bars_are_as_high_as_values() -> None:
     assert strip([0.0, 0.49, 0.51, 1.0], 10) == "▁▄▅█"
     assert strip([0.0, 0.0, 1.0, 1.0], 2) == "▁█"
+    assert strip([0.0, 1.0, 1.0, 0.0], 2) == "▅▅"
     assert len(strip([0.5] * 31, 24)) == 24
 
 

@@ -3,11 +3,16 @@
 import json
 import stat
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import torch
 from tests.consortium.conftest import Place
 
+from allmend import load_model
 from allmend.errors import UserError
+from allmend.learn.routing import token_gates
+from allmend.mixtures.routing import mixed
 from allmend.models.tensors import read_tensors
 from allmend.results import ArmRouting
 
@@ -19,18 +24,21 @@ MIXTURE = {
 }
 
 
-def test_routing_and_texts_are_with_the_member_alone(make_place: Callable[..., Place]) -> None:
+def test_routing_and_texts_are_with_the_member_alone(make_place: Callable[..., Place], tiny_folder: Path) -> None:
     place = make_place(**MIXTURE)
 
     run = place.coordinate()
 
+    clients = {client.member.name: client.member for _, _, client in place.asked}
     assert not (run.path / "results" / "routing.json").exists()
     assert not list(run.path.rglob("mixture"))
     for name, side in place.sides.items():
         (folder,) = side.folder.glob("runs/*/arms/comigs")
         (member,) = (routing := ArmRouting.model_validate_json((folder / "routing.json").read_bytes())).members
         assert (routing.arm, routing.layers, member.member) == ("comigs", (0, 1), name)
-        assert (folder / "mixture").is_dir()
+        with mixed(load_model(str(tiny_folder), device="cpu"), folder / "mixture") as mixture:
+            found = [token_gates(mixture, record.ids) for record in clients[name].held_out]
+        assert torch.allclose(torch.tensor(member.gates), torch.cat(found, dim=1).mean(1), atol=1e-6)
         page = folder / "routing.html"
         assert stat.S_IMODE(page.stat().st_mode) == 0o600
         assert f"{name}-" in page.read_text()

@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from allmend.report.frame import WIDTH
@@ -50,6 +50,7 @@ def test_a_block_holds_the_whole_text(pieces: list[tuple[str, float]]) -> None:
 @given(
     st.lists(st.tuples(st.text(alphabet="abc \n日", min_size=1, max_size=90), st.floats(0, 1)), min_size=1, max_size=12)
 )
+@example([("a" * 200 + "日" * 70, 0.5)])
 def test_a_picture_holds_every_letter_within_its_width_and_no_two_in_one_place(pieces: list[tuple[str, float]]) -> None:
     found = boxes(text_picture([text(*pieces)]))
     written = "".join("".join(words for *_, words in found).split())

@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from allmend.report.routed_text import RoutedText
     from allmend.results import ArmRouting, MemberRouting
 
+_STRIP = "layer by layer"
 BARS = "▁▂▃▄▅▆▇█"
-LETTERS = 22
-"""Longest names of clients."""
+FIGURES = {"generalists": 19, "lowest": 9, "highest": 9}
+"""Columns between a client's name and its layers."""
 
 
 def routing(
@@ -114,9 +115,10 @@ def show_routing(console: Console, arm: "ArmRouting", layer: int | None = None) 
     """Print a line for each client: the weight of the generalists, and how it goes through the layers."""
     from allmend.report.sections.routing import ends_of, read_in_words
 
-    longest = max(6, *(len(member.member) for member in arm.members))
-    columns = {"client": min(LETTERS, longest), "generalists": 19, "lowest": 9, "highest": 9}
-    room = max(8, console.width - sum(columns.values()) - len(columns))
+    taken = sum(FIGURES.values()) + len(FIGURES) + 1
+    longest = min(max(6, *(len(member.member) for member in arm.members)), console.width - taken - len(_STRIP))
+    columns = {"client": longest} | FIGURES
+    room = console.width - longest - taken
     rows = []
     for member in arm.members:
         shown = member.overall if layer is None else member.mass[arm.layers.index(layer)]
@@ -124,7 +126,7 @@ def show_routing(console: Console, arm: "ArmRouting", layer: int | None = None) 
         bars = strip([mass.value for mass in member.mass], room)
         # without a router all the weight is on the one expert
         rows.append((escape(member.member), plain(shown), *(ends if member.routed else (ABSENT, ABSENT)), bars))
-    columns["layer by layer"] = max(14, *(len(row[-1]) for row in rows))
+    columns[_STRIP] = max(len(_STRIP), *(len(row[-1]) for row in rows))
     where = "mean over layers" if layer is None else f"layer {layer}"
     show_sections(console, f"Weight of the generalists in {arm.arm} ({where})", columns, {"": rows})
     console.print(
