@@ -7,6 +7,7 @@ numbers in the place of a language model; local, FedAvg, FedAvg with local steps
 number of groups, all to all and a random graph of equal density with the same pull, the true graph, the true groups.
 
     python benchmarks/cobo_digits.py [--seeds 5] [--members 80] [--rounds 400] [--settings perm mild] [--quick]
+    python benchmarks/cobo_digits.py --scaling 80 400 2000
 
 Pull and step of the graph (ρ 0.03 and 0.01, γ 100) are those that were chosen by another seed, 100, which is not among
 the seeds here. Of fine-tuning the steps and of Ditto the λ with the best test accuracy are shown, in their favour.
@@ -38,6 +39,8 @@ GAMMA = 100.0
 TUNING = (1, 3, 10, 30)
 LAMBDAS = (0.01, 0.1, 1.0)
 NEIGHBOURS, COMMON = 7, 1 / 8
+ALL_PAIRS = 400
+"""Members up to which every pair has a weight in the comparison of sizes."""
 
 
 @dataclass(frozen=True)
@@ -244,9 +247,13 @@ def pulled(at: World, rounds: int, w: torch.Tensor, rho: float) -> torch.Tensor:
 def sketched(at: World, rounds: int, size: int = 256, first: int = 50) -> tuple[torch.Tensor, int]:
     """Groups from sketches of gradients at one point, after some rounds of FedAvg; then FedAvg in each."""
     point = averaged(at, first, torch.zeros_like(at.group))
-    found = gradients(point, at.x, at.y)
-    sketches = torch.stack([gradient_sketch({"w": one}, size, 0) for one in found])
-    groups = sketch_groups(sketches)
+    halves = [
+        torch.stack(
+            [gradient_sketch({"w": one}, size, 0) for one in gradients(point, at.x[:, half::2], at.y[:, half::2])]
+        )
+        for half in range(2)
+    ]
+    groups = sketch_groups(halves[0], halves[1], most=20)
     return averaged(at, rounds, groups), len(groups.unique())
 
 
@@ -291,6 +298,38 @@ def one_seed(setting: str, members: int, rounds: int, seed: int) -> tuple[dict[s
     return {name: accuracy(w, at) for name, w in ways.items()}, found, at, count
 
 
+def scaling(settings: Sequence[str], sizes: Sequence[int], rounds: int) -> None:
+    """One seed of each size: what it takes and what comes of it, with all pairs, with neighbours, with groups."""
+    for setting in settings:
+        for members in sizes:
+            at = world(setting, members, 0)
+            every = CoBo(rho=RHO[setting] * 80 / members, graph_step=GAMMA, geometry="factors", probe_records=IMAGES)
+            near = replace(every, rho=RHO["perm"], neighbours=NEIGHBOURS, common_rounds=COMMON)
+            for name, strategy in (("all pairs", every), (f"{NEIGHBOURS} neighbours", near)):
+                if strategy is every and members > ALL_PAIRS:
+                    continue
+                found = cobo(strategy, at, rounds, every=rounds)
+                gradients = 2 * found.probes + (members if strategy is near else 0)
+                figure(
+                    f"{setting}, {members} members, CoBo with {name}",
+                    f"{accuracy(found.w, at):.1f} %; {gradients / rounds:.0f} gradients, "
+                    f"{found.bytes_up / rounds / members / 1e3:.1f} kB from a member and "
+                    f"{found.seconds / rounds:.2f} s a round; precision and recall "
+                    + " and ".join(f"{part:.2f}" for part in found.history[-1][1:]),
+                )
+            start = time.perf_counter()
+            w, groups = sketched(at, rounds)
+            spent = time.perf_counter() - start
+            others = {
+                f"{groups} groups by sketches ({spent / rounds:.3f} s a round)": w,
+                "local": pulled(at, rounds, torch.zeros(members, members), 0.0),
+                "FedAvg, then local steps": tuned(at, rounds),
+                "true groups": averaged(at, rounds, at.group),
+            }
+            for name, w in others.items():
+                figure(f"{setting}, {members} members, {name}", f"{accuracy(w, at):.1f} %")
+
+
 def shown(one: Estimate, sign: str = "") -> str:
     return f"{one.value:{sign}.1f}" + ("" if one.low is None else f" ({one.low:{sign}.1f} to {one.high:{sign}.1f})")
 
@@ -333,11 +372,15 @@ def main() -> None:
     parser.add_argument("--members", type=int, default=80)
     parser.add_argument("--rounds", type=int, default=400)
     parser.add_argument("--settings", nargs="+", choices=tuple(RHO), default=tuple(RHO))
+    parser.add_argument("--scaling", nargs="+", type=int, metavar="MEMBERS", help="sizes to compare instead, one seed")
     parser.add_argument("--quick", action="store_true", help="one seed, 40 members, 60 rounds, one setting")
     options = parser.parse_args()
     print(machine(), flush=True)
     if options.quick:
         run("perm", 40, 60, range(1))
+        return
+    if options.scaling:
+        scaling(options.settings, options.scaling, options.rounds)
         return
     for setting in options.settings:
         run(setting, options.members, options.rounds, range(options.seeds))
