@@ -26,6 +26,15 @@ def test_number(value: float, shown: str) -> None:
     assert numbers.number(value) == shown
 
 
+@pytest.mark.parametrize(
+    ("value", "plain", "signed"),
+    [(2.3141, "2.314", "+2.314"), (-0.0126, "−0.013", "−0.013"), (0.0001, "0.000", "0.000"), (math.nan, "–", "–")],
+)
+def test_losses_to_a_thousandth(value: float, plain: str, signed: str) -> None:
+    assert numbers.thousandths(value) == plain
+    assert numbers.signed_thousandths(value) == signed
+
+
 def test_shares_and_points() -> None:
     assert numbers.percent(0.5512) == "55.1\u202f%"
     assert numbers.points(0.2) == "+20.0"

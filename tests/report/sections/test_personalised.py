@@ -1,0 +1,102 @@
+"""Did working together pay: the section and its card, from tables that are made up."""
+
+from pathlib import Path
+
+import pytest
+
+from allmend.events import ArmStarted
+from allmend.report.evidence import Evidence
+from allmend.report.findings.usefulness import paid
+from allmend.report.sections.personalised import arm_rows, personalised
+from allmend.results import Estimate, PersonalisedArm, PersonalisedMember, PersonalisedTable
+
+
+def loss(value: float) -> Estimate:
+    return Estimate(value=value, n=100)
+
+
+def gap(value: float, half: float) -> Estimate:
+    return Estimate(value=value, low=value - half, high=value + half, n=100)
+
+
+def made(*, against: str | None = "local") -> PersonalisedTable:
+    arms = (
+        PersonalisedArm(
+            arm="cobo",
+            strategy="cobo",
+            loss=loss(2.0),
+            difference=gap(-0.3, 0.1) if against else None,
+            regret=0.2,
+            regretting="<b>",
+            steps={"a": 4, "<b>": 6},
+            passes={"a": 1.0, "<b>": 1.0},
+        ),
+        PersonalisedArm(arm="local", strategy="local", alone=True, loss=loss(2.3), regret=0.8, regretting="a"),
+    )
+    members = (
+        PersonalisedMember(
+            member="a",
+            losses={"cobo": loss(2.0), "local": loss(2.8)},
+            best="cobo",
+            together="cobo",
+            difference=gap(-0.8, 0.1) if against else None,
+        ),
+        PersonalisedMember(
+            member="<b>",
+            losses={"cobo": loss(2.0), "local": loss(1.8)},
+            best="local",
+            together="cobo",
+            difference=gap(0.2, 0.3) if against else None,
+        ),
+    )
+    return PersonalisedTable(against=against, arms=arms, members=members)
+
+
+def evidence(table: PersonalisedTable | None) -> Evidence:
+    arms = {name: ArmStarted(arm=name, strategy=name, round=1, rounds=1, trainable=1) for name in ("cobo", "local")}
+    return Evidence(Path("run"), arms=arms, personalised=table)
+
+
+def test_there_is_no_section_where_no_arm_has_personal_models() -> None:
+    assert personalised(evidence(None)) == ""
+    assert paid(evidence(None)) is None
+
+
+def test_the_best_is_in_bold_and_names_are_escaped() -> None:
+    page = personalised(evidence(made()))
+    assert "<strong>2.000</strong>" in page
+    assert "<strong>1.800</strong>" in page
+    assert page.count("<strong>") == 2 + 1 + 1  # the sentence, and the chart's title
+    assert "<b>" not in page
+    assert "&lt;b&gt;" in page
+
+
+def test_without_an_arm_to_compare_with_there_are_no_differences_and_no_verdict() -> None:
+    page = personalised(evidence(made(against=None)))
+    assert "Minus" not in page
+    assert "Did it pay?" not in page
+    assert "<figure" not in page
+    assert "No finished arm trains alone" in page
+    assert paid(evidence(made(against=None))) is None
+
+
+def test_the_card_counts_who_is_better_off() -> None:
+    card = paid(evidence(made()))
+    assert card is not None
+    assert card.figure == "1 of 2"
+    assert "for 1 it cannot be told" in card.sentence
+    assert "cobo is best among these arms (−0.30 nats per token" in card.sentence
+
+
+def test_figures_that_parties_share_stand_once_and_others_as_a_span() -> None:
+    first, second = ([getattr(cell, "shown", cell) for cell in row] for row in arm_rows(made()))
+    assert first[-2:] == ["4–6", "1.0"]
+    assert second[-2:] == ["–", "–"]
+    assert second[3] == "–"
+
+
+@pytest.mark.parametrize(("value", "half", "answer"), [(-0.2, 0.1, True), (0.2, 0.1, False), (-0.2, 0.3, None)])
+def test_it_paid_where_the_interval_lies_below_zero(value: float, half: float, answer: bool | None) -> None:
+    row = PersonalisedMember(member="a", losses={}, best="cobo", together="cobo", difference=gap(value, half))
+    assert row.paid is answer
+    assert row.model_copy(update={"difference": loss(value)}).paid is None
