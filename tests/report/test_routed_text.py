@@ -6,6 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
 
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -58,6 +59,16 @@ def test_a_picture_holds_every_letter_within_its_width_and_no_two_in_one_place(p
     assert all(x + wide <= WIDTH + ADVANCE / 2 for x, _, wide, _ in found)
     for (x, y, wide, _), (next_x, next_y, _, _) in pairwise(found):
         assert next_y > y or (next_y == y and next_x >= x + wide - 0.11)
+
+
+def test_the_space_between_two_lines_is_left_out() -> None:
+    found = boxes(text_picture([text(("a" * 60, 0.2), (" word", 0.8), (" b", 0.8))]))
+    assert [(x, words) for x, _, _, words in found] == [
+        (0, "a" * 60),
+        (0, "word"),
+        (pytest.approx(4 * ADVANCE, abs=0.1), "b"),
+    ]
+    assert found[1][2] == pytest.approx(4 * ADVANCE, abs=0.1)
 
 
 def test_colours_are_those_of_the_weights() -> None:

@@ -149,12 +149,14 @@ def _drawn(text: RoutedText, colours: Shades) -> Html:
         for place, line in enumerate(piece.text.expandtabs(4).split("\n")):
             if place:
                 x, y = 0, y + 1
+            wrapped = False
             for part in _cut(line, longest - x, longest):
                 if part is None:
-                    x, y = 0, y + 1
+                    x, y, wrapped = 0, y + 1, True
                     continue
-                wide = _columns(part)
-                parts.append(_box(part, piece.mass, colours, x * ADVANCE, y * LINE, wide * ADVANCE))
+                shown = part.removeprefix(" ") if wrapped else part  # the space between two lines
+                wide, wrapped = _columns(shown), False
+                parts.append(_box(shown, piece.mass, colours, x * ADVANCE, y * LINE, wide * ADVANCE))
                 x += wide
     return svg(f"{text.title}: {in_words(text)}", (y + 1) * LINE, *parts)
 
