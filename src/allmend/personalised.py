@@ -173,10 +173,10 @@ def _arm_row(
 
 def _work(run: RunFolder, recipe: Recipe, arm: Arm) -> tuple[dict[str, int], dict[str, float]]:
     """Each party's optimiser steps, and its passes over its records; nothing where the checkpoint is not here."""
-    newest = checkpoints_of(run, recipe, arm.name).newest()
+    states = checkpoints_of(run, recipe, arm.name).members((LEARNT,))
     steps: dict[str, int] = {}
     passes: dict[str, float] = {}
-    for name, state in sorted(newest.members.items() if newest else ()):
+    for name, state in states.items():
         steps[name] = int(state.facts.get("steps", 0))
         if (learnt := state.tensors.get(LEARNT)) is not None:
             passes[name] = (float(learnt[:, 0].sum()) + float(state.facts.get(ASIDE, 0.0))) / len(learnt)

@@ -143,3 +143,22 @@ def test_a_full_disk_keeps_the_checkpoint_before(
     assert same(checkpoints.newest(), checkpoint(1))
     checkpoints.save(checkpoint(2))
     assert same(checkpoints.newest(), checkpoint(2))
+
+
+def test_members_states_can_be_had_with_a_few_tensors_alone(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, "recipe/arm")
+    assert checkpoints.members(("model/b",)) == {}
+    for number in (1, 2):
+        checkpoints.save(checkpoint(number))
+    found, whole = checkpoints.members(("model/b", "step", "nothing")), checkpoint(2).members
+    assert found.keys() == whole.keys()
+    for name, state in found.items():
+        assert state.facts == whole[name].facts
+        assert state.tensors.keys() == whole[name].tensors.keys() & {"model/b", "step"}
+        assert all(torch.equal(tensor, whole[name].tensors[key]) for key, tensor in state.tensors.items())
+    with pytest.raises(UserError, match="another recipe"):
+        Checkpoints(tmp_path, "other/arm").members(())
+    file = tmp_path / "round-000002" / "members" / "north.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(UserError, match="truncated"):
+        checkpoints.members(())

@@ -2,18 +2,19 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from allmend.errors import UserError
-from allmend.models.tensors import JSON, read_tensors, write_tensors
+from allmend.models.tensors import JSON, read_some, read_tensors, write_tensors
 from allmend.run import folder_atomic, write_atomic
 from allmend.strategy import State
 
 _SERVER = "server.safetensors"
 _BEGUN = "begun.json"
+_SUFFIX = ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,21 @@ class Checkpoints:
         members = {name: self._read(_of_member(newest, name))[0] for name in metadata["members"]}
         return Checkpoint(metadata["round"], server, members, metadata["took_part"])
 
+    def members(self, names: Collection[str]) -> dict[str, State]:
+        """The members' states in the newest checkpoint, with no tensors but these; empty before the first round.
+
+        What is read does not grow with what learns.
+
+        Raises:
+            UserError: one is damaged or belongs to another recipe.
+        """
+        found = {}
+        for path in sorted((self._folders()[-1] / "members").glob(f"*{_SUFFIX}")) if self._folders() else ():
+            tensors, metadata = read_some(path, names)
+            self._check(path, metadata)
+            found[path.name.removesuffix(_SUFFIX)] = State(tensors, metadata["facts"])
+        return found
+
     def _folders(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("round-*") if path.is_dir())
 
@@ -109,14 +125,17 @@ class Checkpoints:
 
     def _read(self, path: Path) -> tuple[State, dict[str, Any]]:
         tensors, metadata = read_tensors(path)
+        self._check(path, metadata)
+        return State(tensors, metadata["facts"]), metadata
+
+    def _check(self, path: Path, metadata: Mapping[str, Any]) -> None:
         if metadata.get("identity") != self.identity:
             raise UserError(
                 "the checkpoint belongs to another recipe",
                 where=path,
                 hint="Resume with the recipe that the run was started with, or start a new run in another folder.",
             )
-        return State(tensors, metadata["facts"]), metadata
 
 
 def _of_member(folder: Path, name: str) -> Path:
-    return folder / "members" / f"{name}.safetensors"
+    return folder / "members" / f"{name}{_SUFFIX}"

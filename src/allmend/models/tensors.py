@@ -12,13 +12,13 @@ import json
 import math
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
@@ -109,6 +109,22 @@ def read_tensors(path: Path) -> tuple[Tensors, dict[str, Any]]:
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror or error}", where=path) from error
     return parse(data, where=path)
+
+
+def read_some(path: Path, names: Collection[str]) -> tuple[Tensors, dict[str, Any]]:
+    """Those tensors of `read_tensors` that have these names, and the metadata; no other tensor is read.
+
+    Raises:
+        UserError: the file cannot be read, or is not such a file.
+    """
+    there = layout(path).keys() & set(names)
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in sorted(there)}
+            metadata = json.loads((file.metadata() or {}).get(KEY, "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"does not hold named tensors: {error}", where=path) from error
+    return tensors, metadata
 
 
 @dataclass(frozen=True, slots=True)
