@@ -106,11 +106,8 @@ def _of_graph(prepared: "Prepared", arm: Arm) -> Iterator[str]:
         return
     strategy = strategy_of(arm, seed=0)
     assert isinstance(strategy, CoBo)
-    rounds, candidates = arm.strategy.rounds, n * (n - 1) / 2
-    if strategy.neighbours:
-        rounds -= strategy.rounds_together(rounds)
-        candidates = min(candidates, n * strategy.neighbours)  # at most: who is near may find each other
-    visits = rounds * min(1.0, strategy.pairs_per_member * (n - 1) / 2 / candidates)
+    rounds = arm.strategy.rounds - strategy.rounds_together(arm.strategy.rounds)
+    visits = rounds * strategy.probes_of_a_pair(n)
     if 0 < visits < FEW_VISITS:
         fewer = "" if strategy.neighbours else ", or let clients look among few with strategy.neighbours"
         yield (

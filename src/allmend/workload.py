@@ -9,6 +9,7 @@ from allmend.audit_runs.runs import planned_work
 from allmend.check import audited
 from allmend.data.packing import pack
 from allmend.federation.arm import strategy_of, tokens_per_round
+from allmend.federation.beside import tokens_beside
 from allmend.learn.objective import log_likelihood
 from allmend.mixtures.routing import TABLE as ROUTING
 from allmend.mixtures.routing import planned_routing
@@ -37,7 +38,9 @@ def work_ahead(prepared: Prepared, run: RunFolder | None = None) -> dict[str, fl
         if run is None or not run.scores(name).exists():
             done = 0 if run is None else checkpoints_of(run, recipe, name).newest_round()
             members, whole = prepared.parties(arm)
-            work[f"train {name}"] = TRAIN_COST * (arm.strategy.rounds - done) * tokens_per_round(whole, members)
+            left = (arm.strategy.rounds - done) / arm.strategy.rounds
+            tokens = arm.strategy.rounds * tokens_per_round(whole, members) + tokens_beside(strategy, whole, members)
+            work[f"train {name}"] = TRAIN_COST * left * tokens
             work[f"evaluate {name}"] = asked * (1 if strategy.shares else len(prepared.members))
     if prepared.canaries:
         work |= planned_work(prepared, [BASE, *audited(recipe)], recipe.audit, run)

@@ -182,6 +182,12 @@ class CoBo:
         """How many of a run's rounds have one model for all."""
         return max(1, round(self.common_rounds * rounds)) if self.neighbours else 0
 
+    def probes_of_a_pair(self, members: int) -> float:
+        """How often a pair is compared in a round with all of these members, on average; with neighbours at least."""
+        every = members * (members - 1) / 2
+        candidates = min(every, members * self.neighbours) if self.neighbours else every
+        return min(1.0, self.pairs_per_member * (members - 1) / 2 / candidates) if candidates else 0.0
+
     def _together(self, turn: Turn) -> bool:
         return turn.round <= self.rounds_together(turn.rounds)
 
