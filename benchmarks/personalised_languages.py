@@ -25,12 +25,12 @@ from sklearn.metrics import roc_auc_score
 
 from _measure import figure, machine, with_data
 from allmend import make_recipe, tune
-from allmend.collaborators import read_graph
+from allmend.collaborators import read_collaborators
 from allmend.intervals import mean, paired_difference
 from allmend.learn.evaluate import Score
 from allmend.learn.scores import read_scores
 from allmend.prepare import read_frozen
-from allmend.results import Estimate
+from allmend.results import ArmGraph, Estimate
 from allmend.run import RunFolder
 
 LANGUAGES = ("de", "fr", "es", "nl")
@@ -262,7 +262,8 @@ def pairs(data: Path, out: Path, size: Size, seeds: int) -> None:
         others = {"local": lora("local"), "fedavg": lora("fedavg"), "grouped": lora("grouped", groups=told_groups)}
         run = played(out / f"pairs-{seed}", recipe(members, size, seed, **rounds(cobo, size), compare=others))
         found.append(losses(run, seed))
-        graph = read_graph(run, read_frozen(run))
+        graph = read_collaborators(run, read_frozen(run))
+        assert isinstance(graph, ArmGraph)
         same = [graph.members[pair.one][:2] == graph.members[pair.other][:2] for pair in graph.pairs]
         areas.append(float(roc_auc_score(same, [pair.weight for pair in graph.pairs])))
     tell("two members for each language", joined(found), "cobo")

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from allmend import make_recipe, tune
 from allmend.cli import app
-from allmend.collaborators import collaborating, graph_of, groups_of, read_graph
+from allmend.collaborators import collaborating, graph_of, groups_of, groups_of_state, read_collaborators
 from allmend.errors import UserError
 from allmend.federation.collaboration.graph import Graph, every_pair, pair_of
 from allmend.federation.strategies.cobo import CoBo
@@ -58,7 +58,7 @@ def test_the_graph_is_among_the_results(run: RunFolder, recipe: Recipe) -> None:
     table = run.read_table("collaborators", CollaboratorsTable)
     assert table is not None
     (graph,) = table.arms
-    assert graph == read_graph(run, recipe)
+    assert graph == read_collaborators(run, recipe)
     assert graph.members == tuple(CLIENTS)
     assert [(pair.one, pair.other) for pair in graph.pairs] == [(0, 1), (0, 2), (1, 2)]
     assert graph.round == 4
@@ -77,16 +77,16 @@ def test_each_member_leaves_with_an_adapter(run: RunFolder) -> None:
 
 
 def test_the_graph_as_it_was(run: RunFolder, recipe: Recipe) -> None:
-    first, last = (read_graph(run, recipe, "cobo", round=round) for round in (1, 4))
+    first, last = (read_collaborators(run, recipe, "cobo", round=round) for round in (1, 4))
 
-    assert last == read_graph(run, recipe)
+    assert last == read_collaborators(run, recipe)
     assert first.round == 1
     assert all(pair.last <= 1 for pair in first.pairs)
     assert first.visits <= last.visits
     with pytest.raises(UserError, match="there is no round 5: 4 are done"):
-        read_graph(run, recipe, round=5)
+        read_collaborators(run, recipe, round=5)
     with pytest.raises(UserError, match=r"'local' has no graph.*\n.*cobo"):
-        read_graph(run, recipe, "local")
+        read_collaborators(run, recipe, "local")
 
 
 def test_arms_without_a_graph_have_none(recipe: Recipe) -> None:
@@ -106,6 +106,68 @@ def test_it_is_in_the_report_and_on_the_terminal(run: RunFolder, tmp_path: Path)
 
     told = CliRunner().invoke(app, ["collaborators", f"{run.path}:cobo", "--round", "2", "--json"])
     assert json.loads(told.output)["round"] == 2
+
+
+@pytest.fixture(scope="module")
+def in_groups(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """Six clients of two languages, far apart."""
+    folder = tmp_path_factory.mktemp("groups")
+    names = [f"{kind}-{number}" for number in range(3) for kind in ("de", "nl")]
+    generator = random.Random(1)
+    for name in names:
+        words = "Haus und Hof {}" if name.startswith("de") else "0 1 0 1 0 1 {}"
+        rows = [
+            {"id": f"{name}{i}", "prompt": "?", "response": words.format(generator.randrange(99))} for i in range(24)
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = recipe.model_dump(exclude={"compare", "strategy", "clients"}, exclude_none=True)
+    own = {"name": "clustered", "rounds": 4, "common_rounds": 0.5}
+    clients = [{"name": name, "data": f"{name}.jsonl"} for name in names]
+    return tune(make_recipe(values | {"strategy": own, "clients": clients}), folder / "run", base=folder)
+
+
+def test_groups_are_among_the_results_in_the_report_and_on_the_terminal(in_groups: RunFolder) -> None:
+    table = in_groups.read_table("collaborators", CollaboratorsTable)
+    assert table is not None
+    (found,) = table.grouped
+    assert found.count == 2
+    assert {one.member[:2]: one.group for one in found.members} == {"de": 0, "nl": 1}
+    assert all(one.own is not None and one.next is not None and one.own > one.next for one in found.members)
+    assert "6 clients stand in 2 groups" in (in_groups.path / "report.html").read_text()
+
+    shown = CliRunner().invoke(app, ["collaborators", str(in_groups.path)])
+    assert shown.exit_code == 0, shown.output
+    assert "group 2" in shown.output
+    told = CliRunner().invoke(app, ["collaborators", str(in_groups.path), "--json"])
+    assert json.loads(told.output)["round"] == 2
+    for options, words in ((("--round", "1"), "found after round 2"), (("--svg", "x.svg"), "no graph to draw")):
+        refused = CliRunner().invoke(app, ["collaborators", str(in_groups.path), *options])
+        assert isinstance(refused.exception, UserError) or refused.exit_code == 2
+        assert words in f"{refused.exception} {refused.output}"
+    for name in ("de-0", "nl-2"):
+        assert (in_groups.arm("clustered") / "members" / name / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_who_is_alone_and_who_came_late_have_no_cosines_of_a_group() -> None:
+    sketches = torch.eye(4)[[0, 0, 0, 1]].repeat_interleave(2, 1)
+    facts: dict[str, Any] = {
+        "told": "a\nb\nc\nd",
+        "group/a": 0,
+        "group/b": 0,
+        "group/c": 0,
+        "group/d": -1,
+        "group/e": 0,
+    }
+
+    found = groups_of_state("clustered", State({"sketches": sketches}, facts), 3)
+
+    assert [one.member for one in found.members] == ["a", "b", "c", "e", "d"]
+    assert found.alone == ["d"]
+    by_name = {one.member: one for one in found.members}
+    assert by_name["a"].own == pytest.approx(1)
+    assert by_name["a"].next is None
+    assert (by_name["d"].own, by_name["d"].next) == (None, 0)
+    assert (by_name["e"].own, by_name["e"].next) == (None, None)
 
 
 @pytest.mark.parametrize(

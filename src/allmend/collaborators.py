@@ -1,4 +1,4 @@
-"""Who works with whom in a run: the graph that CoBo has found, read from an arm's checkpoint."""
+"""Who works with whom in a run: graphs and groups that members have found, read from an arm's checkpoint."""
 
 import math
 from dataclasses import dataclass, replace
@@ -14,12 +14,13 @@ from allmend.errors import UserError
 from allmend.federation.arm import strategy_of
 from allmend.federation.collaboration.graph import DENSE, Graph
 from allmend.federation.collaboration.probes import WEIGHT, empty_log
-from allmend.federation.collaboration.sketches import numbered
+from allmend.federation.collaboration.sketches import cosines, numbered
+from allmend.federation.strategies.clustered import ALONE, Clustered, groups_in, has_groups, members_told
 from allmend.federation.strategies.cobo import CoBo, graph_of_state, members_of
 from allmend.parquet import write_rows
 from allmend.prepare import checkpoints_of
 from allmend.recipe import Arm, Recipe
-from allmend.results import TOGETHER, ArmGraph, CollaboratorsTable, Pair
+from allmend.results import TOGETHER, ArmGraph, ArmGroups, CollaboratorsTable, Grouped, Pair
 from allmend.run import RunFolder
 from allmend.strategy import State
 
@@ -48,45 +49,53 @@ class Probe:
 
 
 def collaborating(recipe: Recipe) -> list[Arm]:
-    """Arms of a recipe whose members are pulled towards each other."""
-    return [arm for arm in recipe.arms().values() if arm.strategy.name == CoBo.name]
+    """Arms of a recipe whose members are pulled towards each other, or find groups."""
+    return [arm for arm in recipe.arms().values() if arm.strategy.name in (CoBo.name, Clustered.name)]
 
 
-def write_graphs(run: RunFolder, recipe: Recipe) -> None:
-    """Keep the graphs of all arms that have one, as a table of the run and a log of probes beside each arm.
+def write_collaborators(run: RunFolder, recipe: Recipe) -> None:
+    """Keep the graphs and groups of all arms that have them, as a table of the run, and a log of probes beside an arm.
 
     Raises:
         UserError: the operating system refused, or a checkpoint cannot be read.
     """
-    arms = collaborating(recipe)
-    if not arms:
-        return
-    found = []
-    for arm in arms:
-        if (state := _state(run, recipe, arm)) is not None:
-            found.append(graph_of(arm.name, state[0], state[1], _strategy(arm, recipe)))
+    found: list[ArmGraph | ArmGroups] = []
+    for arm in collaborating(recipe):
+        if (state := _state(run, recipe, arm)) is None:
+            continue
+        strategy = strategy_of(arm, seed=recipe.seed)
+        if isinstance(strategy, CoBo):
+            found.append(graph_of(arm.name, *state, strategy))
             write_rows(run.arm(arm.name) / LOG, Probe, _probes(state[0]))
-    run.write_table(TABLE, CollaboratorsTable(arms=tuple(found)))
+        elif isinstance(strategy, Clustered) and has_groups(state[0]):
+            found.append(groups_of_state(arm.name, state[0], strategy.rounds_together(arm.strategy.rounds)))
+    if found:
+        graphs = tuple(one for one in found if isinstance(one, ArmGraph))
+        grouped = tuple(one for one in found if isinstance(one, ArmGroups))
+        run.write_table(TABLE, CollaboratorsTable(arms=graphs, grouped=grouped))
 
 
-def read_graph(run: RunFolder, recipe: Recipe, name: str | None = None, *, round: int | None = None) -> ArmGraph:
-    """The graph of an arm as it is, or as it was after a round.
+def read_collaborators(
+    run: RunFolder, recipe: Recipe, name: str | None = None, *, round: int | None = None
+) -> ArmGraph | ArmGroups:
+    """The graph of an arm as it is, or as it was after a round; or its groups, which are found once.
 
     Args:
         run: finished or not.
         recipe: of the run.
-        name: of the arm; the recipe's first one with a graph when None.
+        name: of the arm; the recipe's first one with a graph or groups when None.
         round: counts from 1; the last one when None.
 
     Raises:
-        UserError: no arm has a graph, or not this one; no round is done yet, or not so many.
+        UserError: no arm has a graph or groups, or not this one; no round is done yet, or not so many; groups are not
+            found yet, or were not after that round.
     """
     arms = {arm.name: arm for arm in collaborating(recipe)}
     if not arms or (name is not None and name not in arms):
         raise UserError(
-            f"arm {name!r} has no graph of members" if name else "no arm has a graph of members",
+            f"arm {name!r} has no graph or groups of members" if name else "no arm has a graph or groups of members",
             where=run.path,
-            hint=f"Arms that do: {', '.join(arms)}." if arms else "The strategy cobo finds one.",
+            hint=f"Arms that do: {', '.join(arms)}." if arms else "The strategies cobo and clustered find them.",
         )
     arm = arms[name] if name else next(iter(arms.values()))
     state = _state(run, recipe, arm)
@@ -95,7 +104,14 @@ def read_graph(run: RunFolder, recipe: Recipe, name: str | None = None, *, round
     server, done = state
     if round is not None and not 1 <= round <= done:
         raise UserError(f"there is no round {round}: {done} are done", where="--round")
-    return graph_of(arm.name, server, round or done, _strategy(arm, recipe), past=round is not None and round < done)
+    strategy = strategy_of(arm, seed=recipe.seed)
+    if isinstance(strategy, CoBo):
+        return graph_of(arm.name, server, round or done, strategy, past=round is not None and round < done)
+    assert isinstance(strategy, Clustered)
+    first = strategy.rounds_together(arm.strategy.rounds)
+    if not has_groups(server) or (round or done) < first:
+        raise UserError(f"groups of arm {arm.name!r} are found after round {first}", where=run.arm(arm.name))
+    return groups_of_state(arm.name, server, first)
 
 
 def graph_of(arm: str, state: State, round: int, strategy: CoBo, *, past: bool = False) -> ArmGraph:
@@ -168,10 +184,29 @@ def groups_of(graph: Graph) -> list[int]:
     return numbered(fcluster(tree, TOGETHER, criterion="distance").tolist())
 
 
-def _strategy(arm: Arm, recipe: Recipe) -> CoBo:
-    strategy = strategy_of(arm, seed=recipe.seed)
-    assert isinstance(strategy, CoBo)
-    return strategy
+def groups_of_state(arm: str, state: State, round: int) -> ArmGroups:
+    """The groups that a coordinator's state has, with cosines of the gradients that they come from.
+
+    Args:
+        arm: its name.
+        state: the coordinator's, once groups are found.
+        round: after which they were.
+    """
+    group = groups_in(state)
+    told = members_told(state)
+    near = cosines(state.tensors["sketches"])
+    rows = []
+    for name in sorted(group, key=lambda name: (group[name] < 0, group[name], name)):
+        means: dict[int, float] = {}
+        if name in told:
+            others = [other for other in told if other != name]
+            for of in {group[other] for other in others} - {ALONE}:
+                places = [told.index(other) for other in others if group[other] == of]
+                means[of] = float(near[told.index(name), places].mean())
+        rest = [mean for of, mean in means.items() if of != group[name]]
+        own = means.get(group[name])
+        rows.append(Grouped(member=name, group=group[name], own=own, next=max(rest, default=None)))
+    return ArmGroups(arm=arm, round=round, members=tuple(rows))
 
 
 def _state(run: RunFolder, recipe: Recipe, arm: Arm) -> tuple[State, int] | None:

@@ -18,7 +18,7 @@ from allmend.audit_runs.guarantees import privacy_table
 from allmend.audit_runs.learnt import NeverLearntError, write_learnt
 from allmend.audit_runs.runs import VIEWS, audit_arms, design_digest, write_cards
 from allmend.check import influenced
-from allmend.collaborators import write_graphs
+from allmend.collaborators import write_collaborators
 from allmend.data.canaries import write_canaries
 from allmend.events import (
     Event,
@@ -246,7 +246,7 @@ def _live(run: RunFolder, prepared: Prepared, listeners: Sequence[Listener], *, 
         main = prepared.recipe.strategy.name
         run.write_table("utility", utility_table(scores, main=main, seed=prepared.recipe.seed))
         run.write_table("privacy", privacy_table(run, prepared))
-        write_graphs(run, prepared.recipe)
+        write_collaborators(run, prepared.recipe)
         write_personalised(run, prepared.recipe)
         write_routing(run, prepared, log)
         if prepared.canaries:

@@ -21,7 +21,7 @@ from allmend.audit_runs.guarantees import privacy_table
 from allmend.audit_runs.learnt import write_learnt
 from allmend.audit_runs.runs import audit_arms, design_digest, write_cards
 from allmend.check import influence_problems, smallest_round
-from allmend.collaborators import write_graphs
+from allmend.collaborators import write_collaborators
 from allmend.consortium.gathering import Patience, WaitLog, fewest_of, gather
 from allmend.consortium.influence import measure
 from allmend.consortium.member import planned
@@ -144,7 +144,7 @@ class Coordination:
             self._arm(arm)
         self.run.write_table("utility", self._utility())
         self.run.write_table("privacy", privacy_table(self.run, self.prepared))
-        write_graphs(self.run, self.prepared.recipe)
+        write_collaborators(self.run, self.prepared.recipe)
         if self.prepared.canaries:
             audit_arms(self.run, self.prepared, self.log, self.recipe.audit)
         if self.aim is not None and self._owes_influence:

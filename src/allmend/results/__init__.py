@@ -16,12 +16,13 @@ from allmend.results.audit import (
     View,
     longest_prefix,
 )
-from allmend.results.collaborators import TOGETHER, ArmGraph, CollaboratorsTable, Pair
+from allmend.results.collaborators import TOGETHER, ArmGraph, ArmGroups, CollaboratorsTable, Grouped, Pair
 from allmend.results.comparison import ComparedModel, ComparedPair, Comparison
 from allmend.results.depth import KINDS_IN_WORDS, SEQUENTIAL, DepthLine, DepthSearch, DepthTable, Frontier
 from allmend.results.figures import BASE, MEMBERS, POOLED, Estimate, Spread, Table
 from allmend.results.influence import ArmInfluence, InfluenceByMember, LegTraffic, MemberInfluence, in_typical_scores
 from allmend.results.own import OwnRecord, OwnRecords, OwnTable
+from allmend.results.personal_audit import KeptByMembers, OverMembers, RankTest, Whose, member_of
 from allmend.results.personalised import PersonalisedArm, PersonalisedMember, PersonalisedTable
 from allmend.results.privacy import Budget, PrivacyTable
 from allmend.results.routing import ArmRouting, MemberRouting, RoutingTable
@@ -35,6 +36,7 @@ __all__ = [
     "SEQUENTIAL",
     "TOGETHER",
     "ArmGraph",
+    "ArmGroups",
     "ArmInfluence",
     "ArmRouting",
     "AuditTable",
@@ -54,13 +56,16 @@ __all__ = [
     "Exposure",
     "Extraction",
     "Frontier",
+    "Grouped",
     "InfluenceByMember",
+    "KeptByMembers",
     "Learnt",
     "LegTraffic",
     "LikelihoodGap",
     "MemberInfluence",
     "MemberRouting",
     "Membership",
+    "OverMembers",
     "OwnRecord",
     "OwnRecords",
     "OwnTable",
@@ -69,12 +74,15 @@ __all__ = [
     "PersonalisedMember",
     "PersonalisedTable",
     "PrivacyTable",
+    "RankTest",
     "RoutingTable",
     "Spread",
     "Table",
     "Utility",
     "UtilityTable",
     "View",
+    "Whose",
     "in_typical_scores",
     "longest_prefix",
+    "member_of",
 ]

@@ -4,21 +4,24 @@ from collections.abc import Iterable
 
 from pydantic import Field
 
-from allmend.results.figures import Estimate, Table
+from allmend.results.figures import BASE, Estimate, Table
+from allmend.results.personal_audit import SIGNIFICANT, KeptByMembers, RankTest, Whose
 
 
 class Cell(Table):
     """What a row of the audit is about: canaries of one number of copies, inserted ones or controls, in one model.
 
     Attributes:
-        model: `base` or the name of an arm.
+        model: `base`, the name of an arm, or `ARM/MEMBER` for a member's own model.
         copies: how often each of these canaries stood in the training data (or would have stood, for controls).
         inserted: False for the controls of that number of copies.
+        whose: canaries, in a member's own model: the member's or the others'; None for those of all.
     """
 
     model: str
     copies: int
     inserted: bool
+    whose: Whose | None = None
 
 
 class Extraction(Cell):
@@ -97,13 +100,15 @@ class Membership(Table):
     """How well a score tells what was trained on from what was not.
 
     Attributes:
-        model: `base` or the name of an arm.
-        records: what is told apart: `canaries`, or `records of NAME` (a client's training and held-out records).
+        model: as in `Cell`.
+        records: what is told apart: `canaries`, `records of NAME` (a client's training and held-out records), or
+            `validation records (ARM) of NAME` (those that its router alone learnt from).
         copies: of the canaries; None for records.
         score: `loss`, `ratio` (to the base model), `min-k`, `min-k++` or `zlib`.
         auc: area under the ROC curve, 0.5 for guessing; n counts members and non-members.
         tpr_at_1, tpr_at_01: share of members found at 1 % and at 0.1 % false positives, n counts members; None where
             there are too few non-members for such a rate (100 and 1,000).
+        whose: as in `Cell`.
     """
 
     model: str
@@ -113,23 +118,28 @@ class Membership(Table):
     auc: Estimate
     tpr_at_1: Estimate | None = None
     tpr_at_01: Estimate | None = None
+    whose: Whose | None = None
 
 
 class LikelihoodGap(Table):
-    """Counterfactual memorisation: mean log-likelihood per token (nats), inserted minus control canaries."""
+    """Counterfactual memorisation: mean log-likelihood per token (nats), inserted minus control canaries.
+
+    `model`, `copies` and `whose` are those of `Cell`.
+    """
 
     model: str
     copies: int
     inserted: Estimate
     control: Estimate
     gap: Estimate
+    whose: Whose | None = None
 
 
 class EpsilonBound(Table):
     """An empirical lower bound on ε from the canaries' coins and scores (one-run auditing).
 
     Attributes:
-        model: `base` or the name of an arm.
+        model: as in `Cell`.
         copies: of the canaries; None where all were used. With c copies the bound is on what c records together cost.
         epsilon: the largest ε that is rejected at `confidence`; 0 where none is.
         delta: at which it holds.
@@ -139,6 +149,7 @@ class EpsilonBound(Table):
         canaries: coins in all.
         accounted: the accountant's ε for one record at the same δ, where the arm has one.
         score: what the guesses were made from.
+        whose: as in `Cell`.
     """
 
     model: str
@@ -151,6 +162,7 @@ class EpsilonBound(Table):
     canaries: int
     accounted: float | None = None
     score: str = "ratio"
+    whose: Whose | None = None
 
 
 class View(Table):
@@ -203,6 +215,8 @@ class AuditTable(Table):
         design_changed: whether the audit's design is another than the one fixed before training; None where there
             was no training by a recipe.
         identifiers: what looks like personal data in the models' continuations, counted by model and kind.
+        ranks: whether members' own models know canaries, theirs and others', above chance.
+        members: what the models of an arm's members keep, over all of them.
     """
 
     extraction: tuple[Extraction, ...]
@@ -219,4 +233,33 @@ class AuditTable(Table):
     refused: tuple[str, ...] = ()
     design_changed: bool | None = None
     identifiers: dict[str, dict[str, int]] = Field(default_factory=dict)
+    ranks: tuple[RankTest, ...] = ()
+    members: tuple[KeptByMembers, ...] = ()
     seed: int
+
+    def of(self, whose: Whose | None, model: str | None = None) -> "AuditTable":
+        """The same with fewer rows: those on these canaries, and the base model's on all.
+
+        Args:
+            whose: canaries; None for the models that all members share.
+            model: one model besides the base; all when None.
+        """
+        rows = {
+            name: tuple(
+                row
+                for row in getattr(self, name)
+                if row.model == BASE or (row.whose == whose and model in (None, row.model))
+            )
+            for name in ("extraction", "gaps", "discoverable", "exposure", "membership", "epsilon")
+        }
+        personal = {test.model for test in self.ranks}
+        counts = {name: kinds for name, kinds in self.identifiers.items() if whose or name not in personal}
+        return self.model_copy(update=rows | {"identifiers": counts, "ranks": (), "members": ()})
+
+    def above_chance(self, whose: Whose) -> tuple[RankTest, ...]:
+        """Members' models that know such canaries above chance, so that any of them is here by chance in 5 % of audits.
+
+        That is Bonferroni's bound over all models of the audit, which holds however they depend on each other.
+        """
+        tests = [test for test in self.ranks if test.whose == whose]
+        return tuple(test for test in tests if test.p * len(tests) < SIGNIFICANT)

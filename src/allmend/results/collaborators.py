@@ -82,7 +82,48 @@ class ArmGraph(Table):
         return sum(pair.visits for pair in self.pairs) / len(self.pairs) if self.pairs else 0.0
 
 
+class Grouped(Table):
+    """A member and the group whose gradients pointed like its own.
+
+    Attributes:
+        member: name.
+        group: counted from 0; -1 where it trains alone.
+        own: mean cosine of its gradient with those of its group's others; None without any.
+        next: the same with the other group for which it is largest; None where there is none.
+    """
+
+    member: str
+    group: int
+    own: float | None = None
+    next: float | None = None
+
+
+class ArmGroups(Table):
+    """The groups of an arm in which changes are summed apart for each.
+
+    Attributes:
+        arm: name.
+        round: after which they were found.
+        members: group by group, those who train alone last.
+    """
+
+    arm: str
+    round: int
+    members: tuple[Grouped, ...]
+
+    @property
+    def count(self) -> int:
+        """Of groups with a model."""
+        return len({one.group for one in self.members if one.group >= 0})
+
+    @property
+    def alone(self) -> list[str]:
+        """Members that are in no sum."""
+        return [one.member for one in self.members if one.group < 0]
+
+
 class CollaboratorsTable(Table):
-    """`results/collaborators.json`: the graphs of a run, by arm."""
+    """`results/collaborators.json`: the graphs and the groups of a run, by arm."""
 
     arms: tuple[ArmGraph, ...]
+    grouped: tuple[ArmGroups, ...] = ()

@@ -114,12 +114,13 @@ class Clustered(SeveralModels):
                 tasks[name] = Task(turn)
         return tasks
 
-    def _groups(self, state: State, members: Sequence[str]) -> dict[int, list[str]]:
+    @staticmethod
+    def _groups(state: State, members: Sequence[str]) -> dict[int, list[str]]:
         """Those who are here, by group."""
         found: dict[int, list[str]] = {}
-        for name in sorted(members):
-            if (group := state.facts.get(f"group/{name}")) is not None:
-                found.setdefault(int(group), []).append(name)
+        for name, group in sorted(groups_in(state).items()):
+            if name in members:
+                found.setdefault(group, []).append(name)
         return found
 
     def work(self, task: Task, client: Client) -> Reply:
@@ -155,18 +156,19 @@ class Clustered(SeveralModels):
             for name, one in sorted(seen.items())
             if len(one.tensors) == HALVES
         }
-        return self._joined(state, told) if "sketches" in state.tensors else self._grouped(state, told)
+        return self._joined(state, told) if has_groups(state) else self._grouped(state, told)
 
     def _grouped(self, state: State, told: Mapping[str, torch.Tensor]) -> State:
         """Groups of those who have told where their gradients point; each begins with the model of all."""
         model = self.model(state.tensors, 0)
         places = torch.stack(list(told.values())) if told else torch.zeros(0, HALVES, self.sketch_size)
         found = sketch_groups(places[:, 0], places[:, 1], most=self.most_groups, seed=self.seed).tolist()
-        facts: Facts = {f"group/{name}": group for name, group in zip(told, found, strict=True)}
         small = {group for group in found if found.count(group) < self.min_group}
-        facts = {name: ALONE if group in small else group for name, group in facts.items()}
+        of = zip(told, found, strict=True)
+        facts: Facts = {f"group/{name}": ALONE if group in small else group for name, group in of}
         models = {n: t for group in range(self.count) for n, t in grouped(f"model-{group}", model).items()}
         own = {"sketches": places.sum(1), "members": torch.tensor(found)}
+        facts["told"] = "\n".join(told)
         return State(state.tensors | models | grouped("common", model) | own, state.facts | facts)
 
     def _joined(self, state: State, told: Mapping[str, torch.Tensor]) -> State:
@@ -178,3 +180,18 @@ class Clustered(SeveralModels):
             near = torch.nn.functional.cosine_similarity(place.sum(0)[None], sketches, dim=1)
             facts[f"group/{name}"] = max(large, key=lambda g: float(near[found == g].mean()), default=ALONE)
         return State(state.tensors, state.facts | facts)
+
+
+def has_groups(state: State) -> bool:
+    """Whether the coordinator knows of groups yet."""
+    return "sketches" in state.tensors
+
+
+def groups_in(state: State) -> dict[str, int]:
+    """Each member's group as the coordinator knows it; -1 where it trains alone."""
+    return {name.removeprefix("group/"): int(group) for name, group in state.facts.items() if name.startswith("group/")}
+
+
+def members_told(state: State) -> list[str]:
+    """Members whose sketches made the groups, in their order."""
+    return [name for name in str(state.facts["told"]).split("\n") if name]

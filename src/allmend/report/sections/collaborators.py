@@ -6,7 +6,7 @@ from allmend.report import numbers
 from allmend.report.evidence import Evidence
 from allmend.report.heat_map import HeatCell, heat_map
 from allmend.report.markup import Cell, Html, Rows, figure, join, paragraph, section, table, tag
-from allmend.results import TOGETHER, ArmGraph, Pair
+from allmend.results import TOGETHER, ArmGraph, ArmGroups, Pair
 
 FEW = 5.0
 """Probes of each pair, on average, below which the graph says little."""
@@ -20,9 +20,10 @@ NAMED = 6
 
 def collaborators(evidence: Evidence) -> Html:
     """The section; nothing where no arm has a graph."""
-    arms = evidence.collaborators.arms if evidence.collaborators else ()
-    if not arms:
+    found = evidence.collaborators
+    if found is None or not (found.arms or found.grouped):
         return Html("")
+    many = len(found.arms) + len(found.grouped) > 1
     intro = (
         "Which clients’ models were pulled towards each other? A weight near 1 says that both gradients pointed the "
         "same way between their models when they were compared. It is a statement about this training: where two "
@@ -31,8 +32,9 @@ def collaborators(evidence: Evidence) -> Html:
     return section(
         "collaborators",
         "Who worked with whom",
-        paragraph(intro),
-        *(_arm(arm, many=len(arms) > 1) for arm in arms),
+        paragraph(intro) if found.arms else None,
+        *(_arm(arm, many=many) for arm in found.arms),
+        *(_groups(arm, many=many) for arm in found.grouped),
     )
 
 
@@ -52,6 +54,55 @@ def _arm(graph: ArmGraph, *, many: bool) -> Html:
             ),
         ]
     )
+
+
+def _groups(found: ArmGroups, *, many: bool) -> Html:
+    return join(
+        [
+            tag("h3", found.arm) if many else None,
+            paragraph(groups_in_words(found)),
+            table(
+                "Mean cosine of a client’s gradient with those of its group, and with those of the nearest other group",
+                ["Client", "Group", "Own group", "Next group"],
+                rows_of_groups(found),
+            ),
+        ]
+    )
+
+
+def groups_in_words(found: ArmGroups) -> str:
+    """How many there are, and what they rest on, in sentences."""
+    n = len(found.members)
+    if found.count == 1 and not found.alone:
+        return (
+            f"One group: the gradients of {numbers.counted(n, 'client')} at the model of round {found.round} say of no "
+            "two groups that both halves of the records tell them apart. One model for all is trained on."
+        )
+    apart = f"; {', '.join(found.alone)} in none that is large enough, and alone" if found.alone else ""
+    return (
+        f"After round {found.round}, {numbers.counted(n, 'client')} stand in {numbers.counted(found.count, 'group')} "
+        f"by where their gradients point at the model that all had until then{apart}. From then on each group has a "
+        "model of its own. Who came later is in the group that is nearest."
+    )
+
+
+def rows_of_groups(found: ArmGroups) -> Rows:
+    """A row for each client, group by group."""
+    return [
+        [
+            one.member,
+            Cell("alone" if one.group < 0 else str(one.group + 1), value=one.group),
+            *(
+                Cell("", value=-2.0) if mean is None else Cell(numbers.number(mean), value=mean)
+                for mean in (one.own, one.next)
+            ),
+        ]
+        for one in found.members
+    ]
+
+
+def _cosine(mean: float | None) -> Cell:
+    return Cell("none", value=-2.0) if mean is None else Cell(numbers.number(mean), value=mean)
 
 
 def graph_in_words(graph: ArmGraph) -> str:
