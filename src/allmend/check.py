@@ -4,7 +4,7 @@ What is wrong with the recipe by itself is found by `allmend.recipe`; what the d
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from allmend.models.load import LoadedModel, linear_layers
 from allmend.models.mixture import check_mixture
 from allmend.models.sources import resolve
 from allmend.recipe import AT_MEMBER, HELD_OUT, Arm, Problem, Recipe, RecipeError
+from allmend.results import member_of
 from allmend.strategy import Strategy, Turn
 
 
@@ -44,7 +45,7 @@ def check(recipe: Recipe, base: Path, *, model: LoadedModel | None = None) -> No
         problems += _strategy_problems(
             arm, ("strategy",) if name == recipe.strategy.name else ("compare", name, "strategy"), recipe.seed, names
         )
-    problems += _audit_problems(recipe)
+    problems += _audit_problems(recipe, names)
     problems += influence_problems(recipe, base)
     for index, client in enumerate(recipe.clients):
         if client.data == AT_MEMBER:
@@ -135,28 +136,70 @@ def smallest_round(strategy: Strategy, rounds: int, clients: Sequence[str]) -> t
     return min(sizes.items(), key=lambda pair: pair[1])
 
 
-def _audit_problems(recipe: Recipe) -> list[Problem]:
+def _audit_problems(recipe: Recipe, names: Sequence[str]) -> list[Problem]:
     arms, problems = recipe.arms(), list[Problem]()
     kinds = recipe.canaries.kinds if recipe.canaries else list(KINDS)
     slots = {slot for kind in kinds for slot in KINDS[kind].slots}
     if unknown := sorted(set(recipe.audit.exposure or ()) - slots):
         what = f"{', '.join(kinds)} canaries have no {', '.join(unknown)} (they have {', '.join(sorted(slots))})"
         problems.append(Problem(("audit", "exposure"), what))
-    for index, name in enumerate(recipe.audit.models or ()):
-        arm = arms[name]
-        if name in (recipe.audit.models or ())[:index]:
-            problems.append(Problem(("audit", "models"), f"arm {name!r} is named twice"))
-        elif arm.strategy.name in STRATEGIES and not STRATEGIES[arm.strategy.name].shares:
-            what = f"arm {name!r} ends with a model for each client, and the audit reads models that all share"
-            problems.append(Problem(("audit", "models"), what))
+    problems += [Problem(("audit", "models"), what) for what in unknown_models(recipe, names)]
+    if recipe.canaries and recipe.audit.models is None and not audited(recipe):
+        what = (
+            "there is no model to audit: every arm ends with a model for each client, which costs a whole audit. Name "
+            f"arms ({', '.join(arms)}) or single models ({next(iter(arms))}/{names[0]}), or remove [canaries]"
+        )
+        problems.append(Problem(("audit", "models"), what))
     return problems
 
 
+def unknown_models(recipe: Recipe, clients: Sequence[str]) -> Iterator[str]:
+    """What is wrong with the names of the models that are to be audited.
+
+    Args:
+        recipe: with `audit.models`.
+        clients: all names.
+    """
+    arms, named = recipe.arms(), recipe.audit.models or []
+    for index, name in enumerate(named):
+        arm, member = member_of(name)
+        if arm not in arms:
+            yield f"no arm of this recipe is called {arm!r} (it has {', '.join(arms)})"
+        elif name in named[:index]:
+            yield f"{name!r} is named twice"
+        elif member is None:
+            continue
+        elif not _personal(arms[arm]):
+            yield f"{name!r} is no model: all clients share that of {arm!r}, which is named alone"
+        elif member not in clients:
+            yield f"{name!r} is no model: the clients are {', '.join(clients)}"
+        elif arm in named:
+            yield f"{name!r} is named twice: it is among the models of {arm!r}"
+
+
+def _personal(arm: Arm) -> bool:
+    """Whether an arm ends with a model for each client."""
+    return arm.strategy.name in STRATEGIES and not STRATEGIES[arm.strategy.name].shares
+
+
 def audited(recipe: Recipe) -> list[str]:
-    """Arms that are audited, as far as the recipe alone tells."""
+    """Arms of which some model is audited, as far as the recipe alone tells."""
     if recipe.audit.models is not None:
-        return list(recipe.audit.models)
-    return [arm.name for arm in recipe.arms().values() if STRATEGIES[arm.strategy.name].shares]
+        return list(dict.fromkeys(member_of(name)[0] for name in recipe.audit.models))
+    return [name for name, arm in recipe.arms().items() if not _personal(arm)]
+
+
+def shared_and_audited(recipe: Recipe) -> list[str]:
+    """Those of the audited arms whose clients share one model."""
+    return [name for name in audited(recipe) if not _personal(recipe.arms()[name])]
+
+
+def audited_members(recipe: Recipe, arm: str, clients: Sequence[str]) -> list[str]:
+    """Clients whose own models of an arm are audited; nobody where all share one, or where the recipe names none."""
+    named = recipe.audit.models or []
+    if not _personal(recipe.arms()[arm]):
+        return []
+    return [client for client in clients if arm in named or f"{arm}/{client}" in named]
 
 
 def influenced(recipe: Recipe) -> list[str]:

@@ -20,7 +20,8 @@ def findings(model: str, skipped: int) -> Findings:
         refused=(),
         identifiers={},
         readings=(),
-        group_readings=(),
+        group_readings={},
+        ranks=(),
     )
 
 

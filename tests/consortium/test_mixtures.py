@@ -12,7 +12,7 @@ from tests.consortium.conftest import Place
 from allmend import load_model
 from allmend.errors import UserError
 from allmend.learn.routing import token_gates
-from allmend.mixtures.routing import mixed
+from allmend.models.mixture import mixed
 from allmend.models.tensors import read_tensors
 from allmend.results import ArmRouting
 

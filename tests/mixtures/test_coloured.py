@@ -11,7 +11,7 @@ from allmend.errors import UserError
 from allmend.learn.routing import token_gates
 from allmend.mixtures import coloured as module
 from allmend.mixtures.coloured import coloured
-from allmend.mixtures.routing import mixed
+from allmend.models.mixture import mixed
 from allmend.run import RunFolder
 
 TEXT = "Wards, naïve Bäume 日本\n  x = 3\n\nend "

@@ -14,8 +14,8 @@ from allmend.federation.arm import at_member
 from allmend.learn.evaluate import Score
 from allmend.learn.routing import usage
 from allmend.mixtures.export import CARD, compare, export
-from allmend.mixtures.routing import mixed
 from allmend.models.adapters import applied
+from allmend.models.mixture import mixed
 from allmend.models.mixture_export import export_mixture
 from allmend.models.tensors import read_tensors
 from allmend.prepare import Prepared, prepare, read_frozen

@@ -16,7 +16,8 @@ from allmend.errors import UserError
 from allmend.events import PhaseDone, RunStarted, Warned
 from allmend.learn.routing import token_gates
 from allmend.mixtures.collapse import collapsed
-from allmend.mixtures.routing import mixed, read_routing
+from allmend.mixtures.routing import read_routing
+from allmend.models.mixture import mixed
 from allmend.models.mixture_layers import MixtureMLP
 from allmend.prepare import prepare, read_frozen
 from allmend.recipe import Fields

@@ -7,7 +7,7 @@ Inference Attacks From First Principles", IEEE S&P 2022, ask for: the ROC curve'
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -189,7 +189,7 @@ def membership_rows(
     rows = []
     for score in (score for score in SCORES if score in members[0]):
         groups = [text[score] for text in members], [text[score] for text in non_members]
-        rates = {
+        rates: dict[str, Any] = {
             field: true_positive_rate(*groups, one_in=one_in, generator=np.random.default_rng(seed))
             for field, one_in in ONE_IN.items()
         }

@@ -1,18 +1,19 @@
 """The audit of one model: every measure on every canary, controls beside inserted ones, and on clients' records."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from allmend.audit.discoverable import discoverable_rows, log_probability
+from allmend.audit.answers import Answers, ask, prefixes_of, slots_of
 from allmend.audit.epsilon import epsilon_bound
-from allmend.audit.exposure import RANK_ALL, expose, exposure_refusals, exposure_rows
-from allmend.audit.extraction import Continuation, Prefix, Secret, continuations, extraction_rows, locate_secrets
+from allmend.audit.exposure import RANK_ALL
+from allmend.audit.extraction import locate_secrets
 from allmend.audit.likelihood import Reading, Scheme, check_finite, likelihood_gaps, read_texts
 from allmend.audit.membership import membership_rows, refusals, scores
+from allmend.audit.ranks import rank_tests
 from allmend.data.canaries import Canary
-from allmend.data.canary_kinds import KINDS, number_of_values, possible_values, random_values
+from allmend.data.canary_kinds import number_of_values
 from allmend.data.chat import Encoder
 from allmend.data.identifiers import count_identifiers
 from allmend.data.records import Record
@@ -26,10 +27,11 @@ from allmend.results import (
     Extraction,
     LikelihoodGap,
     Membership,
+    RankTest,
+    Whose,
 )
 
-EXPOSURE_LIMIT = 400
-"""Secrets of at most so many possible values have their exposure measured where the recipe names none."""
+RowT = TypeVar("RowT", Discoverable, EpsilonBound, Exposure, Extraction, LikelihoodGap, Membership)
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,18 @@ class RecordGroup:
     Attributes:
         client: its name.
         members, non_members: the records.
+        what: they are.
     """
 
     client: str
     members: Sequence[Record]
     non_members: Sequence[Record]
+    what: str = "records"
+
+    @property
+    def label(self) -> str:
+        """What the group is called in the tables."""
+        return f"{self.what} of {self.client}"
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,9 @@ class Findings:
         skipped: (canary, prefix) pairs whose prefix is no shorter than the canary.
         refused: figures that are missing, and why.
         identifiers: what looks like personal data in the continuations, by kind.
-        readings: the canaries, and the records of each group, under this model.
+        ranks: whether the model knows canaries above chance, where it is a member's own.
+        readings: the canaries under this model.
+        group_readings: the records of each group, by its label.
     """
 
     model: str
@@ -71,20 +82,9 @@ class Findings:
     skipped: int
     refused: tuple[str, ...]
     identifiers: dict[str, int]
+    ranks: tuple[RankTest, ...]
     readings: Sequence[Reading]
-    group_readings: Sequence[Sequence[Reading]]
-
-
-@dataclass(frozen=True)
-class _Subject:
-    """A model, and the canaries as it reads them; all sequences are in the canaries' order."""
-
-    name: str
-    model: Any
-    encoder: Encoder
-    canaries: Sequence[Canary]
-    secrets: Sequence[Sequence[Secret]]
-    readings: Sequence[Reading]
+    group_readings: Mapping[str, Sequence[Reading]]
 
 
 def audit_model(
@@ -100,6 +100,7 @@ def audit_model(
     unseen: Collection[str] = (),
     delta: float = 0.0,
     accounted: float | None = None,
+    member: str | None = None,
     on_tokens: Callable[[int], None] = lambda tokens: None,
 ) -> Findings:
     """Measure one model.
@@ -111,13 +112,14 @@ def audit_model(
         canaries: inserted ones and controls.
         settings: the audit's design.
         seed: of bootstraps and sampled values.
-        reference: findings of the base model on the same canaries and groups; None for the base model itself, or
-            where there is none, and then there are no scores relative to it.
+        reference: findings of the base model on the same canaries, and on these groups at least; None for the base
+            model itself, or where there is none, and then there are no scores relative to it.
         groups: clients' records that membership is inferred for.
         unseen: ids of inserted canaries that training never drew. They count in the bound on ε, whose coins they
             keep, and nowhere else.
         delta: of the bound on ε.
         accounted: the accountant's ε for one record, shown beside the bound.
+        member: whose own model it is: rows are then of its own canaries and records, and of the others', apart.
         on_tokens: told the tokens read or generated.
 
     Raises:
@@ -137,52 +139,117 @@ def audit_model(
     read_records = read_texts(model, records, on_tokens=on_tokens)
     check_finite([reading.log_likelihood for reading in read_records], of="the clients' records", where=name)
     read = iter(read_records)
-    group_readings = [[next(read) for _ in (*group.members, *group.non_members)] for group in groups]
-    membership, refused = _membership(name, canaries, readings, unseen, reference, seed)
-    for place, group in enumerate(groups):
-        base = reference.group_readings[place] if reference else None
-        membership += _membership_of(group, name, group_readings[place], base, seed)
+    group_readings = {group.label: [next(read) for _ in (*group.members, *group.non_members)] for group in groups}
     seen = [place for place, canary in enumerate(canaries) if canary.id not in unseen]
-    subject = _Subject(
+    answers = ask(
         name,
         model,
         encoder,
         [canaries[place] for place in seen],
         [located[place][1] for place in seen],
         [readings[place] for place in seen],
+        settings,
+        seed=seed,
+        on_tokens=on_tokens,
     )
+    known = {canary.id: reading for canary, reading in zip(canaries, readings, strict=True)}
+    base = None if reference is None else dict(zip(known, reference.readings, strict=True))
+    rows = _Rows([], [], [], [], [], [])
+    refused: list[str] = []
+    ranks: list[RankTest] = []
     if unseen:
         refused.append(
             f"{name}: any measure but the bound on ε of planted canaries that Poisson sampling never drew "
             f"({len(unseen)})"
         )
-    extraction, discoverable, probes, skipped, texts = _extraction(subject, settings, on_tokens)
-    exposure, not_exposed = _exposure(subject, settings, seed, on_tokens)
+    for whose, chosen in _parts(member).items():
+        about, every = answers.of(chosen), [canary for canary in canaries if chosen(canary)]
+        if not every:
+            refused.append(f"{_called(name, whose, member)}: there are none")
+            continue
+        membership, lacking = _membership(_called(name, whose, member), about, every, base, seed)
+        refused += lacking
+        rows.extraction += _about(whose, about.extraction())
+        rows.discoverable += _about(whose, about.discoverable(settings))
+        rows.gaps += _about(whose, likelihood_gaps(name, about.canaries, about.readings))
+        rows.exposure += _about(whose, about.exposure())
+        rows.membership += _about(whose, [row.model_copy(update={"model": name}) for row in membership])
+        rows.epsilon += _about(whose, _epsilon(name, every, known, base, delta, accounted))
+        if whose is not None and base is not None:
+            ranks += rank_tests(name, whose, about.canaries, about.readings, [base[one.id] for one in about.canaries])
+    for group in groups:
+        before = reference.group_readings[group.label] if reference else None
+        found = _membership_of(group, name, group_readings[group.label], before, seed)
+        rows.membership += _about(_whose(group.client, member), found)
     if reference is None:  # say it once, for the base model
-        refused += not_exposed
+        refused += answers.not_exposed()
     return Findings(
         model=name,
-        extraction=tuple(extraction),
-        discoverable=tuple(discoverable),
-        gaps=tuple(likelihood_gaps(name, subject.canaries, subject.readings)),
-        exposure=tuple(exposure),
-        membership=tuple(membership),
-        epsilon=tuple(_epsilon(name, canaries, readings, reference, delta, accounted)),
-        probes=tuple(probes),
-        skipped=skipped,
+        extraction=tuple(rows.extraction),
+        discoverable=tuple(rows.discoverable),
+        gaps=tuple(rows.gaps),
+        exposure=tuple(rows.exposure),
+        membership=tuple(rows.membership),
+        epsilon=tuple(rows.epsilon),
+        probes=tuple(answers.probes(settings)),
+        skipped=answers.skipped,
         refused=tuple(refused),
-        identifiers=count_identifiers(texts),
+        identifiers=count_identifiers(answers.texts),
+        ranks=tuple(ranks),
         readings=readings,
         group_readings=group_readings,
     )
 
 
+@dataclass
+class _Rows:
+    """Rows as they are collected, part by part."""
+
+    extraction: list[Extraction]
+    discoverable: list[Discoverable]
+    gaps: list[LikelihoodGap]
+    exposure: list[Exposure]
+    membership: list[Membership]
+    epsilon: list[EpsilonBound]
+
+
+def _whose(client: str, member: str | None) -> Whose | None:
+    """Whose canaries and records those of a client are to the member whose model is asked."""
+    if member is None:
+        return None
+    return "own" if client == member else "others"
+
+
+def _parts(member: str | None) -> dict[Whose | None, Callable[[Canary], bool]]:
+    """The canaries that rows are about."""
+    parts: tuple[Whose | None, ...] = (None,) if member is None else ("own", "others")
+
+    def chosen(part: Whose | None) -> Callable[[Canary], bool]:
+        return lambda canary: _whose(canary.client, member) == part
+
+    return {part: chosen(part) for part in parts}
+
+
+def _called(name: str, whose: Whose | None, member: str | None) -> str:
+    """What a reason speaks of: canaries are the same in the models of all arms, where the reason then stands once."""
+    match whose:
+        case "own":
+            return f"canaries of {member} in its own models"
+        case "others":
+            return f"canaries of others in models of {member}"
+    return name
+
+
+def _about(whose: Whose | None, rows: Iterable[RowT]) -> list[RowT]:
+    return [row.model_copy(update={"whose": whose}) for row in rows]
+
+
 def no_prefix_fits(canaries: Sequence[Canary], encoder: Encoder, settings: Audit) -> str:
     """Why there would be nothing to bring out of any canary; empty if there is something."""
     longest = max(len(encoder.for_evaluation(Record(canary.id, text=canary.text))) for canary in canaries)
-    if any(prefix.behind(longest, settings.suffix_tokens) for prefix in _prefixes(settings)):
+    if any(prefix.behind(longest, settings.suffix_tokens) for prefix in prefixes_of(settings)):
         return ""
-    shortest = _prefixes(settings)[0].label
+    shortest = prefixes_of(settings)[0].label
     return f"no canary has more than {longest} tokens, so that nothing stands behind a prefix of {shortest}"
 
 
@@ -192,10 +259,10 @@ def tokens_to_read(
     """What `audit_model` reads and generates, about, in tokens."""
     lengths = [len(encoder.for_evaluation(Record(canary.id, text=canary.text))) for canary in canaries]
     total = float(sum(lengths))
-    for prefix in _prefixes(settings):
+    for prefix in prefixes_of(settings):
         total += sum(len(prefix.behind(length, settings.suffix_tokens)) for length in lengths)
     for canary, length in zip(canaries, lengths, strict=True):
-        slots = _slots(canary.kind, settings)
+        slots = slots_of(canary.kind, settings)
         for span in canary.secret_spans:
             if span.slot in slots:
                 values = number_of_values(canary.kind, span.slot)
@@ -206,85 +273,25 @@ def tokens_to_read(
     return total + sum(len(encoder.for_training(record)) for record in records)
 
 
-def _prefixes(settings: Audit) -> list[Prefix]:
-    tokens = [Prefix(tokens=length) for length in sorted(set(settings.prefix_tokens))]
-    return tokens + [Prefix(share=share) for share in sorted(set(settings.prefix_shares))]
-
-
 def _scheme(settings: Audit) -> Scheme:
     return Scheme(settings.temperature, settings.top_k)
 
 
-def _extraction(
-    subject: _Subject, settings: Audit, on_tokens: Callable[[int], None]
-) -> tuple[list[Extraction], list[Discoverable], list[Probe], int, list[str]]:
-    """Rows of extraction and of (n, p)-discoverable extraction, probes, skipped pairs, and all continuations."""
-    rows: list[Extraction] = []
-    discoverable: list[Discoverable] = []
-    probes: list[Probe] = []
-    texts: list[str] = []
-    skipped = 0
-    for prefix in _prefixes(settings):
-        found = continuations(
-            subject.model,
-            subject.readings,
-            prefix,
-            secrets=subject.secrets,
-            tokenizer=subject.encoder.tokenizer,
-            suffix_tokens=settings.suffix_tokens,
-            on_tokens=on_tokens,
-        )
-        skipped += sum(one is None for one in found)
-        rows += extraction_rows(subject.name, subject.canaries, found, prefix)
-        discoverable += discoverable_rows(
-            subject.name,
-            subject.canaries,
-            subject.readings,
-            prefix,
-            draws=sorted(set(settings.draws)),
-            suffix_tokens=settings.suffix_tokens,
-        )
-        for canary, reading, one in zip(subject.canaries, subject.readings, found, strict=True):
-            if one is not None:
-                probes.append(_probe(subject.name, canary, reading, one, prefix, settings))
-                texts.append(one.text)
-    return rows, discoverable, probes, skipped, texts
-
-
-def _probe(model: str, canary: Canary, reading: Reading, found: Continuation, prefix: Prefix, settings: Audit) -> Probe:
-    log_p = log_probability(reading, prefix.behind(len(reading.ids), settings.suffix_tokens))
-    return Probe(
-        model=model,
-        canary=canary.id,
-        kind=canary.kind,
-        client=canary.client,
-        copies=canary.copies,
-        inserted=canary.inserted,
-        prefix=prefix.label,
-        prefix_tokens=found.prefix_tokens,
-        exact=found.exact,
-        matched=found.matched,
-        bleu=found.bleu,
-        secrets_out=sum(out for _, out in found.secrets),
-        secrets=len(found.secrets),
-        log_discovered=log_p,
-        log_likelihood=reading.log_likelihood.mean().item(),
-    )
-
-
 def _membership(
-    name: str,
-    canaries: Sequence[Canary],
-    readings: Sequence[Reading],
-    unseen: Collection[str],
-    reference: Findings | None,
-    seed: int,
+    name: str, answers: Answers, canaries: Sequence[Canary], base: Mapping[str, Reading] | None, seed: int
 ) -> tuple[list[Membership], list[str]]:
-    """Inserted canaries of each number of copies against all controls, which come from the same generator."""
+    """Inserted canaries of each number of copies against all controls, which come from the same generator.
+
+    Args:
+        name: of the model.
+        answers: about canaries that training has drawn, and controls.
+        canaries: these and the others.
+        base: by canary, under the base model.
+        seed: of bootstraps.
+    """
     scored = [
-        (canary, scores(reading, canary.text, base=reference.readings[place] if reference else None))
-        for place, (canary, reading) in enumerate(zip(canaries, readings, strict=True))
-        if canary.id not in unseen
+        (canary, scores(reading, canary.text, base=base[canary.id] if base else None))
+        for canary, reading in zip(answers.canaries, answers.readings, strict=True)
     ]
     controls = [found for canary, found in scored if not canary.inserted]
     rows: list[Membership] = []
@@ -298,7 +305,7 @@ def _membership(
             refused.append(f"{name}: all but ε of canaries with {copies} copies: none was inserted and seen")
         if all(canary.inserted for canary in canaries if canary.copies == copies):
             refused.append(f"{name}: likelihood gap of canaries with {copies} copies: none of them is a control")
-    if reference is None:  # say it once, for the base model
+    if base is None:  # say it once, for the base model
         refused += refusals(records="canaries", copies=None, members=1, non_members=len(controls))
     return rows, refused
 
@@ -314,7 +321,7 @@ def _membership_of(
     members = len(group.members)
     return membership_rows(
         name,
-        records=f"records of {group.client}",
+        records=group.label,
         copies=None,
         members=found[:members],
         non_members=found[members:],
@@ -322,60 +329,19 @@ def _membership_of(
     )
 
 
-def _slots(kind: str, settings: Audit) -> list[str]:
-    """Secrets of a kind whose exposure is measured."""
-    slots = KINDS[kind].slots if kind in KINDS else {}
-    if settings.exposure is not None:
-        return [slot for slot in slots if slot in settings.exposure]
-    return [slot for slot, values in slots.items() if values.size <= EXPOSURE_LIMIT]
-
-
-def _exposure(
-    subject: _Subject, settings: Audit, seed: int, on_tokens: Callable[[int], None]
-) -> tuple[list[Exposure], list[str]]:
-    """Rows of exposure, and why secrets are missing from them."""
-    spans = [
-        [span for span in canary.secret_spans if span.slot in _slots(canary.kind, settings)]
-        for canary in subject.canaries
-    ]
-    found = [
-        [
-            expose(
-                subject.model,
-                subject.encoder,
-                canary.text,
-                span,
-                _candidates(canary.kind, span.slot, settings, seed),
-                values=number_of_values(canary.kind, span.slot),
-                on_tokens=on_tokens,
-            )
-            for span in own
-        ]
-        for canary, own in zip(subject.canaries, spans, strict=True)
-    ]
-    refused = exposure_refusals(spans, found)
-    return exposure_rows(subject.name, subject.canaries, found), refused
-
-
-def _candidates(kind: str, slot: str, settings: Audit, seed: int) -> list[str]:
-    """All values that a secret can have, or random ones of too many; the same for every canary and model."""
-    every = possible_values(kind, slot, limit=RANK_ALL)
-    return every if every is not None else random_values(kind, slot, settings.exposure_samples, seed=seed)
-
-
 def _epsilon(
     name: str,
     canaries: Sequence[Canary],
-    readings: Sequence[Reading],
-    reference: Findings | None,
+    readings: Mapping[str, Reading],
+    base: Mapping[str, Reading] | None,
     delta: float,
     accounted: float | None,
 ) -> Iterator[EpsilonBound]:
     """The bound from the canaries of each number of copies, and from all of them."""
-    values = [reading.log_likelihood.mean().item() for reading in readings]
-    if reference is not None:
-        before = [reading.log_likelihood.mean().item() for reading in reference.readings]
-        values = [value - base for value, base in zip(values, before, strict=True)]
+    values = [readings[canary.id].log_likelihood.mean().item() for canary in canaries]
+    if base is not None:
+        before = [base[canary.id].log_likelihood.mean().item() for canary in canaries]
+        values = [value - one for value, one in zip(values, before, strict=True)]
     numbers = Counter(canary.copies for canary in canaries)
     for copies in [*sorted(numbers), None] if len(numbers) > 1 else sorted(numbers):
         chosen = [place for place, canary in enumerate(canaries) if copies in (None, canary.copies)]
@@ -386,5 +352,5 @@ def _epsilon(
             copies=copies,
             delta=delta,
             accounted=accounted if copies == 1 else None,
-            score="loss" if reference is None else "ratio",
+            score="loss" if base is None else "ratio",
         )

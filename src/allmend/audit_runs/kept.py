@@ -17,7 +17,7 @@ from allmend.audit.memorisation import Findings
 from allmend.errors import UserError
 from allmend.models.tensors import JSON, Tensors, read_tensors, write_tensors
 from allmend.probes import read_probes, write_probes
-from allmend.results import Discoverable, EpsilonBound, Exposure, Extraction, LikelihoodGap, Membership, Table
+from allmend.results import Discoverable, EpsilonBound, Exposure, Extraction, LikelihoodGap, Membership, RankTest, Table
 
 READING = tuple(field.name for field in fields(Reading))
 
@@ -35,6 +35,7 @@ class _Rows(Table):
     skipped: int
     refused: tuple[str, ...]
     identifiers: dict[str, int]
+    ranks: tuple[RankTest, ...]
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,10 @@ class KeptFindings:
             rows = _Rows.model_validate(facts["rows"], strict=False)
             probes = read_probes(self.folder / f"{model}.parquet")
             readings = [_reading(tensors, f"canaries/{place}") for place in range(facts["canaries"])]
-            groups = [
-                [_reading(tensors, f"groups/{group}/{place}") for place in range(size)]
-                for group, size in enumerate(facts["groups"])
-            ]
+            groups = {
+                label: [_reading(tensors, f"groups/{label}/{place}") for place in range(size)]
+                for label, size in facts["groups"].items()
+            }
         except (UserError, ValidationError, KeyError, TypeError):  # of another version, or torn: found again
             return None
         return Findings(
@@ -84,15 +85,15 @@ class KeptFindings:
         tensors: Tensors = {}
         for place, reading in enumerate(found.readings):
             tensors |= {f"canaries/{place}/{name}": getattr(reading, name) for name in READING}
-        for group, readings in enumerate(found.group_readings):
+        for label, readings in found.group_readings.items():
             for place, reading in enumerate(readings):
-                tensors |= {f"groups/{group}/{place}/{name}": getattr(reading, name) for name in READING}
+                tensors |= {f"groups/{label}/{place}/{name}": getattr(reading, name) for name in READING}
         write_probes(self.folder / f"{found.model}.parquet", found.probes)
         facts: dict[str, JSON] = {
             "key": self._key(found.model),
             "rows": rows.model_dump(mode="json"),
             "canaries": len(found.readings),
-            "groups": [len(readings) for readings in found.group_readings],
+            "groups": {label: len(readings) for label, readings in found.group_readings.items()},
         }
         write_tensors(self.folder / f"{found.model}.safetensors", tensors, facts)  # last: without it nothing is kept
 

@@ -8,7 +8,7 @@ import torch
 
 from allmend.audit.likelihood import Reading, check_finite, read_texts
 from allmend.audit.mine import own_records
-from allmend.check import audited
+from allmend.check import shared_and_audited
 from allmend.data.chat import Encoded
 from allmend.data.files import load_client
 from allmend.data.records import Record
@@ -46,7 +46,7 @@ def mine(
     """
     run = RunFolder.open(Path(out))
     recipe = read_frozen(run)
-    arms, missing = with_outcome(run, audited(recipe))
+    arms, missing = with_outcome(run, shared_and_audited(recipe))
     sets = {"records": data} | ({"controls": controls} if controls else {})
     clients = {name: _read(path, recipe) for name, path in sets.items()}  # a wrong path is told before a model is read
     loaded, encoder = prepare_model(recipe, Path(str(run.facts["base"])), model=model)

@@ -1,36 +1,39 @@
-"""The audit of a run: its base model and the shared outcome of every arm."""
+"""The audit of a run: its base model, what all members share of every arm, and their own models of arms it names."""
 
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from allmend.audit.memorisation import Findings, RecordGroup, audit_model, tokens_to_read
+from allmend.audit.memorisation import Findings, audit_model, tokens_to_read
+from allmend.audit.over_members import kept_by_members
 from allmend.audit.views import view_rows
 from allmend.audit_runs.guarantees import accounted_epsilon, largest_delta, privacy_table
 from allmend.audit_runs.kept import KeptFindings, stamp
 from allmend.audit_runs.learnt import learnt_rows, never_learnt, read_learnt
+from allmend.audit_runs.subjects import Subject, records_of, subjects_of
 from allmend.audit_runs.tables import PROBES, check_same_canaries, check_settings, findings_table
-from allmend.check import audited
+from allmend.check import audited, unknown_models
 from allmend.data.canaries import Canary, read_canaries
-from allmend.data.splits import uniform
+from allmend.data.icd10cm import SPECIALTIES
 from allmend.errors import UserError
 from allmend.events import WorkPlanned
-from allmend.federation.arm import trainable_of
+from allmend.federation.arm import FOLDERS, trainable_of
 from allmend.meter import Meter
 from allmend.models.load import LoadedModel
 from allmend.models.tensors import read_tensors
-from allmend.outcomes import outcome, with_outcome
+from allmend.outcomes import members_with_outcome, outcome, place_of, with_outcome
 from allmend.prepare import Prepared, differs, prepare, read_frozen, threads
 from allmend.probes import write_probes
 from allmend.recipe import Audit, Recipe
 from allmend.report.card import memorisation_card, write_card
 from allmend.report.page import write_report
-from allmend.results import BASE, AuditTable, Learnt, PrivacyTable
+from allmend.results import BASE, AuditTable, Learnt, PrivacyTable, member_of
 from allmend.run import EventLog, RunFolder
 
 UNFINISHED = "audit.unfinished"
@@ -49,17 +52,31 @@ def design_digest(settings: Audit, canaries: Sequence[Canary]) -> str:
 def planned_work(
     prepared: Prepared, models: Sequence[str], settings: Audit, run: RunFolder | None = None
 ) -> dict[str, float]:
-    """The phases of an audit still to do in a run, and what each reads and generates, about, in tokens."""
-    tokens = tokens_to_read(prepared.canaries, prepared.encoder, settings, _groups(prepared, settings))
-    kept = None if run is None else _kept(run, prepared, models, settings)
-    return {f"audit {name}": tokens for name in models if kept is None or kept.read(name) is None}
+    """The phases of an audit still to do in a run, and what each reads and generates, about, in tokens.
+
+    Args:
+        prepared: of the run.
+        models: `base` and arms; those of an arm's members are one phase.
+        settings: the audit's design.
+        run: where it is; None before it begins.
+    """
+    canaries, encoder = prepared.canaries, prepared.encoder
+    subjects = subjects_of(prepared, models, settings)
+    kept = None if run is None else _kept(run, prepared, subjects, settings)
+    groups = records_of(prepared, settings, subjects)
+    tokens = {name: tokens_to_read(canaries, encoder, settings, some) for name, some in groups.items()}
+    work: dict[str, float] = {}
+    for subject in subjects:
+        if kept is None or kept.read(subject.name) is None:
+            work[subject.phase] = work.get(subject.phase, 0.0) + tokens[subject.name]
+    return work
 
 
-def _kept(run: RunFolder, prepared: Prepared, models: Sequence[str], settings: Audit) -> KeptFindings:
+def _kept(run: RunFolder, prepared: Prepared, subjects: Sequence[Subject], settings: Audit) -> KeptFindings:
     """What an audit that was broken off has found."""
     design = [design_digest(settings, prepared.canaries), prepared.model.digest, prepared.recipe.digest()]
     folder = run.path / "results" / UNFINISHED
-    return KeptFindings(folder, {name: [*design, stamp(run.arm(name))] for name in models})
+    return KeptFindings(folder, {one.name: [*design, stamp(place_of(run, one.arm, one.member))] for one in subjects})
 
 
 def audit_run(
@@ -87,7 +104,7 @@ def audit_run(
         check_same_canaries(Path(canaries), run.canaries)
     with run.lock():
         recipe = read_frozen(run)
-        settings = _changed(recipe.audit, changes or {})
+        settings = _changed(recipe, changes or {})
         prepared = prepare(recipe, Path(str(run.facts["base"])), model=model)
         if prepared.model.digest != run.facts.get("model"):
             raise differs("the base model", run)
@@ -98,15 +115,22 @@ def audit_run(
     return table
 
 
-def _changed(settings: Audit, changes: Mapping[str, Any]) -> Audit:
+def _changed(recipe: Recipe, changes: Mapping[str, Any]) -> Audit:
     try:
-        return Audit.model_validate(settings.model_dump() | dict(changes))
+        settings = Audit.model_validate(recipe.audit.model_dump() | dict(changes))
     except ValidationError as error:
         raise UserError(f"not an audit that can be made: {error.errors()[0]['msg']}", where="audit") from None
+    clients = [client.name for client in recipe.clients] or list(SPECIALTIES)
+    if unknown := list(unknown_models(recipe.model_copy(update={"audit": settings}), clients)):
+        hint = f"Arms: {', '.join(recipe.arms())}; members' own models: ARM/MEMBER."
+        raise UserError("; ".join(unknown), where="audit.models", hint=hint)
+    return settings
 
 
 def audit_arms(run: RunFolder, prepared: Prepared, log: EventLog, settings: Audit) -> AuditTable:
-    """Audit the base model and every arm's shared outcome, as they lie on disk, and write table and probes.
+    """Audit the base model and the outcomes of arms, as they lie on disk, and write table and probes.
+
+    An outcome is what all members share, or each member's own model where the settings name such an arm.
 
     What an audit with the same design has found in models that have not changed since, before it was broken off,
     is not looked for again.
@@ -122,52 +146,64 @@ def audit_arms(run: RunFolder, prepared: Prepared, log: EventLog, settings: Audi
         )
     recipe, canaries = prepared.recipe, read_canaries(run.canaries)
     check_settings(canaries, prepared.encoder, settings)
-    arms, untrained = with_outcome(run, audited(recipe))
+    arms, untrained = with_outcome(run, audited(recipe.model_copy(update={"audit": settings})))
     unseen: dict[str, set[str]] = {BASE: set()}
     learnt: list[Learnt] = []
     for name in arms:  # all of them before the first model is asked, which takes long
         counts = read_learnt(run, name)
         unseen[name] = never_learnt(run, prepared, name, canaries, counts)
         learnt += learnt_rows(name, canaries, counts)
-    groups = _groups(prepared, settings)
+    left_out = [f"{name}: the arm has no tuned model" for name in untrained]
+    subjects = []
+    for one in subjects_of(prepared, list(unseen), settings):
+        if one.member is None or one.member in members_with_outcome(run, one.arm):
+            subjects.append(one)
+        else:
+            left_out.append(f"{one.name}: the member took part in no round, or its model is not here")
+    groups = records_of(prepared, settings, subjects)
     budgets = privacy_table(run, prepared).budgets
     findings: list[Findings] = []
-    kept = _kept(run, prepared, list(unseen), settings)
+    kept = _kept(run, prepared, subjects, settings)
     work = planned_work(prepared, list(unseen), settings, run)
     log.emit(WorkPlanned(work=work))
-    for name in unseen:
-        if (found := kept.read(name)) is not None:
-            findings.append(found)
-            continue
-        meter = Meter(log.emit, f"audit {name}", work[f"audit {name}"])
-        with outcome(run, prepared.model, name) as module:
-            findings.append(
-                audit_model(
-                    name,
-                    module,
-                    prepared.encoder,
-                    canaries,
-                    settings,
-                    seed=recipe.seed,
-                    reference=findings[0] if findings else None,
-                    groups=groups,
-                    unseen=unseen[name],
-                    delta=largest_delta(budgets.get(name, ())),
-                    accounted=accounted_epsilon(budgets.get(name, ())),
-                    on_tokens=meter.add,
+    for phase, group in groupby(subjects, key=lambda one: one.phase):
+        meter = None
+        for one in group:
+            if (found := kept.read(one.name)) is not None:
+                findings.append(found)
+                continue
+            meter = meter or Meter(log.emit, phase, work[phase])
+            with outcome(run, prepared.model, one.arm, one.member) as module:
+                findings.append(
+                    audit_model(
+                        one.name,
+                        module,
+                        prepared.encoder,
+                        canaries,
+                        settings,
+                        seed=recipe.seed,
+                        reference=findings[0] if findings else None,
+                        groups=groups[one.name],
+                        unseen=unseen[one.arm],
+                        delta=largest_delta(budgets.get(one.arm, ())),
+                        accounted=accounted_epsilon(budgets.get(one.arm, ())),
+                        member=one.member,
+                        on_tokens=meter.add,
+                    )
                 )
-            )
-        kept.write(findings[-1])
-        meter.done()
+            kept.write(findings[-1])
+        if meter is not None:
+            meter.done()
     fixed = run.facts.get("audit")
     table = findings_table(
         findings,
         canaries,
         recipe.seed,
-        left_out=[f"{name}: the arm has no tuned model" for name in untrained],
+        left_out=left_out,
         learnt=tuple(learnt),
         views=tuple(row for name in arms for row in _views(run, prepared, canaries, name)),
         design_changed=None if fixed is None else fixed != design_digest(settings, canaries),
+        members=tuple(row for name in arms for row in kept_by_members(name, _of_members(findings, name))),
     )
     run.write_table("audit", table)
     write_probes(run.path / "results" / PROBES, [probe for found in findings for probe in found.probes])
@@ -175,17 +211,9 @@ def audit_arms(run: RunFolder, prepared: Prepared, log: EventLog, settings: Audi
     return table
 
 
-def _groups(prepared: Prepared, settings: Audit) -> list[RecordGroup]:
-    """Each client's training and held-out records that membership is inferred for: as many of both."""
-    limit = settings.membership_records
-    groups = []
-    for client, records in prepared.train.items():
-        held_out = prepared.held_out[client]
-        n = min(limit, len(records), len(held_out))
-        chosen = [sorted(some, key=lambda record: uniform(record.id))[:n] for some in (records, held_out)]
-        if n:
-            groups.append(RecordGroup(client, *chosen))
-    return groups
+def _of_members(findings: Sequence[Findings], arm: str) -> list[Findings]:
+    """What was found in the own models of an arm's members."""
+    return [found for found in findings if member_of(found.model)[0] == arm and member_of(found.model)[1]]
 
 
 def _views(run: RunFolder, prepared: Prepared, canaries: Sequence[Canary], arm: str) -> Iterator[Any]:
@@ -205,14 +233,16 @@ def _views(run: RunFolder, prepared: Prepared, canaries: Sequence[Canary], arm: 
 
 
 def write_cards(run: RunFolder, recipe: Recipe) -> None:
-    """Write what was found into the README of every audited arm's folder."""
+    """Write what was found into the README of every audited model's folder."""
     audit = run.read_table("audit", AuditTable)
     if audit is None:
         return
     privacy = run.read_table("privacy", PrivacyTable)
     source = recipe.model.source
     name = None if Path(source).is_absolute() or source.startswith(".") else source
-    for arm in audited(recipe):
-        for folder in (run.arm(arm) / "adapter", run.arm(arm) / "model"):
+    tuned = [*(row.model for row in audit.gaps), *(row.model for row in audit.epsilon)]
+    for model in dict.fromkeys(name for name in tuned if name != BASE):
+        arm, member = member_of(model)
+        for folder in (place_of(run, arm, member) / kind for kind in FOLDERS.values()):
             if folder.is_dir():
-                write_card(folder, memorisation_card(audit, privacy, arm=arm), base_model=name)
+                write_card(folder, memorisation_card(audit, privacy, arm=arm, member=member), base_model=name)

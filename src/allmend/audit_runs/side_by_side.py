@@ -45,12 +45,15 @@ def compare_runs(runs: Sequence[Path | str]) -> Comparison:
 
 
 def _audited_models(run: RunFolder, arm: str, prefix: str) -> list[Audited]:
-    audit = run.read_table("audit", AuditTable)
-    if audit is None:
+    whole = run.read_table("audit", AuditTable)
+    if whole is None:
         raise UserError("has not been audited yet", where=run.path, hint=f"Run `allmend audit {run.path}`.")
+    audit = whole.of(None)  # models that all share; members' own are asked for other canaries
     known = [model for model in dict.fromkeys(gap.model for gap in audit.gaps) if model != BASE]
-    if arm and arm not in known:
-        raise UserError(f"has no audited arm {arm!r}", where=run.path, hint=f"It has {', '.join(known)}.")
+    if (arm and arm not in known) or not known:
+        what = f"has no audited arm {arm!r}" if arm else "has no audited arm"
+        hint = f"It has {', '.join(known)}." if known else "An arm is compared by the model that all its clients share."
+        raise UserError(what, where=run.path, hint=hint)
     privacy = run.read_table("privacy", PrivacyTable)
     utility = run.read_table("utility", UtilityTable)
     probes = read_probes(run.path / "results" / PROBES)

@@ -22,9 +22,9 @@ def findings_table(
     """The table of one audit; `left_out` are models without figures, `more` columns that only some audits have."""
     rows: dict[str, Any] = {
         name: tuple(row for found in findings for row in getattr(found, name))
-        for name in ("extraction", "gaps", "discoverable", "exposure", "membership", "epsilon", "refused")
+        for name in ("extraction", "gaps", "discoverable", "exposure", "membership", "epsilon", "ranks", "refused")
     }
-    rows["refused"] = (*left_out, *rows["refused"])
+    rows["refused"] = tuple(dict.fromkeys((*left_out, *rows["refused"])))
     return AuditTable(
         **rows,
         canaries=sum(canary.inserted for canary in canaries),

@@ -4,6 +4,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from allmend.cli.attribute_members import show_by_member
+from allmend.cli.audited_members import show_members_models
 from allmend.cli.figures import ABSENT, count, percent, plain, points, show_sections
 from allmend.cli.progress import counted
 from allmend.results import POOLED, AuditTable, InfluenceByMember, UtilityTable, longest_prefix
@@ -47,8 +48,9 @@ def _show_utility(console: Console, utility: UtilityTable) -> None:
             console.print(f"{difference.model} against {other}: {', '.join(found)}", highlight=False)
 
 
-def show_audit(console: Console, audit: AuditTable) -> None:
+def show_audit(console: Console, whole: AuditTable) -> None:
     """Print, by model and number of copies, the likelihood gap, exact extraction, exposure and membership."""
+    audit = whole.of(None)
     columns = {"": 4, "gap, nats per token": 22, "exact": 8, "controls": 8, "exposure": 8, "AUC": 19, "ε ≥": 5}
     sections: dict[str, list[tuple[str, ...]]] = {}
     prefix = longest_prefix(audit.extraction)
@@ -86,6 +88,8 @@ def show_audit(console: Console, audit: AuditTable) -> None:
     words += "there is one, tells planted from controls; 0.5 is chance."
     words += f" {ABSENT}: not measured." if any(ABSENT in row for rows in sections.values() for row in rows) else ""
     console.print(f"Intervals are 95 %. {words}", highlight=False)
+    if whole.ranks:
+        show_members_models(console, whole)
     if audit.design_changed:
         console.print("[yellow]The audit's design was changed after training.[/yellow]", highlight=False)
     for reason in audit.refused:

@@ -8,9 +8,9 @@ import torch
 
 from allmend.errors import UserError
 from allmend.learn.routing import layers_with_experts, token_gates
-from allmend.mixtures.routing import arm_with_mixtures, folders, mixed
+from allmend.mixtures.routing import arm_with_mixtures, folders
 from allmend.models.load import LoadedModel, load_model
-from allmend.models.mixture import FACTS, Mixture, read_facts
+from allmend.models.mixture import FACTS, Mixture, mixed, read_facts
 from allmend.prepare import differs, prepare_model, read_frozen
 from allmend.report.routed_text import Piece, RoutedText
 from allmend.run import RunFolder

@@ -13,9 +13,10 @@ from allmend.federation.arm import at_member
 from allmend.federation.strategies.comigs import CoMiGS
 from allmend.learn.evaluate import Score, score
 from allmend.learn.routing import usage
-from allmend.mixtures.routing import arm_with_mixtures, folders, mixed
+from allmend.mixtures.routing import arm_with_mixtures, folders
 from allmend.models.adapters import applied, check_adapter
 from allmend.models.load import LoadedModel
+from allmend.models.mixture import mixed
 from allmend.models.mixture_export import How, export_mixture
 from allmend.prepare import differs, prepare, read_frozen, threads
 from allmend.report.export_card import Compared, export_card

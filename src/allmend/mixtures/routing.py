@@ -4,8 +4,7 @@ Only a member has its mixture and its records. In a simulation both are here; in
 measures its own (`own`), and the coordinator cannot.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from allmend import intervals
@@ -19,7 +18,8 @@ from allmend.learn.routing import first_records, layers_with_experts, usage
 from allmend.meter import Meter
 from allmend.mixtures.collapse import collapsed
 from allmend.models.load import LoadedModel
-from allmend.models.mixture import Mixture, load_mixture, remove_mixture
+from allmend.models.mixture import Mixture, mixed
+from allmend.outcomes import members_with_outcome, place_of
 from allmend.prepare import Prepared, differs, prepare, read_frozen, threads
 from allmend.recipe import Recipe
 from allmend.results import ArmRouting, Estimate, MemberRouting, RoutingTable
@@ -114,21 +114,7 @@ def arm_with_mixtures(run: RunFolder, recipe: Recipe, name: str | None) -> str:
 
 def folders(run: RunFolder, arm: str) -> dict[str, Path]:
     """Where each member's mixture is, by member."""
-    return {path.parent.name: path for path in sorted(run.arm(arm).glob(f"members/*/{FOLDERS['mixture']}"))}
-
-
-@contextlib.contextmanager
-def mixed(model: LoadedModel, folder: Path) -> Iterator[Mixture]:
-    """A mixture on its base; afterwards the model in memory is as it was.
-
-    Raises:
-        UserError: the folder holds no mixture for this base.
-    """
-    mixture = load_mixture(model, folder)
-    try:
-        yield mixture
-    finally:
-        remove_mixture(mixture)
+    return {name: place_of(run, arm, name) / FOLDERS["mixture"] for name in members_with_outcome(run, arm)}
 
 
 def routing_of_arm(

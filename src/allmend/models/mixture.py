@@ -8,9 +8,10 @@ Source: Fan, Messmer, Doikov, Jaggi, "On-Device Collaborative Language Modeling 
 Specialists" (CoMiGS), arXiv 2409.13931.
 """
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -198,6 +199,20 @@ def load_mixture(base: LoadedModel, folder: Path) -> Mixture:
         remove_mixture(mixture)
         raise UserError(f"does not fit {FACTS}: {error.what}", where=folder / TENSORS) from error
     return mixture
+
+
+@contextlib.contextmanager
+def mixed(base: LoadedModel, folder: Path) -> Iterator[Mixture]:
+    """The mixture of a folder on its base, for reading; afterwards the bare base is back.
+
+    Raises:
+        UserError: the folder holds no mixture, or one for another base.
+    """
+    mixture = load_mixture(base, folder)
+    try:
+        yield mixture
+    finally:
+        remove_mixture(mixture)
 
 
 def read_facts(folder: Path) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from allmend.recipe.sections import (
     StrategyChoice,
     Train,
 )
-from allmend.results import BASE, MEMBERS, POOLED
+from allmend.results import BASE, MEMBERS, POOLED, member_of
 
 
 class Recipe(Section):
@@ -87,7 +87,9 @@ class Recipe(Section):
             strangers = sorted(set(self.canaries.clients) - {client.name for client in self.clients})
             if strangers:
                 yield ("canaries", "clients"), f"no client of this recipe is called {', '.join(strangers)}"
-        named: dict[Key, list[str] | None] = {("audit", "models"): self.audit.models}
+        named: dict[Key, list[str] | None] = {
+            ("audit", "models"): [member_of(name)[0] for name in self.audit.models or ()]
+        }
         if self.influence is not None:
             named["influence", "arms"] = self.influence.arms
         for key, models in named.items():

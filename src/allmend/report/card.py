@@ -12,7 +12,7 @@ from markdown_it import MarkdownIt
 from allmend.errors import UserError
 from allmend.report import bounds, numbers
 from allmend.report.base_rate import Secrets, hits, outcomes, secrets_of
-from allmend.results import BASE, AuditTable, Budget, Estimate, Exposure, PrivacyTable, longest_prefix
+from allmend.results import BASE, AuditTable, Budget, Estimate, Exposure, PrivacyTable, Whose, longest_prefix
 from allmend.run import write_atomic
 
 FILE = "README.md"
@@ -28,13 +28,14 @@ PLANTED = {True: "planted", False: "controls"}
 FROM_A_WHEEL = re.compile(r"pypi:[\w.-]+")
 
 
-def memorisation_card(audit: AuditTable, privacy: PrivacyTable | None, *, arm: str) -> str:
+def memorisation_card(audit: AuditTable, privacy: PrivacyTable | None, *, arm: str, member: str | None = None) -> str:
     """The card's section on what one model memorised.
 
     Args:
-        audit: of the run; its rows for `base` and `arm` are used.
+        audit: of the run; its rows for `base` and the model are used.
         privacy: of the run; None where no layers are recorded.
-        arm: the model's name in the tables.
+        arm: the arm's name in the tables.
+        member: whose own model it is; None for one that all members share.
 
     Returns:
         Markdown that starts with the heading `## Memorisation` and ends with a line break.
@@ -43,8 +44,11 @@ def memorisation_card(audit: AuditTable, privacy: PrivacyTable | None, *, arm: s
     parts = [
         f"## {HEADING}",
         _intro(audit),
-        *_extraction(audit, arm),
-        *_further(audit, arm, guarantee=guarantee),
+        *(
+            _measures(audit.of(None), arm, guarantee=guarantee)
+            if member is None
+            else _of_a_member(audit, f"{arm}/{member}", guarantee=guarantee)
+        ),
         *_layers(privacy, arm, guarantee=guarantee),
     ]
     if audit.design_changed:
@@ -68,6 +72,26 @@ def _intro(audit: AuditTable) -> str:
         "generator were kept out (controls). What comes out of controls as easily was guessed, not memorised. "
         f"In brackets: 95{numbers.THIN}% intervals."
     )
+
+
+def _measures(audit: AuditTable, model: str, *, guarantee: bool) -> Iterator[str]:
+    yield from _extraction(audit, model)
+    yield from _further(audit, model, guarantee=guarantee)
+
+
+def _of_a_member(audit: AuditTable, model: str, *, guarantee: bool) -> Iterator[str]:
+    """What the model keeps of its member's canaries, and shows of the others', none of whom is named."""
+    yield (
+        "This is one member's own model. Its figures are of canaries of that member's data, and, apart, of the other "
+        "members': what passed between members by working together. The base model's are of all canaries."
+    )
+    headings: dict[Whose, str] = {"own": "The member's own canaries", "others": "The other members' canaries"}
+    for whose, heading in headings.items():
+        yield f"### {heading}"
+        if any((test.whose, test.model) == (whose, model) for test in audit.ranks):
+            above = any(test.model == model for test in audit.above_chance(whose))
+            yield f"Planted ones are {'' if above else 'not '}told from controls above chance."
+        yield from _measures(audit.of(whose, model), model, guarantee=guarantee)
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
@@ -245,13 +269,14 @@ def _headings(text: str) -> list[tuple[int, str, int]]:
 
 def _opening(folder: Path, base_model: str | None) -> str:
     """Metadata for the Hub and the title."""
-    adapter = (folder / "adapter_config.json").is_file()
+    adapter, mixture = ((folder / name).is_file() for name in ("adapter_config.json", "mixture.json"))
     named = "" if base_model is None or Path(base_model).exists() else base_model
     hub = None if named.lower().endswith(".gguf") else ON_THE_HUB.fullmatch(named)
     known = named if hub or FROM_A_WHEEL.fullmatch(named) else None
-    lines = ["---", f"library_name: {'peft' if adapter else 'transformers'}"]
+    lines = ["---", *([] if mixture else [f"library_name: {'peft' if adapter else 'transformers'}"])]
     lines += [f"base_model: {hub['name']}"] if hub else []
     lines += ["tags:", "- allmend", "- federated-learning", *(["- lora"] if adapter else []), "---", ""]
-    lines += ["# Adapter tuned with Allmend" if adapter else "# Model tuned with Allmend", ""]
+    kind = "Adapter" if adapter else "Mixture of LoRA experts" if mixture else "Model"
+    lines += [f"# {kind} tuned with Allmend", ""]
     lines += [f"Base model: `{known}`.", ""] if known else []
     return "\n".join(lines)

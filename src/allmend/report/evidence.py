@@ -36,6 +36,7 @@ from allmend.results import (
     RoutingTable,
     Utility,
     UtilityTable,
+    member_of,
 )
 from allmend.run import RunFolder
 
@@ -66,7 +67,9 @@ class Evidence:
         warnings: each once.
         offered: members that the run was offered to, where they are on other machines.
         running: whether a process of this machine works on the run.
-        utility, audit, privacy, influence, depth, collaborators, personalised, routing, recipe: None when the
+        audit: what models that all members share memorised; None when the file is not there.
+        members_audit: what members' own models memorised; None where none was audited.
+        utility, privacy, influence, depth, collaborators, personalised, routing, recipe: None when the
             file is not there.
         probes: of the audit, none when their file is not there.
     """
@@ -87,6 +90,7 @@ class Evidence:
     running: bool = False
     utility: UtilityTable | None = None
     audit: AuditTable | None = None
+    members_audit: AuditTable | None = None
     privacy: PrivacyTable | None = None
     influence: InfluenceByMember | None = None
     depth: DepthTable | None = None
@@ -116,7 +120,8 @@ class Evidence:
         """The base model and the arms, in the order of the results, then of the log."""
         rows = self.utility.rows if self.utility else ()
         layers = self.privacy.layers if self.privacy else ()
-        return list(dict.fromkeys([BASE, *(row.model for row in rows), *self.audited, *self.arms, *layers]))
+        own = (member_of(test.model)[0] for test in (self.members_audit.ranks if self.members_audit else ()))
+        return list(dict.fromkeys([BASE, *(row.model for row in rows), *self.audited, *own, *self.arms, *layers]))
 
     @cached_property
     def audited(self) -> list[str]:
@@ -183,12 +188,14 @@ def read_evidence(run: Path) -> Evidence:
     except ValueError as error:
         raise UserError(str(error), hint="The log was changed or comes from another version of allmend.") from error
     folder = RunFolder(run)
+    audit = folder.read_table("audit", AuditTable)
     return _sorted(
         events,
         Evidence(
             run=run,
             utility=folder.read_table("utility", UtilityTable),
-            audit=folder.read_table("audit", AuditTable),
+            audit=audit and audit.of(None),
+            members_audit=audit if audit and audit.ranks else None,
             privacy=folder.read_table("privacy", PrivacyTable),
             influence=folder.read_table("influence", InfluenceByMember),
             depth=folder.read_table("depth", DepthTable),
@@ -249,6 +256,7 @@ def _sorted(events: list[Event], files: Evidence) -> Evidence:
         running=files.running and end is None,
         utility=files.utility,
         audit=files.audit,
+        members_audit=files.members_audit,
         privacy=files.privacy,
         influence=files.influence,
         depth=files.depth,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from allmend.report.evidence import Evidence
 from allmend.report.findings import Finding
 from allmend.report.findings.cost import cost, left
-from allmend.report.findings.memorisation import guaranteed, memorised, recited
+from allmend.report.findings.memorisation import guaranteed, memorised, passed_on, recited
 from allmend.report.findings.usefulness import against_alone, against_base, alone_against_base, by_member, paid
 from allmend.report.markup import Html, join, tag
 from allmend.report.numbers import THIN
@@ -24,7 +24,7 @@ def findings(evidence: Evidence) -> list[Finding]:
     found.append(paid(evidence))
     for model in evidence.audited[:1]:
         found += [memorised(evidence, model), recited(evidence, model)]
-    found.append(guaranteed(evidence))
+    found += [passed_on(evidence), guaranteed(evidence)]
     for model in [*shared, *evidence.arms][:1]:
         found += [left(evidence, model), cost(evidence, model)]
     return [finding for finding in found if finding is not None]

@@ -257,9 +257,9 @@ class AuditTable(Table):
         return self.model_copy(update=rows | {"identifiers": counts, "ranks": (), "members": ()})
 
     def above_chance(self, whose: Whose) -> tuple[RankTest, ...]:
-        """Members' models that know such canaries above chance, so that any of them is here by chance in 5 % of audits.
+        """Tests of members' models that know such canaries above chance: in 5 % of audits one is here by chance.
 
-        That is Bonferroni's bound over all models of the audit, which holds however they depend on each other.
+        That is Bonferroni's bound over all models and numbers of copies, which holds however they depend on each other.
         """
         tests = [test for test in self.ranks if test.whose == whose]
         return tuple(test for test in tests if test.p * len(tests) < SIGNIFICANT)

@@ -20,12 +20,14 @@ class RankTest(Table):
     Attributes:
         model: of one member, `ARM/MEMBER`.
         whose: canaries.
+        copies: of the planted ones; controls are of any, which come from the same generator.
         planted, controls: how many there are.
         p: one-sided, of the Mann–Whitney statistic of mean log-likelihood over the base model's.
     """
 
     model: str
     whose: Whose
+    copies: int
     planted: int
     controls: int
     p: float

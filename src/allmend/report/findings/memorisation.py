@@ -6,7 +6,7 @@ from allmend.report import bounds, numbers
 from allmend.report.base_rate import Verdict, hits, outcomes
 from allmend.report.evidence import Evidence
 from allmend.report.findings import Finding, verdict
-from allmend.results import longest_prefix
+from allmend.results import longest_prefix, member_of
 
 KEPT = "What did it memorise?"
 BOUND = "What bounds it?"
@@ -50,6 +50,23 @@ def recited(evidence: Evidence, model: str) -> Finding | None:
     else:
         sentence += " Absence of extraction is not absence of memorisation." if out == 0 else ""
     return Finding(KEPT, shown, "planted canaries recited", sentence)
+
+
+def passed_on(evidence: Evidence) -> Finding | None:
+    """Whether members' own models show what other members' data taught."""
+    if (audit := evidence.members_audit) is None:
+        return None
+    asked = {test.model for test in audit.ranks if test.whose == "others"}
+    above = list(dict.fromkeys(test.model for test in audit.above_chance("others")))
+    arms = ", ".join(dict.fromkeys(member_of(model)[0] for model in above))
+    sentence = (
+        f"In {arms}, members’ own models tell planted canaries of other members from controls above chance: something "
+        "of a member’s records passes to the others."
+        if above
+        else "No member’s own model is shown to tell other members’ planted canaries from controls. Absence of "
+        "evidence is not evidence of absence."
+    )
+    return Finding(KEPT, numbers.out_of(len(above), len(asked)), "members’ models that know others’ canaries", sentence)
 
 
 def guaranteed(evidence: Evidence) -> Finding | None:

@@ -19,10 +19,10 @@ BY_CANARY = "of secrets, the percentage is the mean over canaries"
 SIGNS = {Verdict.NOTHING: "○", Verdict.GUESSED: "≈", Verdict.UNCLEAR: "?", Verdict.MEMORISED: "▲"}
 
 
-def badge(verdict: Verdict) -> Html:
-    """A verdict as a sign and words, so that colour is not needed."""
+def badge(verdict: Verdict, words: str | None = None) -> Html:
+    """A verdict as a sign and words, its own by default, so that colour is not needed."""
     sign = tag("span", SIGNS[verdict], aria_hidden="true")
-    return tag("span", sign, " ", verdict.words, class_=f"verdict {verdict.name.lower()}")
+    return tag("span", sign, " ", words or verdict.words, class_=f"verdict {verdict.name.lower()}")
 
 
 def _of(*estimates: Estimate) -> str:

@@ -8,6 +8,7 @@ from allmend.report.markup import Cell, Html, Rows, details, figure, join, measu
 from allmend.report.sections.answer import came_out, whose
 from allmend.report.sections.exposure import exposure
 from allmend.report.sections.extraction import copies_of, discoverable, extraction
+from allmend.report.sections.members_models import members_models
 from allmend.report.sections.membership import measured_epsilon, membership
 from allmend.report.sections.utility import cell, look, titled
 from allmend.report.sections.views import views
@@ -211,6 +212,7 @@ def memorisation(evidence: Evidence) -> Html:
         _statements(audit),
         *came_out(evidence, audit),
         *members,
+        *members_models(evidence),
         tag("div", _gap_chart(evidence, audit) if audit.gaps else None, limits, class_="charts"),
         *(part for _, part in parts[1:]),
         _absent(parts, audit.refused),
