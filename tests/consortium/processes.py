@@ -34,13 +34,13 @@ held_out = 0.3
 max_tokens = 256
 {clients}
 [adapter]
-rank = 2
+{adapter}
 [train]
 learning_rate = 0.01
 batch_size = 4
 {train}
 [strategy]
-name = "fedavg"
+{strategy}
 rounds = {rounds}
 [engine]
 threads = 1
@@ -139,6 +139,7 @@ class Federation:
         names: the members'.
         rounds: of the recipe.
         train, more: further lines of the recipe, in `[train]` and at its end.
+        strategy, adapter: lines of the recipe in `[strategy]` beside its rounds, and in `[adapter]`.
     """
 
     def __init__(
@@ -150,6 +151,8 @@ class Federation:
         rounds: int = 4,
         train: str = "",
         more: str = "",
+        strategy: str = 'name = "fedavg"',
+        adapter: str = "rank = 2",
     ) -> None:
         self.machine, self.folder, self.names = machine, machine.folder, names
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -166,7 +169,9 @@ class Federation:
             lines.append(f'{name} = "{self.key(name)}"')
         (self.folder / "members.toml").write_text("[members]\n" + "\n".join(lines))
         clients = "".join(f'[[clients]]\nname = "{name}"\ndata = "{name}.jsonl"\n' for name in names)
-        text = RECIPE.format(model=model, clients=clients, rounds=rounds, train=train, more=more)
+        text = RECIPE.format(
+            model=model, clients=clients, rounds=rounds, train=train, more=more, strategy=strategy, adapter=adapter
+        )
         (self.folder / "recipe.toml").write_text(text)
 
     def key(self, name: str) -> str:

@@ -6,6 +6,7 @@ each other beyond c = 2/n, so that a ρ for eight members is none for eighty. Th
 for every c, and has the same fixed points.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Literal, TypeAlias
 
@@ -18,8 +19,8 @@ Method: TypeAlias = Literal["implicit", "explicit"]
 Step: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 """What a pull makes of some coordinates [n, k]."""
 
-BLOCK = 65_536
-"""Coordinates that are worked on at a time, so that memory does not grow with the model."""
+BLOCK = 2**24
+"""Numbers of all members that are worked on at a time, so that memory does not grow with the model."""
 
 ACCURACY = 1e-7
 """Relative residual at which conjugate gradients stop."""
@@ -48,8 +49,9 @@ def pull(adapters: torch.Tensor, w: torch.Tensor, strength: float, *, method: Me
         raise ValueError(f"a pull of {strength:.3g} would grow without end on this graph: {most:.3g} is the most")
     found = torch.empty_like(adapters)
     step = _explicit(w, strength) if method == "explicit" else _implicit(w, strength)
-    for start in range(0, adapters.shape[1], BLOCK):
-        some = slice(start, start + BLOCK)
+    width = max(1, BLOCK // len(adapters))
+    for start in range(0, adapters.shape[1], width):
+        some = slice(start, start + width)
         found[:, some] = step(adapters[:, some].double()).to(adapters.dtype)
     return found
 
@@ -66,9 +68,10 @@ def pull_weights(w: torch.Tensor, strength: float) -> torch.Tensor:
 def largest_strength(w: torch.Tensor) -> float:
     """2 / λ_max(L): an explicit pull beyond it expands differences."""
     if w.is_sparse:
+        times = _times_laplacian(w)
         x = torch.randn(len(w), 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         for _ in range(STEPS):
-            x = _times_laplacian(w, x / x.norm().clamp_min(1e-300))
+            x = times(x / x.norm().clamp_min(1e-300))
         top = float(x.norm())
     else:
         top = float(torch.linalg.eigvalsh(laplacian(w.double()))[-1]) if len(w) else 0.0
@@ -76,35 +79,42 @@ def largest_strength(w: torch.Tensor) -> float:
 
 
 def _explicit(w: torch.Tensor, strength: float) -> Step:
-    return lambda x: x - strength * _times_laplacian(w, x)
+    times = _times_laplacian(w)
+    return lambda x: x - strength * times(x)
 
 
 def _implicit(w: torch.Tensor, strength: float) -> Step:
     if w.is_sparse:
-        return lambda x: _conjugate_gradients(w, strength, x)
+        times = _times_laplacian(w)
+        return lambda x: _conjugate_gradients(times, strength, x)
     weights = pull_weights(w, strength)
     return lambda x: weights @ x
 
 
-def _times_laplacian(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def _times_laplacian(w: torch.Tensor) -> Step:
+    """L x. Rows of a sparse graph are compressed once: products with entries in no order take many times as long."""
     wide = w.double()
     degrees = wide.sum(1)
-    degrees = degrees.to_dense() if degrees.is_sparse else degrees
-    return degrees[:, None] * x - wide @ x
+    if not w.is_sparse:
+        return lambda x: degrees[:, None] * x - wide @ x
+    degrees = degrees.to_dense()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        rows = wide.coalesce().to_sparse_csr()
+    return lambda x: degrees[:, None] * x - rows @ x
 
 
-def _conjugate_gradients(w: torch.Tensor, strength: float, right: torch.Tensor) -> torch.Tensor:
+def _conjugate_gradients(times: Step, strength: float, right: torch.Tensor) -> torch.Tensor:
     """(I + cL)⁻¹ of each column, from the column itself: it leaves the mean as it is in every step."""
-    wide = w.double().coalesce()
     x = right.clone()
-    residual = -strength * _times_laplacian(wide, x)
+    residual = -strength * times(x)
     direction = residual.clone()
     size = residual.square().sum(0)
     wanted = ACCURACY**2 * right.square().sum(0)
     for _ in range(STEPS):
         if bool((size <= wanted).all()):
             break
-        curved = direction + strength * _times_laplacian(wide, direction)
+        curved = direction + strength * times(direction)
         length = size / (direction * curved).sum(0).clamp_min(1e-300)
         x += length * direction
         residual -= length * curved
