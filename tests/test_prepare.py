@@ -192,11 +192,37 @@ def test_a_held_out_record_that_another_client_learns_from_is_left_out(tiny_fold
     assert prepared.notes["south"]["held-out records in others' training"] == 1
 
 
-def test_an_arm_of_personal_models_is_not_audited(tiny_folder: Path, tmp_path: Path) -> None:
-    write(tmp_path, "north")
-    made = recipe(tiny_folder, "north", compare={"local": {"strategy": {"name": "local"}}}, audit={"models": ["local"]})
-    with pytest.raises(RecipeError, match=r"audit\.models.*a model for each client"):
+@pytest.mark.parametrize(
+    ("models", "words"),
+    [
+        (["local", "fedavg"], None),
+        (["local/north"], None),
+        (["local/west"], r"audit\.models.*'local/west' is no model: the clients are north, south"),
+        (["local/north", "local/north"], r"audit\.models.*'local/north' is named twice"),
+        (["local", "local/north"], r"audit\.models.*'local/north' is named twice: it is among"),
+        (["fedavg/north"], r"audit\.models.*'fedavg/north' is no model: all clients share that of 'fedavg'"),
+    ],
+)
+def test_arms_of_personal_models_are_audited_where_they_or_clients_are_named(
+    models: list[str], words: str | None, tiny_folder: Path, tmp_path: Path
+) -> None:
+    for name in ("north", "south"):
+        write(tmp_path, name)
+    arms = {"local": {"strategy": {"name": "local"}}}
+    made = recipe(tiny_folder, "north", "south", compare=arms, audit={"models": models})
+    if words is None:
         prepare(made, tmp_path)
+        return
+    with pytest.raises(RecipeError, match=words):
+        prepare(made, tmp_path)
+
+
+def test_canaries_that_no_audit_would_ask_for_are_refused_before_training(tiny_folder: Path, tmp_path: Path) -> None:
+    write(tmp_path, "north")
+    alone = {"strategy": {"name": "local"}, "canaries": {"copies": [1], "count": 2}}
+    with pytest.raises(RecipeError, match=r"no model to audit.*Name arms \(local\) or single models \(local/north\)"):
+        prepare(recipe(tiny_folder, "north", **alone), tmp_path)
+    prepare(recipe(tiny_folder, "north", **alone, audit={"models": ["local"]}), tmp_path)
 
 
 def test_canaries_for_a_client_that_is_not_there(tmp_path: Path, tiny_folder: Path) -> None:

@@ -350,3 +350,90 @@ def test_a_secret_that_begins_its_text_is_said_to_have_no_exposure(
     # said once, for the base model
     again = audit_model("arm", models["halfway"], encoder, planted, settings, seed=0, reference=base)
     assert not any("exposure of" in reason for reason in again.refused)
+
+
+# --- a member's own model
+
+OTHERS = {
+    True: ("Room 77: Zoltan Quist, folder 6613", "Mx Ferro met Yusuf on 21 June 2003", "Hired 1999, badge 80412"),
+    False: ("Room 41: Petra Lindqvist, folder 9927", "Mx Vidal met Noor on 14 May 2011", "Hired 2007, badge 31786"),
+}
+
+
+@pytest.fixture(scope="module")
+def of_two(canaries: list[Canary]) -> list[Canary]:
+    """Those of member `a`, and others of member `b`."""
+    more = [
+        Canary(text, "note", "b", copies, text, (), inserted)
+        for inserted, texts in OTHERS.items()
+        for copies, text in zip((3, 3, 1), texts, strict=True)
+    ]
+    return [*canaries, *more]
+
+
+@pytest.fixture(scope="module")
+def groups() -> list[RecordGroup]:
+    records = [Record(f"{client}{place}", text=f"{place} words of {client}") for client in "ab" for place in range(4)]
+    pairs = (("a", records[:2], records[2:4]), ("b", records[4:6], records[6:]))
+    return [RecordGroup(*pair) for pair in pairs] + [RecordGroup("a", records[:1], records[2:3], "validation records")]
+
+
+def test_what_a_member_s_model_knows_by_heart_is_found_and_nothing_of_the_others(
+    models: Models, encoder: Encoder, of_two: list[Canary]
+) -> None:
+    """It was trained on the canaries of `a`."""
+    base = audit(models["untouched"], encoder, of_two)
+    for member, at_home in (("a", "own"), ("b", "others")):
+        found = audit(models["by heart"], encoder, of_two, reference=base, member=member)
+        for row in found.extraction:
+            assert row.exact.value == float(row.inserted and row.whose == at_home)
+        for gap in found.gaps:
+            assert (gap.gap.value > 1) == (gap.whose == at_home)
+        assert {(test.whose, test.copies) for test in found.ranks} == {
+            (whose, copies) for whose in ("own", "others") for copies in (1, 3)
+        }
+        for test in found.ranks:
+            # 2 of 5, and 1 of 4, that rank first
+            assert (test.p == pytest.approx({3: 1 / 10, 1: 1 / 4}[test.copies])) == (test.whose == at_home)
+
+
+def test_what_was_shared_is_found_in_the_models_of_both(
+    make_trained: Callable[..., LlamaForCausalLM], models: Models, encoder: Encoder, of_two: list[Canary]
+) -> None:
+    model = make_trained([canary.text for canary in of_two if canary.inserted], 200)
+    for member in "ab":
+        found = audit(model, encoder, of_two, member=member)
+        assert {row.exact.value for row in found.extraction if row.inserted} == {1.0}
+        assert {row.exact.value for row in found.extraction if not row.inserted} == {0.0}
+        assert {row.whose for row in found.extraction} == {"own", "others"}
+
+
+@pytest.mark.parametrize("member", ["a", "b"])
+def test_parts_are_the_audits_of_their_canaries_and_records(
+    member: str, models: Models, encoder: Encoder, of_two: list[Canary], groups: list[RecordGroup]
+) -> None:
+    """A model that is asked once gives what two audits of it would."""
+    whole = audit(models["untouched"], encoder, of_two, groups=groups)
+    both = audit(models["halfway"], encoder, of_two, reference=whole, groups=groups, member=member)
+    for whose in ("own", "others"):
+        some = [canary for canary in of_two if (canary.client == member) == (whose == "own")]
+        records = [group for group in groups if (group.client == member) == (whose == "own")]
+        base = audit(models["untouched"], encoder, some, groups=records)
+        alone = audit(models["halfway"], encoder, some, reference=base, groups=records)
+        for table in TABLES:
+            rows = [row for row in getattr(both, table) if row.whose == whose]
+            expected = getattr(alone, table)
+            assert len(rows) == len(expected)
+            for row, other in zip(rows, expected, strict=True):
+                assert close(row.model_copy(update={"whose": None}).model_dump(), other.model_dump())
+    assert {row.whose for row in both.membership if row.records == "validation records of a"} == {
+        "own" if member == "a" else "others"
+    }
+    # rows of both parts come from one asking
+    assert {probe.canary for probe in both.probes} == {canary.id for canary in of_two}
+
+
+def test_a_member_without_canaries_is_told_of(models: Models, encoder: Encoder, canaries: list[Canary]) -> None:
+    found = audit(models["halfway"], encoder, canaries, member="b")
+    assert {row.whose for row in found.gaps} == {"others"}
+    assert "canaries of b in its own models: there are none" in found.refused

@@ -51,6 +51,14 @@ def audit(
     membership_records: Annotated[
         int | None, typer.Option(help="Records of each client that membership is inferred for.", min=0)
     ] = None,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="An arm of a run, or one client's own model, ARM/CLIENT, in the place of the recipe's; may be given "
+            "several times.",
+            metavar="ARM[/CLIENT]",
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Where the audit of a model goes; `audit` when absent.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -61,6 +69,8 @@ def audit(
     With other prompts:               allmend audit runs/first --prefix 20 --prefix 50
 
     In a fraction of the time:        allmend audit runs/first --exposure none
+
+    Of clients' own models:           allmend audit runs/first --arm cobo --arm local/north
 
     Of a model made elsewhere:        allmend audit MODEL --adapter DIR --canaries canaries.jsonl
     """
@@ -74,6 +84,8 @@ def audit(
         changes["exposure"] = [slot for slot in exposure if slot != "none"]
     if membership_records is not None:
         changes["membership_records"] = membership_records
+    if arm:
+        changes["models"] = arm
     if RunFolder(Path(what)).marker.exists():
         run = Path(what)
         for name, value in (("--adapter", adapter), ("--reference", reference), ("--out", out)):
@@ -89,6 +101,8 @@ def audit(
                 where=what,
                 hint="Name a run folder, or the canaries that were planted: --canaries canaries.jsonl.",
             )
+        if arm:
+            raise UserError("--arm is for a run, and this is a model", where=what, hint="Leave it out.")
         folder = out or Path("audit")
         with silent() if as_json else shown(console) as listen:
             table = audit_folder(

@@ -96,6 +96,7 @@ def show_disclosures(
         console.print(f"{words[0].upper()}{words[1:]}: {_MEANING[words]}.", highlight=False)
     seconds = {phase: tokens / rate for phase, tokens in work.items()}
     console.print(f"Work: {_times(seconds)}, at the speed that this machine has now.\n", highlight=False)
+    _show_left_out(console, prepared, seconds)
     console.print("Everything fits; nothing was trained or written. All clients are simulated in this process.")
     for warning in prepared.warnings:
         console.print(f"[yellow]Warning[/yellow] {escape(warning)}", highlight=False)
@@ -157,6 +158,22 @@ def _show_identifiers(console: Console, prepared: "Prepared") -> None:
         words = (f"{kind} {count:,}" for kind, count in counts.items())
         table.add_row(escape(client), ", ".join(words) or "nothing")
     console.print(table)
+
+
+def _show_left_out(console: Console, prepared: "Prepared", seconds: Mapping[str, float]) -> None:
+    """Arms whose clients' own models are not audited, and how to ask for them."""
+    from allmend.check import audited
+
+    arms = prepared.recipe.arms()
+    if not prepared.canaries or not (left := [name for name in arms if name not in audited(prepared.recipe)]):
+        return
+    each = f", about {duration(seconds['audit base'] * len(prepared.members))} for each arm" * ("audit base" in seconds)
+    every = ", ".join(f'"{name}"' for name in arms)
+    console.print(
+        f"Not audited: {', '.join(left)}. To audit clients' own models, name arms: "
+        f"{escape(f'[audit] models = [{every}]')}. Each model costs as much as the base model's audit{each}.\n",
+        highlight=False,
+    )
 
 
 def _times(seconds: Mapping[str, float]) -> str:

@@ -20,7 +20,7 @@ from allmend.attribution.runs import TABLE, Aim, read_aim
 from allmend.audit_runs.guarantees import privacy_table
 from allmend.audit_runs.learnt import write_learnt
 from allmend.audit_runs.runs import audit_arms, design_digest, write_cards
-from allmend.check import influence_problems, smallest_round
+from allmend.check import audited, influence_problems, smallest_round
 from allmend.collaborators import write_collaborators
 from allmend.consortium.gathering import Patience, WaitLog, fewest_of, gather
 from allmend.consortium.influence import measure
@@ -333,6 +333,20 @@ def coordinate(
             f"{', '.join(pooled)} needs all records in one place, which only a simulation has",
             where="compare",
             hint="Leave it out of the recipe.",
+        )
+    if own := [name for name in audited(recipe) if not strategy_of(recipe.arms()[name], seed=recipe.seed).shares]:
+        raise UserError(
+            f"{', '.join(own)} ends with a model of each member's own, which stays with it, so that it cannot be "
+            "audited here",
+            where="audit.models",
+            hint="Leave it out. A simulation of the same recipe tells what such models keep.",
+        )
+    if recipe.canaries and not audited(recipe):
+        raise UserError(
+            "every arm ends with a model of each member's own, which stays with it, so that nothing can be audited "
+            "here",
+            where="canaries",
+            hint="Remove [canaries], or compare with an arm whose members share one model.",
         )
     for name, arm in recipe.arms().items():
         if arm.privacy.weight_noise and not strategy_of(arm, seed=recipe.seed).shares:

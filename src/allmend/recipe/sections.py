@@ -370,7 +370,8 @@ class Audit(Section):
     views: bool = False
     """Whether what each party receives in each round is measured too, not the final model alone (LoRA only)."""
     models: list[str] | None = None
-    """Arms to audit beside the base model; when absent, every arm whose clients share one model."""
+    """What to audit beside the base model: arms, with each client's own model where they end with such (`cobo`), or one
+    of these (`cobo/north`). When absent, every arm whose clients share one model."""
 
     @model_validator(mode="after")
     def _some_prefix(self) -> Self:

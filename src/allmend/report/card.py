@@ -88,9 +88,13 @@ def _of_a_member(audit: AuditTable, model: str, *, guarantee: bool) -> Iterator[
     headings: dict[Whose, str] = {"own": "The member's own canaries", "others": "The other members' canaries"}
     for whose, heading in headings.items():
         yield f"### {heading}"
-        if any((test.whose, test.model) == (whose, model) for test in audit.ranks):
+        tests = [test for test in audit.ranks if test.whose == whose]
+        if own := [test.p for test in tests if test.model == model]:
             above = any(test.model == model for test in audit.above_chance(whose))
-            yield f"Planted ones are {'' if above else 'not '}told from controls above chance."
+            yield (
+                f"Planted ones are {'' if above else 'not shown to be '}told from controls above chance (least p "
+                f"{numbers.chance(min(own))}; judged among {numbers.counted(len(tests), 'test')} of the run's models)."
+            )
         yield from _measures(audit.of(whose, model), model, guarantee=guarantee)
 
 

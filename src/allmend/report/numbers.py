@@ -83,6 +83,11 @@ def power(value: float) -> str:
     return raised if float(digits) == 1 else f"{digits.removesuffix('.0')} × {raised}"
 
 
+def chance(p: float) -> str:
+    """A p-value: 0.034, 3 × 10⁻⁵."""
+    return power(p) if p < 0.001 else number(p)
+
+
 def count(value: float) -> str:
     """A whole number with separated thousands: 460,800."""
     return f"{value:,.0f}"

@@ -48,21 +48,26 @@ def _answer(audit: AuditTable, arm: str) -> Html:
     models = list(dict.fromkeys(test.model for test in tests))
     above = [test for test in audit.above_chance("others") if test in tests]
     passed = list(dict.fromkeys(test.model for test in above))
-    own = {test.model for test in audit.above_chance("own") if member_of(test.model)[0] == arm}
     if not tests:
         words = ": there are no canaries of other members to ask for."
-    elif above:
-        words = f": {len(passed)} of {len(models)} members’ models know planted canaries of other members above chance "
-        words += f"({_named(passed)}; p ≤ {_p(max(test.p for test in above))} each)."
+    elif passed:
+        words = f": in {len(passed)} of {len(models)} members’ models, planted canaries of other members rank above "
+        words += f"controls beyond chance ({_named(passed)}; p ≤ {numbers.chance(max(test.p for test in above))} each)."
     else:
-        words = f": no member’s model of {len(models)} is shown to know another member’s planted canaries (least p of "
-        words += f"{numbers.counted(len(tests), 'test')}: {_p(min(test.p for test in tests))})."
+        words = (
+            f": none of {len(models)} members’ models is shown to know another member’s planted canaries (least p of "
+        )
+        words += f"{numbers.counted(len(tests), 'test')}: {numbers.chance(min(test.p for test in tests))})."
     if recited := _recited(audit, models, "others"):
-        words += f" Others’ canaries recited: {recited}."
-    words += f" Its own canaries are known above chance to {len(own)}."
-    if recited := _recited(audit, models, "own"):
-        words += f" Own canaries recited: {recited}."
-    sign = badge(Verdict.MEMORISED if above else Verdict.NOTHING, "passed on" if above else "nothing shown to pass")
+        words += f" They recite {recited} of others."
+    own = [row for row in audit.members if (row.arm, row.whose) == (arm, "own")]
+    most = max(own, key=lambda row: row.copies, default=None)
+    if most is not None and most.gap is not None:
+        words += (
+            f" Own canaries with {copies_of(most.copies)} are {numbers.signed(most.gap.mean.value)} nats per token "
+        )
+        words += f"likelier than controls; {_recited(audit, models, 'own') or 'none'} are recited."
+    sign = badge(Verdict.MEMORISED if passed else Verdict.NOTHING, "passed on" if passed else "nothing shown to pass")
     return tag("li", sign, paragraph(tag("strong", arm), words))
 
 
@@ -89,33 +94,43 @@ def _chart(evidence: Evidence, audit: AuditTable, copies: int) -> Html:
     )
 
 
-def _over(found: OverMembers | None, form: Format) -> Cell:
+def _over(found: OverMembers | None, form: Format, *, beside: str = "") -> Cell:
     if found is None:
         return Cell(numbers.NONE)
-    range_ = f"{form(found.least)} to {form(found.most)}" if found.mean.n > 1 else ""
-    return Cell(form(found.mean.value), range_, found.mean.value)
-
-
-def _arms(audit: AuditTable) -> Html:
-    def line(row: KeptByMembers) -> list[str | Cell]:
-        return [
-            row.arm,
-            TITLES[row.whose],
-            Cell(numbers.count(row.copies), value=row.copies),
-            _over(row.gap, numbers.signed),
-            _over(row.exact, _whole),
-            _over(row.exact_controls, _whole),
-            _over(row.exposure, numbers.number),
-            _over(row.auc, numbers.number),
-        ]
-
-    head = ["Arm", "Canaries", "Copies", "Gap, nats", "Recited: planted", "controls", "Exposure, bits", "AUC"]
-    caption = "Members’ own models: mean over members, and from the least to the most"
-    return table(caption, head, [line(row) for row in audit.members])
+    span = f"{form(found.least)} to {form(found.most)}" if found.least < found.most else ""
+    return Cell(form(found.mean.value), "; ".join(filter(None, (span, beside))), found.mean.value)
 
 
 def _whole(share: float) -> str:
     return numbers.percent(share, 0)
+
+
+def _arms(audit: AuditTable) -> Html:
+    """A row for an arm's members and number of copies, own canaries beside those of others."""
+    known = {(row.arm, row.copies, row.whose): row for row in audit.members}
+
+    def recited(row: KeptByMembers) -> Cell:
+        null = row.exact_controls
+        return _over(row.exact, _whole, beside="" if null is None else f"controls {_whole(null.mean.value)}")
+
+    figures: tuple[Callable[[KeptByMembers], Cell], ...] = (
+        lambda row: _over(row.gap, numbers.signed),
+        recited,
+        lambda row: _over(row.exposure, numbers.number),
+        lambda row: _over(row.auc, numbers.number),
+    )
+
+    def line(arm: str, copies: int) -> list[str | Cell]:
+        rows = [known.get((arm, copies, whose)) for whose in TITLES]
+        shown = [Cell(numbers.NONE) if row is None else of(row) for of in figures for row in rows]
+        return [arm, Cell(numbers.count(copies), value=copies), *shown]
+
+    names = ("Gap, nats", "Recited", "Exposure, bits", "AUC")
+    head = ["Arm", "Copies", *(words for name in names for words in (f"{name}: own", TITLES["others"]))]
+    caption = "Members’ own models: mean over members, and from the least to the most"
+    arms = dict.fromkeys(row.arm for row in audit.members)
+    every = sorted({row.copies for row in audit.members})
+    return table(caption, head, [line(arm, copies) for arm in arms for copies in every])
 
 
 def _models(audit: AuditTable) -> Html:
@@ -141,7 +156,7 @@ def _models(audit: AuditTable) -> Html:
             exact(*key, True),
             exact(*key, False),
             cell(auc.get(key), numbers.number, numbers.number),
-            Cell(numbers.NONE) if p is None else Cell(_p(p), sign, p),
+            Cell(numbers.NONE) if p is None else Cell(numbers.chance(p), sign, p),
         ]
 
     rows: Rows = [line(gap) for gap in audit.gaps if gap.whose is not None]
@@ -153,8 +168,25 @@ def _models(audit: AuditTable) -> Html:
     return in_figures(table(caption, head, rows), len(rows))
 
 
-def _p(p: float) -> str:
-    return numbers.power(p) if p < 0.001 else numbers.number(p)
+def _records(audit: AuditTable) -> Html:
+    """Whether each model tells records that were trained on from those held out."""
+    rows: Rows = [
+        [
+            row.model,
+            TITLES[row.whose],
+            row.records,
+            cell(row.auc, numbers.number, numbers.number),
+        ]
+        for row in audit.membership
+        if row.whose is not None and row.copies is None and row.score == "ratio"
+    ]
+    if not rows:
+        return Html("")
+    caption = "Training records told from held-out ones, by loss over the base model’s (95 % interval; n records)"
+    if len(rows) > MOST_ROWS:
+        rows = rows[:MOST_ROWS]
+        caption += f"; the first {MOST_ROWS}, the rest is in results/audit.json"
+    return in_figures(table(caption, ["Model", "Whose", "Records", "AUC"], rows), len(rows))
 
 
 def _exact(audit: AuditTable) -> Callable[[str, Whose | None, int, bool], str | Cell]:
@@ -183,3 +215,4 @@ def _shown(evidence: Evidence, audit: AuditTable) -> Iterator[Html]:
     if audit.members:
         yield _chart(evidence, audit, max(row.copies for row in audit.members))
         yield join([_arms(audit), _models(audit)])
+    yield _records(audit)
