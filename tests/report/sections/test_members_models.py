@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from tests.report.conftest import body_of, part, said, share, table_of
 
 from allmend.cli.outcome import show_audit
 from allmend.report.page import write_report
@@ -22,7 +23,6 @@ from allmend.results import (
     Whose,
 )
 from allmend.run import RunFolder
-from tests.report.conftest import body_of, part, said, share, table_of
 
 NAMES = ("north", "south", "east")
 LEVELS: Mapping[tuple[str, Whose], float] = {
