@@ -42,7 +42,10 @@ def test_a_run_that_is_too_short_for_a_pass_over_the_canaries_says_so(
 
 
 def test_an_arm_that_is_not_audited_needs_no_pass(tiny_folder: Path, tmp_path: Path) -> None:
-    assert warnings(tiny_folder, tmp_path, train={"local_steps": 1}, strategy={"name": "local", "rounds": 1}) == ()
+    short = {"train": {"local_steps": 1}, "strategy": {"name": "local", "rounds": 1}}
+    assert warnings(tiny_folder, tmp_path, compare={"local": short}) == ()
+    (said,) = warnings(tiny_folder, tmp_path, compare={"local": short}, audit={"models": ["local/south"]})
+    assert "arm 'local': client 'south' takes 1 steps" in said
 
 
 def test_poisson_sampling_leaves_canaries_out_by_design(tiny_folder: Path, tmp_path: Path) -> None:

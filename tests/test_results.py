@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 from pydantic import ValidationError
@@ -92,6 +92,8 @@ def filled(kind: Any) -> Any:
     if isinstance(kind, type) and issubclass(kind, Table):
         return kind(**{name: filled(field.annotation) for name, field in kind.model_fields.items()})
     origin, inner = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return inner[0]
     if origin in (tuple, list):
         return origin([filled(inner[0])])
     if origin is dict:
