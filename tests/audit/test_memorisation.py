@@ -429,6 +429,8 @@ def test_parts_are_the_audits_of_their_canaries_and_records(
     assert {row.whose for row in both.membership if row.records == "validation records of a"} == {
         "own" if member == "a" else "others"
     }
+    of_records = {(row.records, row.score) for row in both.membership if row.copies is None}
+    assert {(group.label, "ratio") for group in groups} <= of_records
     # rows of both parts come from one asking
     assert {probe.canary for probe in both.probes} == {canary.id for canary in of_two}
 
