@@ -169,7 +169,7 @@ def unknown_models(recipe: Recipe, clients: Sequence[str]) -> Iterator[str]:
             yield f"{name!r} is named twice"
         elif member is None:
             continue
-        elif not _personal(arms[arm]):
+        elif not personal(arms[arm]):
             yield f"{name!r} is no model: all clients share that of {arm!r}, which is named alone"
         elif member not in clients:
             yield f"{name!r} is no model: the clients are {', '.join(clients)}"
@@ -177,7 +177,7 @@ def unknown_models(recipe: Recipe, clients: Sequence[str]) -> Iterator[str]:
             yield f"{name!r} is named twice: it is among the models of {arm!r}"
 
 
-def _personal(arm: Arm) -> bool:
+def personal(arm: Arm) -> bool:
     """Whether an arm ends with a model for each client."""
     return arm.strategy.name in STRATEGIES and not STRATEGIES[arm.strategy.name].shares
 
@@ -186,18 +186,18 @@ def audited(recipe: Recipe) -> list[str]:
     """Arms of which some model is audited, as far as the recipe alone tells."""
     if recipe.audit.models is not None:
         return list(dict.fromkeys(member_of(name)[0] for name in recipe.audit.models))
-    return [name for name, arm in recipe.arms().items() if not _personal(arm)]
+    return [name for name, arm in recipe.arms().items() if not personal(arm)]
 
 
 def shared_and_audited(recipe: Recipe) -> list[str]:
     """Those of the audited arms whose clients share one model."""
-    return [name for name in audited(recipe) if not _personal(recipe.arms()[name])]
+    return [name for name in audited(recipe) if not personal(recipe.arms()[name])]
 
 
 def audited_members(recipe: Recipe, arm: str, clients: Sequence[str]) -> list[str]:
     """Clients whose own models of an arm are audited; nobody where all share one, or where the recipe names none."""
     named = recipe.audit.models or []
-    if not _personal(recipe.arms()[arm]):
+    if not personal(recipe.arms()[arm]):
         return []
     return [client for client in clients if arm in named or f"{arm}/{client}" in named]
 

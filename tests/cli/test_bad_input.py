@@ -409,6 +409,16 @@ AUDITS: dict[str, tuple[Callable[[], object], tuple[str, ...], tuple[str, ...]]]
         ("audit", "model", "--canaries", "others.jsonl"),
         ("one of the two is missing",),
     ),
+    "the model of no member": (
+        nothing,
+        ("audit", "runs/tiny", "--arm", "fedavg/north", "--arm", "local"),
+        ("audit.models", "all clients share that of 'fedavg'", "no arm of this recipe is called 'local'", "ARM/MEMBER"),
+    ),
+    "an arm of a model": (
+        nothing,
+        ("audit", "model", "--canaries", OWN, "--arm", "fedavg"),
+        ("--arm is for a run",),
+    ),
     "no canaries": (
         spoilt_canaries(list.clear),
         ("audit", "model", "--canaries", "others.jsonl"),

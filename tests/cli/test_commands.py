@@ -177,6 +177,23 @@ def test_a_dry_run_shows_what_leaves_and_writes_nothing(allmend: Allmend, workpl
     assert sorted(workplace.rglob("*")) == before
 
 
+def test_clients_own_models_are_audited_where_they_are_asked_for(allmend: Allmend, workplace: Path) -> None:
+    """And the dry run tells how, and what that costs."""
+    with Path("recipe.toml").open("a") as file:
+        file.write(AUDITED)
+    text = " ".join(allmend("tune", "recipe.toml", "--dry-run").out.split())
+    assert 'Not audited: local. To audit clients\' own models, name arms: [audit] models = ["fedavg", "local"].' in text
+    assert "for each arm." in text
+    assert allmend("tune", "recipe.toml").code == 0
+    shown = allmend("audit", "runs/tiny", "--arm", "local/north", "--arm", "fedavg")
+    assert (shown.code, shown.err) == (0, "")
+    text = " ".join(shown.out.split())
+    assert "Members' own models" in text
+    assert "local: none of 1 models is shown to know another member's planted canaries." in text
+    assert "The audit's design was changed after training." in text
+    assert "what passed between members" in Path("runs/tiny/report.html").read_text()
+
+
 def test_a_dry_run_names_each_layer_and_what_masks_make_of_the_size(allmend: Allmend, workplace: Path) -> None:
     Path("west.jsonl").write_text(Path("north.jsonl").read_text())
     with Path("recipe.toml").open("a") as file:

@@ -202,6 +202,16 @@ def test_what_does_not_fit_is_told_by_the_member(change: str, why: str, make_pla
         place.coordinate(fewest=3)
 
 
+def test_models_that_stay_with_members_are_not_audited_here(make_place: MakePlace) -> None:
+    alone = {"alone": {"strategy": {"name": "local"}}}
+    place = make_place(compare=alone, audit={"models": ["fedavg", "alone"]})
+    with pytest.raises(UserError, match="alone ends with a model of each member's own, which stays with it"):
+        place.coordinate()
+    place = make_place(compare={}, strategy={"name": "local", "rounds": 1})
+    with pytest.raises(UserError, match="every arm ends with a model of each member's own"):
+        place.coordinate()
+
+
 def test_a_strategy_that_pools_is_refused(make_place: MakePlace) -> None:
     place = make_place(compare={"pooled": {"strategy": {"name": "centralised"}}})
     with pytest.raises(UserError, match="pooled needs all records in one place"):

@@ -162,13 +162,14 @@ def _show_identifiers(console: Console, prepared: "Prepared") -> None:
 
 def _show_left_out(console: Console, prepared: "Prepared", seconds: Mapping[str, float]) -> None:
     """Arms whose clients' own models are not audited, and how to ask for them."""
-    from allmend.check import audited
+    from allmend.check import audited, personal
 
-    arms = prepared.recipe.arms()
-    if not prepared.canaries or not (left := [name for name in arms if name not in audited(prepared.recipe)]):
+    arms, known = prepared.recipe.arms(), audited(prepared.recipe)
+    left = [name for name, arm in arms.items() if personal(arm) and name not in known]
+    if not prepared.canaries or not left:
         return
     each = f", about {duration(seconds['audit base'] * len(prepared.members))} for each arm" * ("audit base" in seconds)
-    every = ", ".join(f'"{name}"' for name in arms)
+    every = ", ".join(f'"{name}"' for name in (*known, *left))
     console.print(
         f"Not audited: {', '.join(left)}. To audit clients' own models, name arms: "
         f"{escape(f'[audit] models = [{every}]')}. Each model costs as much as the base model's audit{each}.\n",
