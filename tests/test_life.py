@@ -126,7 +126,10 @@ def test_everything_is_there(whole: RunFolder, recipe: Recipe) -> None:
     adapters = ("arms/fedavg/adapter", "arms/local/members/north/adapter", "arms/local/members/south/adapter")
     assert files == {
         *("lock", "recipe.toml", "run.json", "events.jsonl", "canaries.jsonl", "report.html"),
-        *(f"results/{name}" for name in ("utility.json", "audit.json", "audit.parquet", "privacy.json")),
+        *(
+            f"results/{name}"
+            for name in ("utility.json", "audit.json", "audit.parquet", "privacy.json", "personalised.json")
+        ),
         *(f"arms/{arm}/learnt.json" for arm in ("fedavg", "local")),
         "arms/fedavg/adapter/README.md",
         *(f"scores/{name}.json" for name in ("base", "fedavg", "local")),

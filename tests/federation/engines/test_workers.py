@@ -128,10 +128,10 @@ def test_only_the_cpu_can_be_shared(make_trainable: Callable[..., Any], settings
 # kills the workers, so it stands last
 def test_a_killed_worker_is_told_and_does_not_hang(workers: Workers) -> None:
     strategy = FedAvg()
-    turn = Turn(1, 0, 2)
-    tasks = strategy.plan(strategy.init(workers.trainable.state()), turn, workers.engine.members)
-    list(workers.engine.work(strategy, tasks))  # they are up
+    state = strategy.init(workers.trainable.state())
+    list(workers.engine.work(strategy, strategy.plan(state, Turn(1, 0, 2), workers.engine.members)))  # they are up
     workers.deadly = True
+    tasks = strategy.plan(state, Turn(2, 0, 2), workers.engine.members)
     with pytest.raises(UserError, match=r"client '[ab]': the worker process died \(exit code -9\)"):
         list(workers.engine.work(strategy, tasks))
     with pytest.raises(UserError, match="died"):  # and they are dead before they get anything
