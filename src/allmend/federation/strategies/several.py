@@ -1,5 +1,6 @@
 """Several models in one federation, each of them averaged over those members who train it."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -27,7 +28,7 @@ TRAIN, RETURN = range(2)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SeveralModels(FedAvg):
+class SeveralModels(FedAvg, ABC):
     """x_g ← x_g + Σ nᵢ (xᵢ − x_g) / Σ nᵢ over the members who have trained x_g; a model that nobody trained stays.
 
     A member's reply has places for the changes of all models and leaves out those that it did not train. Where sums are
@@ -42,9 +43,9 @@ class SeveralModels(FedAvg):
     """What stays at a member, in words."""
 
     @property
+    @abstractmethod
     def count(self) -> int:
         """How many models there are."""
-        raise NotImplementedError
 
     def declare(self) -> Declaration:
         declared = super().declare()
