@@ -139,9 +139,10 @@ def test_behind_masks_each_group_needs_as_many_as_any_sum(
 @pytest.mark.parametrize(
     ("strategy", "words"),
     [
-        ({"name": "ditto"}, "ditto trains two models with the same records"),
-        ({"name": "ifca"}, "ifca lets a member's loss decide"),
-        ({"name": "local", "validation": 0.2}, "fewer than are counted"),
+        ({"name": "ditto"}, "two models train with the same records"),
+        ({"name": "clustered"}, "where a member's gradient points"),
+        ({"name": "ifca"}, "a member's loss decides"),
+        ({"name": "local", "validation": 0.2}, "fewer records are trained on than are counted"),
         ({"name": "local"}, None),
         ({"name": "finetuned"}, None),
         ({"name": "grouped", "groups": "north, south"}, None),

@@ -234,6 +234,8 @@ class Declaration:
         numbers: which of the names above are single numbers; the others have the size of what learns.
         seen_by: who looks at what is seen.
         beside: which of what is seen may be so where sums are hidden: it says something else than they would.
+        beyond: what is drawn from a member's records beside the steps of one training over all of them, which no
+            guarantee for records covers; empty where that is nothing.
     """
 
     sent: str
@@ -243,6 +245,7 @@ class Declaration:
     numbers: frozenset[str] = frozenset()
     seen_by: str = "the coordinator"
     beside: frozenset[str] = frozenset()
+    beyond: str = ""
 
     def undeclared(self, reply: Reply) -> list[str]:
         """Names in a reply that were not declared in their group, sorted."""

@@ -19,13 +19,9 @@ from allmend.federation.privacy.ledger import Ledger, member_account, open_ledge
 from allmend.federation.privacy.vectors import codes_of_legs, rounding
 from allmend.federation.rounds import Observer, run_rounds
 from allmend.federation.strategies import build_strategy
-from allmend.federation.strategies.clustered import Clustered
 from allmend.federation.strategies.cobo import CoBo
 from allmend.federation.strategies.comigs import CoMiGS
-from allmend.federation.strategies.ditto import Ditto
 from allmend.federation.strategies.fedavg import FedAvg
-from allmend.federation.strategies.ifca import IFCA
-from allmend.federation.strategies.local import Local
 from allmend.federation.strategies.private_fedavg import PrivateFedAvg
 from allmend.federation.strategies.product import FedAvgProduct
 from allmend.learn.loop import Step, mean_loss
@@ -125,13 +121,16 @@ def strategy_of(arm: Arm, *, seed: int) -> Strategy:
         _check_comigs(arm)
     if isinstance(strategy, CoBo):
         _check_cobo(strategy, arm)
-    if arm.privacy.record is not None and (more := _beyond_steps(strategy)):
-        raise ValueError(f"privacy.record promises something for one training a round: {more}. Remove one of the two")
+    declared = strategy.declare()
+    if arm.privacy.record is not None and declared.beyond:
+        raise ValueError(
+            f"privacy.record promises something for the steps of one training a round, and {strategy.name} draws more "
+            f"from records: {declared.beyond}. Remove one of the two"
+        )
     if isinstance(strategy, FedAvgProduct) and arm.adapter.kind != "lora":
         raise ValueError(f"{strategy.name} averages products of LoRA's factors: adapter.kind must be 'lora'")
     if isinstance(strategy, FedAvgProduct) and arm.train.largest_update is not None:
         raise ValueError(f"train.largest_update is about LoRA's factors, and {strategy.name} sends their products")
-    declared = strategy.declare()
     if arm.privacy.secure_aggregation and (seen := sorted(set(declared.seen) - declared.beside)):
         raise ValueError(
             f"privacy.secure_aggregation hides what is summed, and {strategy.name!r} looks at each member's "
@@ -159,27 +158,9 @@ def strategy_of(arm: Arm, *, seed: int) -> Strategy:
     )
 
 
-def _beyond_steps(strategy: Strategy) -> str:
-    """What a strategy draws from records beside a round's steps over all of them; empty where that is nothing."""
-    if isinstance(strategy, Ditto):
-        return "ditto trains two models with the same records"
-    if isinstance(strategy, Clustered):
-        return "clustered shows where a member's gradient points"
-    if isinstance(strategy, IFCA):
-        return "ifca lets a member's loss decide which model it trains"
-    if isinstance(strategy, Local) and strategy.validation:
-        return "with validation local draws its records from fewer than are counted"
-    return ""
-
-
 def _check_cobo(strategy: CoBo, arm: Arm) -> None:
     if strategy.geometry == "product" and arm.adapter.kind != "lora":
         raise ValueError("geometry 'product' mixes products of LoRA's factors: set geometry to 'factors'")
-    if arm.privacy.record is not None:
-        raise ValueError(
-            "privacy.record promises something for what training steps tell, and cobo's gradients at midpoints tell "
-            "more: remove one of the two"
-        )
     if arm.train.largest_update is not None:
         raise ValueError(
             "train.largest_update is about the change of a model that was sent, and cobo's members keep it"
@@ -187,8 +168,6 @@ def _check_cobo(strategy: CoBo, arm: Arm) -> None:
 
 
 def _check_comigs(arm: Arm) -> None:
-    if arm.privacy.record is not None:
-        raise ValueError("privacy.record is about one optimiser over one set of records, and comigs has two of both")
     if arm.train.largest_update is not None:
         raise ValueError("train.largest_update is about the change of a whole model, and comigs sends its generalists")
     if arm.privacy.weight_noise:

@@ -77,6 +77,7 @@ class Clustered(SeveralModels):
             kept="the member's model, where it trains alone",
             numbers=declared.numbers,
             beside=frozenset({PLACE}),
+            beyond="sketches show where a member's gradient points",
         )
 
     def plan(self, state: State, turn: Turn, members: Sequence[str]) -> dict[str, Task]:

@@ -166,6 +166,7 @@ class CoBo:
             kept="the member's model and its optimiser",
             numbers=frozenset({"weight", "loss"}),
             seen_by="the coordinator (the adapter also by the other members of its pairs)",
+            beyond="gradients at midpoints tell more",
         )
 
     def layout(self, initial: Tensors, leg: int = 0) -> Layout:

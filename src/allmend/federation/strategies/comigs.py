@@ -103,6 +103,7 @@ class CoMiGS(FedAvg):
         times = "number of records" if self.weighting == "examples" else "1"
         return Declaration(
             sent="the generalists",
+            beyond="experts and routers have optimisers and records of their own",
             summed={
                 "update": f"change of the generalists times {times}",
                 "weight": "number of training records" if self.weighting == "examples" else "1 for each member",

@@ -38,6 +38,7 @@ class Ditto(FedAvg):
             sent=declared.sent,
             summed=declared.summed,
             kept="the member's own model and its optimiser",
+            beyond="two models train with the same records",
             numbers=declared.numbers,
         )
 

@@ -35,6 +35,7 @@ class IFCA(SeveralModels):
     probe_records: int = 0
 
     name = "ifca"
+    drawn = "a member's loss decides which model it trains"
     choice = "all models, of which the member takes the one that has the lowest loss on its training records"
     stays = "which of them that is"
 

@@ -42,6 +42,7 @@ class Local:
     def declare(self) -> Declaration:
         return Declaration(
             sent="",
+            beyond="with validation fewer records are trained on than are counted" if self.validation else "",
             summed={
                 "weight": "number of training records",
                 "loss": "training loss times number of records, unless records have a guarantee",

@@ -41,6 +41,8 @@ class SeveralModels(FedAvg, ABC):
     """How a member comes to its model, in words."""
     stays: ClassVar[str] = ""
     """What stays at a member, in words."""
+    drawn: ClassVar[str] = ""
+    """What the choice draws from its records; see `Declaration.beyond`."""
 
     @property
     @abstractmethod
@@ -57,6 +59,7 @@ class SeveralModels(FedAvg, ABC):
             | of_models,
             kept=self.stays,
             numbers=declared.numbers | of_models.keys(),
+            beyond=self.drawn,
         )
 
     def layout(self, initial: Tensors, leg: int = 0) -> Layout:
