@@ -161,5 +161,19 @@ def _first_of_each(numbers: torch.Tensor) -> torch.Tensor:
 
 
 def laplacian(w: torch.Tensor) -> torch.Tensor:
-    """L = diag(W 1) − W, strided."""
-    return torch.diag(w.sum(1)) - w
+    """L = diag(W 1) − W, strided or sparse (COO) as W is."""
+    degrees = w.sum(1)
+    if not w.is_sparse:
+        return torch.diag(degrees) - w
+    return _diagonal(degrees.to_dense()) - w
+
+
+def identity(w: torch.Tensor) -> torch.Tensor:
+    """I of the size, precision and layout of W."""
+    ones = torch.ones(len(w), dtype=w.dtype)
+    return _diagonal(ones) if w.is_sparse else torch.diag(ones)
+
+
+def _diagonal(entries: torch.Tensor) -> torch.Tensor:
+    places = torch.arange(len(entries)).expand(2, -1)
+    return torch.sparse_coo_tensor(places, entries, (len(entries),) * 2, is_coalesced=True, check_invariants=True)

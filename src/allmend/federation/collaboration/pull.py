@@ -11,8 +11,10 @@ from collections.abc import Callable
 from typing import Literal, TypeAlias
 
 import torch
+from scipy.sparse import csr_array
+from scipy.sparse.linalg import eigsh
 
-from allmend.federation.collaboration.graph import laplacian
+from allmend.federation.collaboration.graph import identity, laplacian
 
 Method: TypeAlias = Literal["implicit", "explicit"]
 
@@ -22,10 +24,14 @@ Step: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 BLOCK = 2**24
 """Numbers of all members that are worked on at a time, so that memory does not grow with the model."""
 
-ACCURACY = 1e-7
-"""Relative residual at which conjugate gradients stop."""
+WIDTH = 128
+"""Coordinates that are worked on at a time where the graph is sparse: of so many, a member's row stays in cache."""
+
+ACCURACY = {torch.float64: 1e-10, torch.float32: 1e-6}
+"""Relative residual at which conjugate gradients stop, by the precision that they are in."""
 
 STEPS = 500
+"""Of conjugate gradients at most."""
 
 
 def pull(adapters: torch.Tensor, w: torch.Tensor, strength: float, *, method: Method = "implicit") -> torch.Tensor:
@@ -47,12 +53,14 @@ def pull(adapters: torch.Tensor, w: torch.Tensor, strength: float, *, method: Me
         return adapters.clone()
     if method == "explicit" and strength > (most := largest_strength(w)):
         raise ValueError(f"a pull of {strength:.3g} would grow without end on this graph: {most:.3g} is the most")
+    # a sparse graph means many members: there single precision halves what has to pass through memory
+    precision = torch.float32 if w.is_sparse and adapters.dtype != torch.float64 else torch.float64
     found = torch.empty_like(adapters)
-    step = _explicit(w, strength) if method == "explicit" else _implicit(w, strength)
-    width = max(1, BLOCK // len(adapters))
+    step = (_explicit if method == "explicit" else _implicit)(w.to(precision), strength)
+    width = WIDTH if w.is_sparse else max(1, BLOCK // len(adapters))
     for start in range(0, adapters.shape[1], width):
         some = slice(start, start + width)
-        found[:, some] = step(adapters[:, some].double()).to(adapters.dtype)
+        found[:, some] = step(adapters[:, some].to(precision)).to(adapters.dtype)
     return found
 
 
@@ -61,63 +69,62 @@ def pull_weights(w: torch.Tensor, strength: float) -> torch.Tensor:
 
     Rows sum to 1, and so do columns; no entry is negative.
     """
-    matrix = torch.eye(len(w), dtype=torch.float64) + strength * laplacian(w.double())
+    wide = w.double()
+    matrix = identity(wide) + strength * laplacian(wide)
     return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
 
 
 def largest_strength(w: torch.Tensor) -> float:
     """2 / λ_max(L): an explicit pull beyond it expands differences."""
-    if w.is_sparse:
-        times = _times_laplacian(w)
-        x = torch.randn(len(w), 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        for _ in range(STEPS):
-            x = times(x / x.norm().clamp_min(1e-300))
-        top = float(x.norm())
-    else:
-        top = float(torch.linalg.eigvalsh(laplacian(w.double()))[-1]) if len(w) else 0.0
-    return 2 / top if top > 0 else float("inf")
+    if not bool((w.coalesce().values() if w.is_sparse else w).any()):
+        return float("inf")
+    matrix = laplacian(w.double())
+    if not w.is_sparse:
+        return 2 / float(torch.linalg.eigvalsh(matrix)[-1])
+    entries = matrix.coalesce()
+    wide = csr_array((entries.values().numpy(), entries.indices().numpy()), shape=tuple(w.shape))
+    start = torch.randn(len(w), dtype=torch.float64, generator=torch.Generator().manual_seed(0)).numpy()
+    (top,) = eigsh(wide, k=1, which="LA", v0=start, return_eigenvectors=False)
+    return 2 / float(top)
 
 
 def _explicit(w: torch.Tensor, strength: float) -> Step:
-    times = _times_laplacian(w)
-    return lambda x: x - strength * times(x)
+    moved = _compressed(identity(w) - strength * laplacian(w))
+    return lambda x: moved @ x
 
 
 def _implicit(w: torch.Tensor, strength: float) -> Step:
     if w.is_sparse:
-        times = _times_laplacian(w)
-        return lambda x: _conjugate_gradients(times, strength, x)
+        system = _compressed(identity(w) + strength * laplacian(w))
+        return lambda x: _conjugate_gradients(system, x)
     weights = pull_weights(w, strength)
     return lambda x: weights @ x
 
 
-def _times_laplacian(w: torch.Tensor) -> Step:
-    """L x. Rows of a sparse graph are compressed once: products with entries in no order take many times as long."""
-    wide = w.double()
-    degrees = wide.sum(1)
-    if not w.is_sparse:
-        return lambda x: degrees[:, None] * x - wide @ x
-    degrees = degrees.to_dense()
+def _compressed(matrix: torch.Tensor) -> torch.Tensor:
+    """Rows of a sparse matrix as such: products with entries in no order take many times as long."""
+    if not matrix.is_sparse:
+        return matrix
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        rows = wide.coalesce().to_sparse_csr()
-    return lambda x: degrees[:, None] * x - rows @ x
+        return matrix.coalesce().to_sparse_csr()
 
 
-def _conjugate_gradients(times: Step, strength: float, right: torch.Tensor) -> torch.Tensor:
+def _conjugate_gradients(system: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """(I + cL)⁻¹ of each column, from the column itself: it leaves the mean as it is in every step."""
+    tiny = torch.finfo(right.dtype).tiny
     x = right.clone()
-    residual = -strength * times(x)
+    residual = right - system @ x
     direction = residual.clone()
     size = residual.square().sum(0)
-    wanted = ACCURACY**2 * right.square().sum(0)
+    wanted = ACCURACY[right.dtype] ** 2 * right.square().sum(0)
     for _ in range(STEPS):
         if bool((size <= wanted).all()):
             break
-        curved = direction + strength * times(direction)
-        length = size / (direction * curved).sum(0).clamp_min(1e-300)
-        x += length * direction
-        residual -= length * curved
+        curved = system @ direction
+        length = size / (direction * curved).sum(0).clamp_min(tiny)
+        x.addcmul_(length, direction)
+        residual.addcmul_(length, curved, value=-1)
         before, size = size, residual.square().sum(0)
-        direction = residual + size / before.clamp_min(1e-300) * direction
+        direction.mul_(size / before.clamp_min(tiny)).add_(residual)
     return x
