@@ -2,7 +2,8 @@
 
 Members have sketches of 256 numbers around 200 centres and 50 neighbours at least. The pull is of some coordinates at a
 time, so that time grows with their number, and what a whole adapter takes (SmolLM2-135M, r = 8, queries and values) is
-said for the share that was measured; what does not grow with it is taken once. Memory is resident, of this process, before and at its highest.
+said for the share that was measured; what does not grow with it is taken once. Memory is resident, of this process,
+before and at its highest.
 
     python benchmarks/cobo_server.py [--members 10000] [--neighbours 50] [--coordinates 4096] [--quick]
 """
@@ -58,7 +59,9 @@ def run(members: int, neighbours: int, coordinates: int) -> None:
             f"a pull, {method}, {coordinates:,} coordinates",
             lambda method=method, strength=strength: pull(x, w, strength, method=method),  # type: ignore[misc]
         )
-        figure(f"so many seconds for a whole adapter, {method}", f"{fixed + (spent - fixed) * ADAPTER / coordinates:.0f} s")
+        figure(
+            f"so many seconds for a whole adapter, {method}", f"{fixed + (spent - fixed) * ADAPTER / coordinates:.0f} s"
+        )
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     figure("memory beside that before, at most", f"{(most - before) / 1e6:.0f} MB")
 

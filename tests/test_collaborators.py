@@ -14,7 +14,7 @@ from allmend import make_recipe, tune
 from allmend.cli import app
 from allmend.collaborators import collaborating, graph_of, groups_of, groups_of_state, read_collaborators
 from allmend.errors import UserError
-from allmend.federation.collaboration.graph import Graph, every_pair, pair_of
+from allmend.federation.collaboration.graph import Graph, pair_of
 from allmend.federation.strategies.cobo import CoBo
 from allmend.life import rehearse
 from allmend.recipe import Recipe, RecipeError
@@ -221,8 +221,9 @@ def test_groups_of_many_are_those_joined_by_high_weights(monkeypatch: pytest.Mon
 
 def graph_of_matrix(w: torch.Tensor) -> Graph:
     n = len(w)
-    i, j = pair_of(every_pair(n))
-    return Graph(n, every_pair(n), w[i, j], torch.zeros(len(i), dtype=torch.int64))
+    numbers = torch.arange(n * (n - 1) // 2)
+    i, j = pair_of(numbers)
+    return Graph(n, numbers, w[i, j], torch.zeros(len(i), dtype=torch.int64))
 
 
 def test_a_coordinators_state_without_any_probe() -> None:

@@ -92,12 +92,12 @@ def _strategy_problems(arm: Arm, key: tuple[str, ...], seed: int, clients: Seque
         return [Problem((*key, option), f"strategy {name!r} has no such option (it has {has})") for option in unknown]
     try:
         strategy = strategy_of(arm, seed=seed)
-        if isinstance(strategy, CoBo) and not strategy.neighbours and len(clients) > DENSE:
+        if isinstance(strategy, CoBo) and not strategy.neighbours and not strategy.graph and len(clients) > DENSE:
             raise ValueError(
                 f"cobo keeps a weight for each two of at most {DENSE:,} clients, and these are {len(clients):,}; with "
                 "neighbours = 8, it looks for partners among those whose gradients are nearest"
             )
-        if isinstance(strategy, Grouped):
+        if isinstance(strategy, CoBo | Grouped):
             strategy.check(clients)
     except (ValueError, TypeError) as error:
         return [Problem(key, str(error))]

@@ -208,6 +208,38 @@ def test_who_is_absent_keeps_model_and_row_and_who_comes_late_begins_with_the_me
     assert torch.equal(weights(state)[:3, :3].diagonal(), torch.zeros(3))
 
 
+def test_of_members_that_are_named_only_the_pairs_that_are_named_work_together() -> None:
+    strategy = CoBo(rho=0.3, graph="b a 0.75, d b 0.25, c", pairs_per_member=8.0, graph_step=1e-3, **FACTORS)
+    clients = bowls(FOUR)
+    state = rounds(strategy, {name: clients[name] for name in "abc"}, 2)
+    assert visits(state) == {(0, 1): 2}
+    assert weights(state)[0, 1] == pytest.approx(0.75, abs=0.01)
+    alone = clients["c"].a * (1 - (1 - RATE) ** 2)
+    assert torch.allclose(of_group("model", clients["c"].state.tensors)["x"], alone)
+
+    task = strategy.plan(state, Turn(3, TRAIN, 9), list("abcd"))["d"]
+    assert torch.allclose(task.tensors["model/x"], state.tensors["adapter/1/x"])  # its one partner's
+    state = rounds(strategy, clients, 1, state=state, first=3)
+    assert visits(state) == {(0, 1): 3, (1, 3): 1}
+
+
+def test_who_has_no_partner_begins_as_everybody_does() -> None:
+    strategy = CoBo(graph="a b 1, c", **FACTORS)
+    clients = bowls({name: FOUR[name] for name in "abc"})
+    state = rounds(strategy, {name: clients[name] for name in "ab"}, 1)
+
+    assert strategy.plan(state, Turn(2, TRAIN, 9), list("abc"))["c"].tensors == {}
+
+
+def test_a_graph_of_other_clients_is_refused() -> None:
+    CoBo(graph="a b 1, c").check(["c", "b", "a"])
+    CoBo().check(["a"])
+    with pytest.raises(ValueError, match="graph names z, and there are the clients a, b"):
+        CoBo(graph="a z 1, b").check(["a", "b"])
+    with pytest.raises(ValueError, match="graph does not name b: a name alone"):
+        CoBo(graph="a c 1").check(["a", "b", "c"])
+
+
 def test_a_step_is_found_from_the_first_products() -> None:
     """And all that waited for it moves the graph then: the usual one goes from one end to the other in four visits."""
     clients = bowls(FOUR)

@@ -47,20 +47,22 @@ class Graph:
         """Mean over pairs; 0 without any."""
         return float(self.visits.double().mean()) if len(self.visits) else 0.0
 
-    def grown(self, n: int, numbers: torch.Tensor, weight: float) -> "Graph":
-        """With more members, and pairs of this weight; pairs that are there already keep theirs.
+    def grown(self, n: int, numbers: torch.Tensor, weights: torch.Tensor | float) -> "Graph":
+        """With more members, and more pairs; those that are there already keep their weights.
 
         Args:
             n: members afterwards.
             numbers: int64 [P], in any order.
-            weight: of the new ones.
+            weights: one for all, or [P], each pair then once.
         """
-        new = torch.unique(numbers[~torch.isin(numbers, self.numbers)])
+        fresh = ~torch.isin(numbers, self.numbers)
+        new, inverse = torch.unique(numbers[fresh], return_inverse=True)
+        own = self.weights.new_empty(new.shape)
+        own[inverse] = torch.as_tensor(weights, dtype=own.dtype).expand(numbers.shape)[fresh]
         every = torch.cat([self.numbers, new])
         order = every.argsort()
-        weights = torch.cat([self.weights, self.weights.new_full(new.shape, weight)])
         visits = torch.cat([self.visits, self.visits.new_zeros(new.shape)])
-        return Graph(n, every[order], weights[order], visits[order])
+        return Graph(n, every[order], torch.cat([self.weights, own])[order], visits[order])
 
     def among(self, members: Sequence[int]) -> torch.Tensor:
         """Places in `numbers` of the pairs both of whose members are these, int64 [P]."""
@@ -100,11 +102,6 @@ def update_graph(graph: Graph, places: torch.Tensor, products: torch.Tensor, ste
     weights[some] = (weights[some] + moves).clamp(0, 1)
     visits[some] += 1
     return replace(graph, weights=weights, visits=visits)
-
-
-def every_pair(n: int, *, first: int = 0) -> torch.Tensor:
-    """Numbers of all pairs of n members, but for those of the first ones among themselves."""
-    return torch.arange(first * (first - 1) // 2, n * (n - 1) // 2)
 
 
 def draw(count: int, probability: float, generator: torch.Generator) -> torch.Tensor:

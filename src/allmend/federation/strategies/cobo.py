@@ -24,7 +24,8 @@ from typing import Literal, Protocol, cast
 import torch
 
 from allmend.federation.collaboration.geometry import GEOMETRIES, Geometry
-from allmend.federation.collaboration.graph import Graph, draw, every_pair, update_graph
+from allmend.federation.collaboration.given import GivenGraph
+from allmend.federation.collaboration.graph import Graph, draw, pair_of, update_graph
 from allmend.federation.collaboration.probes import (
     PRODUCT,
     WEIGHT,
@@ -87,6 +88,8 @@ class CoBo:
         rho: the pull of a round on the difference to a neighbour of weight 1, relative to it. Where local training is
             plain gradient descent, this is the learning rate times the steps times the ρ of the source.
         initial_graph: the weight of every pair in the beginning.
+        graph: pairs and their weights in the beginning, `"de-1 de-2 1, de-1 fr-1 0.2"`; of all members that it names,
+            no other pairs may work together. Who is not named begins with `initial_graph` towards everybody.
         graph_step: γ, by which a product of gradients moves a weight; 0 chooses it from the first products, so that
             the usual one takes four visits from one end to the other.
         pairs_per_member: pairs that a member is in, on average and round.
@@ -103,6 +106,7 @@ class CoBo:
 
     rho: float = 0.05
     initial_graph: float = 1.0
+    graph: str = ""
     graph_step: float = 0.0
     pairs_per_member: float = 2.0
     probe_records: int = 32
@@ -126,6 +130,8 @@ class CoBo:
                 raise ValueError(f"{option} must be 0 or more, got {getattr(self, option)}")
         if not 0 <= self.initial_graph <= 1:
             raise ValueError(f"initial_graph must lie in [0, 1], got {self.initial_graph}")
+        if GivenGraph.parsed(self.graph).members and self.neighbours:
+            raise ValueError("graph says who may work together, and neighbours looks for it: remove one of the two")
         if not 0 < self.common_rounds <= 1:
             raise ValueError(f"common_rounds must be above 0 and at most 1, got {self.common_rounds}")
         for option in ("probe_records", "sketch_size"):
@@ -179,6 +185,20 @@ class CoBo:
             found.tensors |= grouped("common", initial) | {"sketches": sketches}
         return _with_graph(found, Graph.empty())
 
+    def check(self, clients: Sequence[str]) -> None:
+        """See that a graph is of these clients.
+
+        Raises:
+            ValueError: it names somebody else, or one of them is not named.
+        """
+        named = GivenGraph.parsed(self.graph).members
+        if unknown := sorted(set(named) - set(clients)):
+            raise ValueError(f"graph names {', '.join(unknown)}, and there are the clients {', '.join(clients)}")
+        if named and (left := sorted(set(clients) - set(named))):
+            raise ValueError(
+                f"graph does not name {', '.join(left)}: a name alone stands for a client without partners"
+            )
+
     def rounds_together(self, rounds: int) -> int:
         """How many of a run's rounds have one model for all."""
         return max(1, round(self.common_rounds * rounds)) if self.neighbours else 0
@@ -187,6 +207,8 @@ class CoBo:
         """How often a pair is compared in a round with all of these members, on average; with neighbours at least."""
         every = members * (members - 1) / 2
         candidates = min(every, members * self.neighbours) if self.neighbours else every
+        if self.graph:
+            candidates = min(every, len(GivenGraph.parsed(self.graph).weights))
         return min(1.0, self.pairs_per_member * (members - 1) / 2 / candidates) if candidates else 0.0
 
     def _together(self, turn: Turn) -> bool:
@@ -201,17 +223,18 @@ class CoBo:
     def _to_train(self, state: State, turn: Turn, members: Sequence[str]) -> dict[str, Task]:
         known = members_of(state)
         late = set(members) - set(known)
-        start: Tensors = {}
+        start: dict[str, Tensors] = {}
         facts: Facts = {}
         shown = shapes(grouped("adapter", of_group("initial", state.tensors)))
         all_shown = shown
         if self.neighbours:
-            start, facts = grouped("model", of_group("common", state.tensors)), {"place": True}
+            start = dict.fromkeys(late, grouped("model", of_group("common", state.tensors)))
+            facts = {"place": True}
             all_shown = shown | {f"{PLACE}/all": torch.Size([self.sketch_size])}
-        elif late and known and self.initial_graph:
-            start = grouped("model", self._mean(state))
+        elif late and known:
+            start = {name: grouped("model", self._mean_of_partners(state, name)) for name in late}
         return {
-            name: Task(turn, start, facts, all_shown) if name in late else Task(turn, seen=shown)
+            name: Task(turn, start.get(name, {}), facts, all_shown) if name in late else Task(turn, seen=shown)
             for name in sorted(members)
         }
 
@@ -363,18 +386,21 @@ class CoBo:
             nowhere = torch.zeros(self.sketch_size)
             places = [shown[name].tensors.get(f"{PLACE}/all", nowhere) for name in new]
             tensors["sketches"] = torch.cat([tensors["sketches"], torch.stack(places)])
-            numbers = nearest(tensors["sketches"], self.neighbours, first=n)
+            graph = graph.grown(n + more, nearest(tensors["sketches"], self.neighbours, first=n), self.initial_graph)
         else:
-            numbers = every_pair(n + more, first=n)
-        graph = graph.grown(n + more, numbers, self.initial_graph)
+            graph = graph.grown(n + more, *GivenGraph.parsed(self.graph).among([*known, *new], n, self.initial_graph))
         return _with_graph(State(tensors, state.facts | {"members": "\n".join([*known, *new])}), graph)
 
     def _frozen(self, graph: Graph) -> bool:
         return bool(self.freeze_after_visits) and graph.n > 1 and graph.visits_of_a_pair >= self.freeze_after_visits
 
-    def _mean(self, state: State) -> Tensors:
-        """What who comes late begins with: the mean of all, since it is taken to work with each of them."""
-        return self._geometry.mean(list(_adapters(state).values()))
+    def _mean_of_partners(self, state: State, name: str) -> Tensors:
+        """What who comes late begins with: the mean of those that it is taken to work with; nothing without any."""
+        models = _adapters(state)
+        names = [*models, name]
+        numbers, weights = GivenGraph.parsed(self.graph).among(names, len(models), self.initial_graph)
+        partners = pair_of(numbers[weights > 0])[0].tolist()
+        return self._geometry.mean([models[names[place]] for place in partners]) if partners else {}
 
     def revealed(self, task: Task, reply: Reply) -> Tensors | None:
         if "together" in task.facts:
