@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Collection
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 from _measure import FIGURES, machine
@@ -60,7 +61,7 @@ def figures(command: str, *, quick: bool) -> list[tuple[str, str]] | None:
 
 def head() -> list[str]:
     """Date, machine and versions, and the table's head."""
-    known = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
+    known = ", ".join(f"{name} {version(name)}" for name in LIBRARIES if find_spec(name))
     return [
         f"{datetime.date.today():%d %B %Y}, on {machine()}; {known}. Medians, and in brackets the range over runs.",
         "",
