@@ -1,6 +1,7 @@
 """Did it pay to learn together? The arms of a run on each member's own held-out records, from their scores."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from allmend import intervals
 from allmend.errors import UserError
@@ -15,6 +16,7 @@ from allmend.prepare import checkpoints_of, read_frozen
 from allmend.recipe import Arm, Recipe
 from allmend.results import PersonalisedArm, PersonalisedMember, PersonalisedTable
 from allmend.run import RunFolder
+from allmend.strategy import State
 
 TABLE = "personalised"
 
@@ -48,7 +50,7 @@ def compare_arms(run: RunFolder, against: str | None = None) -> PersonalisedTabl
     arms = recipe.arms()
     if against is not None and against not in arms:
         raise UserError(f"the run has no arm {against!r}", where="--against", hint=f"It has {', '.join(arms)}.")
-    scores = {name: own for name in arms if (own := _own_scores(run, name))}
+    scores = {name: own for name in arms if (own := own_scores(run, name))}
     if not scores or (against is not None and against not in scores):
         raise UserError(
             "no arm is finished yet, and the comparison is about scores on members' own held-out records"
@@ -58,17 +60,55 @@ def compare_arms(run: RunFolder, against: str | None = None) -> PersonalisedTabl
             hint=f"Go on with the run: `allmend tune --resume {run.path}`. In a run among organisations such scores "
             "stay with the members.",
         )
-    against = against or _alone_among(arms, list(scores))
-    every = list(dict.fromkeys(name for own in scores.values() for name in own))
-    members = [name for name in every if all(own.get(name) for own in scores.values())]
-    rows = _member_rows(scores, arms, members, against)
     events = run.history()
+    finished = {name: _finished(run, recipe, arms[name], own, events) for name, own in scores.items()}
+    return compare(
+        finished,
+        against or alone_among(finished),
+        unfinished=[name for name in arms if name not in scores],
+    )
+
+
+@dataclass(frozen=True)
+class FinishedArm:
+    """An arm that has come to its models.
+
+    Attributes:
+        scores: of each member's own held-out records, the same ones in the same order in every arm.
+        strategy: name.
+        alone, simulated, sent, received, trainable, steps, passes: as in `PersonalisedArm`.
+    """
+
+    scores: OwnScores
+    strategy: str
+    alone: bool = False
+    simulated: bool = False
+    sent: float = 0.0
+    received: float = 0.0
+    trainable: int = 0
+    steps: Mapping[str, int] = field(default_factory=dict)
+    passes: Mapping[str, float] = field(default_factory=dict)
+
+
+def compare(
+    arms: Mapping[str, FinishedArm], against: str | None, *, unfinished: Sequence[str] = ()
+) -> PersonalisedTable:
+    """Arms side by side on the records of those members that have some, and a model in each.
+
+    Args:
+        arms: by name, in their order.
+        against: the one that the others are compared with, if any.
+        unfinished: names of others.
+    """
+    every = list(dict.fromkeys(name for arm in arms.values() for name in arm.scores))
+    members = [name for name in every if all(arm.scores.get(name) for arm in arms.values())]
+    rows = _member_rows(arms, members, against)
     return PersonalisedTable(
         against=against,
-        arms=tuple(_arm_row(run, recipe, arms[name], scores, rows, against, events) for name in scores if rows),
+        arms=tuple(_arm_row(name, arms, rows, against) for name in arms if rows),
         members=tuple(rows),
         left_out=tuple(name for name in every if name not in members),
-        unfinished=tuple(name for name in arms if name not in scores),
+        unfinished=tuple(unfinished),
     )
 
 
@@ -77,8 +117,12 @@ def alone(arm: Arm) -> bool:
     return arm.strategy.name == Local.name or (arm.strategy.name == CoMiGS.name and not arm.adapter.generalists)
 
 
-def _own_scores(run: RunFolder, arm: str) -> OwnScores:
-    """Empty where the arm is not finished."""
+def own_scores(run: RunFolder, arm: str) -> OwnScores:
+    """Of the base or an arm; empty where it is not finished.
+
+    Raises:
+        UserError: the scores cannot be read.
+    """
     if not run.scores(arm).exists():
         return {}
     models = {one.member: one for one in read_scores(run.scores(arm))}
@@ -90,9 +134,9 @@ def _own_scores(run: RunFolder, arm: str) -> OwnScores:
     return found
 
 
-def _alone_among(arms: Mapping[str, Arm], finished: Sequence[str]) -> str | None:
+def alone_among(arms: Mapping[str, FinishedArm]) -> str | None:
     """The arm called `local`, or else the first in which members train alone."""
-    found = [name for name in finished if alone(arms[name])]
+    found = [name for name, arm in arms.items() if arm.alone]
     return Local.name if Local.name in found else next(iter(found), None)
 
 
@@ -102,18 +146,14 @@ def _differences(first: Sequence[Score], second: Sequence[Score]) -> tuple[list[
 
 
 def _member_rows(
-    scores: Mapping[str, OwnScores], arms: Mapping[str, Arm], members: Sequence[str], against: str | None
+    arms: Mapping[str, FinishedArm], members: Sequence[str], against: str | None
 ) -> list[PersonalisedMember]:
     rows = []
-    together = [
-        name
-        for name in scores
-        if name != against and not alone(arms[name]) and not STRATEGIES[arms[name].strategy.name].pooled
-    ]
+    together = [name for name, arm in arms.items() if name != against and not arm.alone and not arm.simulated]
     for member in members:
         losses = {
-            name: intervals.ratio([score.nll for score in own[member]], [score.tokens for score in own[member]])
-            for name, own in scores.items()
+            name: intervals.ratio(*zip(*((one.nll, one.tokens) for one in arm.scores[member]), strict=True))
+            for name, arm in arms.items()
         }
         chosen = min(together, key=lambda name: losses[name].value, default=None)
         # the lowest of several falls low by chance, too: an interval for each of them would be too narrow (Bonferroni)
@@ -127,7 +167,7 @@ def _member_rows(
                 difference=None
                 if chosen is None or against is None
                 else intervals.ratio(
-                    *_differences(scores[chosen][member], scores[against][member]), confidence=confidence
+                    *_differences(arms[chosen].scores[member], arms[against].scores[member]), confidence=confidence
                 ),
             )
         )
@@ -135,49 +175,53 @@ def _member_rows(
 
 
 def _arm_row(
-    run: RunFolder,
-    recipe: Recipe,
-    arm: Arm,
-    scores: Mapping[str, OwnScores],
-    rows: Sequence[PersonalisedMember],
-    against: str | None,
-    events: Sequence[Event],
+    name: str, arms: Mapping[str, FinishedArm], rows: Sequence[PersonalisedMember], against: str | None
 ) -> PersonalisedArm:
-    own = scores[arm.name]
-    regrets = {row.member: row.losses[arm.name].value - row.losses[row.best].value for row in rows}
-    most = max(regrets, key=lambda name: regrets[name])
+    arm = arms[name]
+    own = arm.scores
+    regrets = {row.member: row.losses[name].value - row.losses[row.best].value for row in rows}
+    most = max(regrets, key=lambda member: regrets[member])
     members = [row.member for row in rows]
-    rounds = {event.round: event for event in events if isinstance(event, RoundDone) and event.arm == arm.name}
-    sent = sum(sum(done.sent.values()) for done in rounds.values())
-    received = sum(sum(done.received.values()) for done in rounds.values())
-    parties = max(1, len({name for done in rounds.values() for name in done.sent}))
-    steps, passes = _work(run, recipe, arm)
     return PersonalisedArm(
-        arm=arm.name,
-        strategy=arm.strategy.name,
-        alone=alone(arm),
-        simulated=STRATEGIES[arm.strategy.name].pooled,
-        loss=intervals.mean_ratio([([s.nll for s in own[name]], [s.tokens for s in own[name]]) for name in members]),
+        arm=name,
+        strategy=arm.strategy,
+        alone=arm.alone,
+        simulated=arm.simulated,
+        loss=intervals.mean_ratio([([s.nll for s in own[one]], [s.tokens for s in own[one]]) for one in members]),
         difference=None
-        if against in (None, arm.name)
-        else intervals.mean_ratio([_differences(own[name], scores[str(against)][name]) for name in members]),
+        if against in (None, name)
+        else intervals.mean_ratio([_differences(own[one], arms[str(against)].scores[one]) for one in members]),
         regret=regrets[most],
         regretting=most,
-        sent=sent / parties,
-        received=received / parties,
-        trainable=next((e.trainable for e in events if isinstance(e, ArmStarted) and e.arm == arm.name), 0),
-        steps=steps,
-        passes=passes,
+        sent=arm.sent,
+        received=arm.received,
+        trainable=arm.trainable,
+        steps=arm.steps,
+        passes=arm.passes,
     )
 
 
-def _work(run: RunFolder, recipe: Recipe, arm: Arm) -> tuple[dict[str, int], dict[str, float]]:
-    """Each party's optimiser steps, and its passes over its records; nothing where the checkpoint is not here."""
-    states = checkpoints_of(run, recipe, arm.name).members((LEARNT,))
-    steps: dict[str, int] = {}
-    passes: dict[str, float] = {}
-    for name, state in states.items():
-        steps[name] = int(state.facts.get("steps", 0))
-        if (learnt := state.tensors.get(LEARNT)) is not None:
-            passes[name] = (float(learnt[:, 0].sum()) + float(state.facts.get(ASIDE, 0.0))) / len(learnt)
-    return steps, passes
+def _finished(run: RunFolder, recipe: Recipe, arm: Arm, scores: OwnScores, events: Sequence[Event]) -> FinishedArm:
+    """With what the log and the checkpoint say of it; no steps and passes where the checkpoint is not here."""
+    rounds = {event.round: event for event in events if isinstance(event, RoundDone) and event.arm == arm.name}
+    parties = max(1, len({name for done in rounds.values() for name in done.sent}))
+    work = {name: work_of(state) for name, state in checkpoints_of(run, recipe, arm.name).members((LEARNT,)).items()}
+    return FinishedArm(
+        scores,
+        arm.strategy.name,
+        alone=alone(arm),
+        simulated=STRATEGIES[arm.strategy.name].pooled,
+        sent=sum(sum(done.sent.values()) for done in rounds.values()) / parties,
+        received=sum(sum(done.received.values()) for done in rounds.values()) / parties,
+        trainable=next((e.trainable for e in events if isinstance(e, ArmStarted) and e.arm == arm.name), 0),
+        steps={name: steps for name, (steps, _) in work.items()},
+        passes={name: passes for name, (_, passes) in work.items() if passes is not None},
+    )
+
+
+def work_of(state: State) -> tuple[int, float | None]:
+    """A party's optimiser steps, and its passes over its records, None where these were not counted."""
+    learnt = state.tensors.get(LEARNT)
+    aside = float(state.facts.get(ASIDE, 0.0))
+    passes = None if learnt is None else (float(learnt[:, 0].sum()) + aside) / len(learnt)
+    return int(state.facts.get("steps", 0)), passes

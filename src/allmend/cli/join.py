@@ -112,6 +112,8 @@ def join(
     for kind in ("adapter", "model", "mixture"):
         for outcome in sorted(place.glob(f"runs/*/arms/*/{kind}")):
             console.print(f"Model   {outcome}", highlight=False, soft_wrap=True)
+    for page in sorted(place.glob("runs/*/personalised.html")):
+        console.print(f"Arms    {page}", highlight=False, soft_wrap=True)
     for page in sorted(place.glob("runs/*/arms/*/routing.html")):
         console.print(f"Routers {page}", highlight=False, soft_wrap=True)
     for page in sorted(place.glob("runs/*/arms/*/influence/influence.html")):

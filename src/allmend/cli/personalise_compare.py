@@ -15,15 +15,12 @@ if TYPE_CHECKING:
     from allmend.report.markup import Cell
     from allmend.results import PersonalisedTable
 
-_DIFFERENCE = 3
-"""Place of the figure whose interval stands beside it."""
-
-_COST = 5
-"""Place of the first figure of what an arm costs."""
+_COST = ("Down", "Up", "Steps", "Passes")
+"""Columns of what an arm took."""
 
 
 def compare(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    run: Annotated[Path, typer.Argument(help="A run folder, or a member's own of a run among organisations.")],
     against: Annotated[
         str | None, typer.Option(help="The arm that the others are compared with; the one that trains alone if absent.")
     ] = None,
@@ -33,16 +30,22 @@ def compare(
 
     allmend personalise compare runs/first
 
-    A finished run keeps the table in results/personalised.json.
+    A finished run keeps the table in results/personalised.json. In a member's own folder (allmend-NAME) it is about
+    that member alone, with the base model beside the arms.
     """
+    from allmend.consortium.own import is_own, open_own
+    from allmend.consortium.personal import compare_own
     from allmend.personalised import TABLE, compare_arms
     from allmend.run import RunFolder
 
-    folder = RunFolder.open(run)
-    table = compare_arms(folder, against)
-    if not folder.worked_on:  # which writes it at its end
-        with folder.lock():
-            folder.write_table(TABLE, table)
+    if is_own(run):
+        table = compare_own(open_own(run), against)
+    else:
+        folder = RunFolder.open(run)
+        table = compare_arms(folder, against)
+        if not folder.worked_on:  # which writes it at its end
+            with folder.lock():
+                folder.write_table(TABLE, table)
     if as_json:
         print_json(table)
     else:
@@ -52,17 +55,29 @@ def compare(
 def show_personalised(console: Console, table: "PersonalisedTable") -> None:
     """Print a line for each arm, then for each client its loss in every arm and whether working together paid."""
     from allmend.report.numbers import thousandths
-    from allmend.report.sections.personalised import arm_rows, in_words, notes_of, paid_in_words
+    from allmend.report.sections.personalised import arm_table, in_words, notes_of, paid_in_words, question
+    from allmend.results import BASE
 
-    rows = [[_line(cell, under=place == _DIFFERENCE) for place, cell in enumerate(row)] for row in arm_rows(table)]
-    columns = {"": 16, "loss": 8, "perplexity": 10, f"minus {table.against}": 25, "worst regret": 12}
-    shown = [place for place in range(len(columns)) if table.against or place != _DIFFERENCE]
-    columns = {name: width for place, (name, width) in enumerate(columns.items()) if place in shown}
+    head, rows = arm_table(table)
+    widths = {"Loss": 8, "Perplexity": 10, "Worst regret": 12, "Down": 8, "Up": 10, "Steps": 8, "Passes": 8}
+    widths |= {name: 25 for name in head if name.startswith("Minus")}
+    lines = [
+        {name: _line(cell, under=name.startswith("Minus")) for name, cell in zip(head, row, strict=True)}
+        for row in rows
+    ]
+
+    def show(title: str, names: list[str]) -> None:
+        columns = {"": 16} | {name[0].lower() + name[1:]: widths[name] for name in names}
+        show_sections(console, title, columns, {"": [[line["Arm"], *(line[name] for name in names)] for line in lines]})
+
     title = "Each client's own held-out records: nats per token, mean over clients"
-    show_sections(console, title, columns, {"": [[row[place] for place in shown] for row in rows]})
-    columns = {"": 16, "down": 8, "up": 10, "steps": 8, "passes": 8}
-    show_sections(console, "What it took for a client", columns, {"": [[row[0], *row[_COST:]] for row in rows]})
-    title = f"Did working together pay, against {table.against}?" if table.against else "By client"
+    show(title, [name for name in head if name in widths and name not in _COST])
+    show("What it took for a client", [name for name in head if name in _COST])
+    title = "By client"
+    if table.against == BASE:
+        title = question(table)
+    elif table.against:
+        title = f"Did working together pay, against {table.against}?"
     console.print(f"[bold]{escape(title)}[/bold]", highlight=False)
     for row in table.members:
         words = f": {paid_in_words(row, table)}" if table.against else ""
@@ -73,7 +88,7 @@ def show_personalised(console: Console, table: "PersonalisedTable") -> None:
         )
         console.print(Padding("  ".join(marked), (0, 0, 0, 2)), highlight=False)
     console.print()
-    for words in ([in_words(table)] if table.against else []) + notes_of(table):
+    for words in ([in_words(table)] if table.against and len(table.members) > 1 else []) + notes_of(table):
         console.print(escape(words), highlight=False, style="dim")
 
 

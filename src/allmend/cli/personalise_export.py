@@ -9,30 +9,46 @@ from rich.markup import escape
 
 from allmend.cli.as_json import AsJson, print_json
 from allmend.cli.figures import show_sections
+from allmend.errors import UserError
 
 if TYPE_CHECKING:
     from allmend.mixtures.export import Exported
 
 
 def export(
-    run: Annotated[str, typer.Argument(help="A run folder, or RUN:ARM.", metavar="RUN[:ARM]")],
-    member: Annotated[str, typer.Option(help="Whose mixture.")],
+    run: Annotated[
+        str,
+        typer.Argument(help="A run folder, or a member's own of a run among organisations.", metavar="RUN[:ARM]"),
+    ],
     how: Annotated[
         Literal["generalist", "mean-gates"],
         typer.Option(help="The shared experts alone, or all experts with their mean weights."),
     ],
     out: Annotated[Path, typer.Option(help="A folder for the adapter; one that is there is replaced.")],
+    member: Annotated[str | None, typer.Option(help="Whose mixture; in a member's own folder it is its own.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a LoRA that PEFT loads for a client's mixture, and measure what it loses beside it.
 
     allmend personalise export runs/first:comigs --member north --how mean-gates --out north-adapter
+
+    At a member:  allmend personalise export allmend-north --how mean-gates --out north-adapter
     """
+    from allmend.consortium.own import is_own, open_own
+    from allmend.consortium.personal import export_own
     from allmend.mixtures.export import export as export_to
     from allmend.run import run_and_arm
 
     named, arm = run_and_arm(run)
-    found = export_to(named.path, out, member=member, how=how, arm=arm or None)
+    if is_own(named.path):
+        own = open_own(named.path)
+        if member not in (None, own.member):
+            raise UserError(f"this is the folder of {own.member!r}", where="--member", hint="Leave it out.")
+        found = export_own(own, out, how=how, arm=arm or None)
+    elif member is None:
+        raise UserError("no client is named", where="--member", hint="Name the client whose mixture it is.")
+    else:
+        found = export_to(named.path, out, member=member, how=how, arm=arm or None)
     if as_json:
         print_json(found)
         return

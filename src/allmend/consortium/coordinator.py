@@ -24,8 +24,8 @@ from allmend.check import audited, influence_problems, smallest_round
 from allmend.collaborators import write_collaborators
 from allmend.consortium.gathering import Patience, WaitLog, fewest_of, gather
 from allmend.consortium.influence import measure
-from allmend.consortium.member import planned
 from allmend.consortium.offer import Offer, among, hiding
+from allmend.consortium.own import planned
 from allmend.consortium.questions import Questions
 from allmend.consortium.scoring import Moments, Paired
 from allmend.data.canaries import write_canaries
@@ -199,6 +199,7 @@ class Coordination:
                 largest=_largest_reply(strategy, trainable.state()),
                 layout=whole_layout(strategy, trainable.state()),
                 largest_update=arm.train.largest_update,
+                frozen=trainable.frozen_digest,
                 opening=self.run.arm(arm.name) / "opening.json",
                 hiding=hiding(self.offer, recipe, arm, strategy, trainable.state()),
             )

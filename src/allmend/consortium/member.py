@@ -26,10 +26,10 @@ from allmend.consortium.influence import (
     strategy_for,
 )
 from allmend.consortium.offer import Consents, Offer, hiding
+from allmend.consortium.own import OwnRun, Sources, same_data
+from allmend.consortium.personal import keep_comparison, keep_work
 from allmend.consortium.scoring import Moments, Paired
-from allmend.data.canaries import Canary, canary_of, plant
-from allmend.data.files import load_client
-from allmend.data.records import ClientData
+from allmend.data.canaries import canary_of
 from allmend.errors import UserError
 from allmend.federation.arm import FOLDERS, at_member, strategy_of, trainable_of
 from allmend.federation.engines.flower.hidden import HiddenPart
@@ -45,10 +45,10 @@ from allmend.mixtures.own import keep_own
 from allmend.models.load import LoadedModel
 from allmend.models.mixture import Mixture
 from allmend.models.tensors import Tensors, parse
-from allmend.prepare import EncodedClient, encode_client, prepare_model
+from allmend.prepare import EncodedClient
 from allmend.recipe import Arm, Recipe
 from allmend.results import BASE
-from allmend.run import write_atomic
+from allmend.run import RunFolder, write_atomic
 from allmend.strategy import Reply, State, Turn, of_group
 
 _log = logging.getLogger(__name__)
@@ -61,11 +61,16 @@ OFFER = "offer.json"
 class Joined:
     """A run that the member has agreed to, with all that it needs in memory."""
 
-    offer: Offer
+    own: OwnRun
     recipe: Recipe
     model: LoadedModel
     client: EncodedClient
     site: Site
+
+    @property
+    def offer(self) -> Offer:
+        """What it has agreed to."""
+        return self.own.offer
 
 
 FEWEST_SCORED = 5
@@ -148,12 +153,18 @@ class MemberSide:
         if not self._consents.given(offer):
             return False
         self._joined = self._prepare(offer)
+        self._joined.own.save()  # its records may lie elsewhere now
         return True
 
     def close(self) -> None:
         """Let go of the model."""
         if self._joined is not None:
             self._joined.site.close()
+
+    @property
+    def _sources(self) -> Sources:
+        held_out, target = (None if path is None else str(path) for path in (self.held_out, self.target))
+        return Sources(str(self.data), held_out, target, model=self.source)
 
     @property
     def _consents(self) -> Consents:
@@ -173,6 +184,7 @@ class MemberSide:
                     self.declined = True
                     return dump_reply(Reply(seen_facts={"declined": True}))
                 self._consents.give(offer)
+            joined.own.save()
             write_atomic(self.folder / OFFER, json.dumps(offer.about).encode(), mode=0o600)
             self.close()
             self._joined = joined
@@ -192,33 +204,15 @@ class MemberSide:
             raise UserError("the coordinator's recipe has no client of this name", where=where)
         if offer.keys.get(self.name) != self.identity.public_key().public_bytes_raw():
             raise UserError("the coordinator has another key for this member", where=where)
-        local = recipe
-        if self.source is not None:
-            local = recipe.model_copy(update={"model": recipe.model.model_copy(update={"source": self.source})})
-        model, encoder = prepare_model(local, Path(), model=self.model)
-        if model.digest != offer.model:
-            raise UserError(
-                "the base model here has other weights than the coordinator's",
-                where=where,
-                hint="Fetch it again, or name the same one with --model.",
-            )
-        data = load_client(
-            self.name,
-            str(self.data),
-            fields=recipe.data.fields,
-            held_out=recipe.data.held_out,
-            base=Path(),
-            own_held_out=None if self.held_out is None else str(self.held_out),
-            target=None if self.target is None else str(self.target),
-        )
-        client = encode_client(recipe, data, encoder, _planted(recipe, data))
+        sources = self._sources
+        model, client = sources.read(self.name, offer, recipe, model=self.model)
         site = Site(
             self.folder / "runs" / offer.digest[:16],
             lambda arm: _open_arm(recipe, model, client, arm),
             self.on_step,
         )
-        _same_data(site.folder / "data.json", client.digest, self.data)
-        return Joined(offer, recipe, model, client, site)
+        same_data(site.folder, client.digest, sources.data)
+        return Joined(OwnRun(RunFolder(site.folder), self.name, offer, sources), recipe, model, client, site)
 
     def _worked(self, joined: Joined, about: dict[str, Any], question: bytes) -> bytes:
         answer = joined.site.answer(question)
@@ -282,6 +276,7 @@ class MemberSide:
                     module.eval()
                 found = score(module, held_out, encoded, tokens_per_pass=recipe.evaluation.tokens_per_pass)
             write_scores(path, [ModelScores(name, None, {self.name: found})])
+        keep_comparison(joined.own)
         mine = read_scores(path)[0].by_client[self.name]
         if len(mine) < FEWEST_SCORED:
             return Reply()
@@ -324,49 +319,11 @@ class MemberSide:
         with trainable_of(joined.model, recipe.arms()[arm].adapter, seed=recipe.seed) as trainable:
             outcome, place = tensors or self._personal(joined, arm, about), joined.site.folder / "arms" / arm
             trainable.save(place / FOLDERS[trainable.kind], outcome, base=str(joined.model.folder))
+            keep_work(place, joined.site.state(arm, about), trainable=trainable.count)
             if isinstance(trainable, Mixture):
                 trainable.load(outcome)
                 keep_own(place, trainable, joined.client.member, joined.model.tokenizer, arm=arm)
         return Reply()
-
-
-def _same_data(path: Path, digest: str, data: Path) -> None:
-    """Refuse records that are not those that the run was begun with here: states and counts are about these."""
-    if not path.exists():
-        write_atomic(path, json.dumps(digest).encode())
-    elif path.read_text() != json.dumps(digest):
-        raise UserError(
-            "the records differ from those that this run was begun with",
-            where=data,
-            hint="Restore them, or take part in a new run.",
-        )
-
-
-def planned(recipe: Recipe, avoid: tuple[str, ...] = ()) -> list[Canary]:
-    """The canaries of a recipe among organisations: the same at the coordinator and at every member."""
-    if recipe.canaries is None:
-        return []
-    return plant(
-        clients=recipe.canaries.clients or [client.name for client in recipe.clients],
-        copies=recipe.canaries.copies,
-        per_cell=recipe.canaries.count_by_copies,
-        seed=recipe.seed,
-        kinds=recipe.canaries.kinds,
-        avoid=avoid,
-    )
-
-
-def _planted(recipe: Recipe, data: ClientData) -> list[Canary]:
-    """The canaries, none of whose large secrets stands in the member's records."""
-    canaries = planned(recipe)
-    texts = tuple(text for record in data.records for text in record.texts)
-    if canaries and planned(recipe, texts) != canaries:
-        raise UserError(
-            "a canary's secret stands in this member's records by chance",
-            where=f"member {data.name!r}",
-            hint="Ask the coordinator to begin again with another seed.",
-        )
-    return canaries
 
 
 @contextlib.contextmanager

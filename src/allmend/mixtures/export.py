@@ -18,7 +18,8 @@ from allmend.models.adapters import applied, check_adapter
 from allmend.models.load import LoadedModel
 from allmend.models.mixture import mixed
 from allmend.models.mixture_export import How, export_mixture
-from allmend.prepare import differs, prepare, read_frozen, threads
+from allmend.prepare import EncodedClient, differs, prepare, read_frozen, threads
+from allmend.recipe import Arm, Recipe
 from allmend.report.export_card import Compared, export_card
 from allmend.run import RunFolder, folder_atomic
 
@@ -72,46 +73,72 @@ def export(
         UserError: there is no such run, arm, member or mixture, the mixture has no generalist to export, records or
             model are not the run's, or the folder holds something else. Nothing is written then.
     """
-    _check_free(out)
     run = RunFolder.open(Path(source))
     recipe = read_frozen(run)
     arm = arm_with_mixtures(run, recipe, arm)
+    settings = recipe.arms()[arm]
+    check_export(out, settings, how)
     found = folders(run, arm)
     if member not in found:
         hint = f"Clients that do: {', '.join(found)}."
         raise UserError(f"no client {member!r} has a mixture here", where="--member", hint=hint)
-    settings = recipe.arms()[arm]
-    if how == "generalist" and not settings.adapter.generalists:
-        raise UserError("the mixture has no generalist", where="--how", hint="Take mean-gates.")
     prepared = prepare(recipe, Path(str(run.facts["base"])), model=model)
     if prepared.model.digest != run.facts.get("model"):
         raise differs("the base model", run)
     if prepared.data_digests != run.facts.get("data"):
         raise differs("the clients' data", run)
-    whole = next(one for one in prepared.members if one.name == member)
-    trained, _ = at_member(whole, settings)
-    share = settings.strategy.options.get("validation", CoMiGS.validation)
+    client = EncodedClient(
+        next(one for one in prepared.members if one.name == member),
+        prepared.train[member],
+        prepared.held_out[member],
+        prepared.held_out_encoded[member],
+        prepared.notes[member],
+    )
+    with threads(recipe):
+        return export_client(
+            found[member], out, client=client, recipe=recipe, arm=settings, how=how, model=prepared.model
+        )
+
+
+def export_client(
+    folder: Path, out: Path, *, client: EncodedClient, recipe: Recipe, arm: Arm, how: How, model: LoadedModel
+) -> Exported:
+    """Write one plain adapter for a mixture, and measure what it loses on its client's records.
+
+    Args:
+        folder: of the mixture.
+        out: as in `export`; `check_export` says beforehand whether it can be written.
+        client: whose mixture it is.
+        recipe, arm: that it comes from.
+        how: as in `export`.
+        model: the base.
+
+    Raises:
+        UserError: the mixture cannot be read, or the operating system refused. Nothing is written then.
+    """
+    trained, _ = at_member(client.member, arm)
+    share = arm.strategy.options.get("validation", CoMiGS.validation)
     validation = trained.validation(share)
     sets: dict[Literal["validation", "held-out"], tuple[Sequence[Record], Sequence[Encoded]]] = {
         "validation": ([Record(one.id) for one in validation], validation),
-        "held-out": (prepared.held_out[member], prepared.held_out_encoded[member]),
+        "held-out": (client.held_out, client.held_out_encoded),
     }
     passes = recipe.evaluation.tokens_per_pass
-    with threads(recipe), folder_atomic(out) as partial:
-        with mixed(prepared.model, found[member]) as mixture:
+    with folder_atomic(out) as partial:
+        with mixed(model, folder) as mixture:
             if int(mixture.present.sum()) < 2:  # it has no router, and nothing was set apart for one
                 del sets["validation"]
             used = usage(mixture, validation or trained.records, most=MOST)
             gates = used.mean if used is not None and how == "mean-gates" else None
-            export_mixture(mixture, partial, mixture.state(), how=how, base=str(prepared.model.folder), gates=gates)
+            export_mixture(mixture, partial, mixture.state(), how=how, base=str(model.folder), gates=gates)
             before = {name: score(mixture.model, *some, tokens_per_pass=passes) for name, some in sets.items()}
-        with applied(prepared.model.model, partial) as adapter:
+        with applied(model.model, partial) as adapter:
             after = {name: score(adapter, *some, tokens_per_pass=passes) for name, some in sets.items()}
             rank = adapter.peft_config["default"].r
         compared = tuple(one for name in sets if (one := compare(name, before[name], after[name])) is not None)
-        card = export_card(how=how, run=recipe.name, arm=arm, rank=rank, compared=compared)
+        card = export_card(how=how, run=recipe.name, arm=arm.name, rank=rank, compared=compared)
         (partial / CARD).write_text(card, encoding="utf-8")
-    return Exported(out, arm, member, how, rank, compared)
+    return Exported(out, arm.name, client.member.name, how, rank, compared)
 
 
 def compare(
@@ -131,7 +158,14 @@ def compare(
     )
 
 
-def _check_free(out: Path) -> None:
+def check_export(out: Path, arm: Arm, how: How) -> None:
+    """Refuse what cannot be exported so, and a place that holds something else than an adapter.
+
+    Raises:
+        UserError: so it is.
+    """
+    if how == "generalist" and not arm.adapter.generalists:
+        raise UserError("the mixture has no generalist", where="--how", hint="Take mean-gates.")
     if out.is_file():
         raise UserError("is a file, not a folder", where=out, hint="Choose another folder with --out.")
     if out.is_dir() and any(out.iterdir()):

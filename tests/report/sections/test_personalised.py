@@ -7,7 +7,7 @@ import pytest
 from allmend.events import ArmStarted
 from allmend.report.evidence import Evidence
 from allmend.report.findings.usefulness import paid
-from allmend.report.sections.personalised import arm_rows, personalised
+from allmend.report.sections.personalised import arm_table, personalised
 from allmend.results import Estimate, PersonalisedArm, PersonalisedMember, PersonalisedTable
 
 
@@ -89,7 +89,7 @@ def test_the_card_counts_who_is_better_off() -> None:
 
 
 def test_figures_that_parties_share_stand_once_and_others_as_a_span() -> None:
-    first, second = ([getattr(cell, "shown", cell) for cell in row] for row in arm_rows(made()))
+    first, second = ([getattr(cell, "shown", cell) for cell in row] for row in arm_table(made())[1])
     assert first[-2:] == ["4–6", "1.0"]
     assert second[-2:] == ["–", "–"]
     assert second[3] == "–"

@@ -7,8 +7,8 @@ from allmend.report import numbers
 from allmend.report.charts import Axis, Row, interval_plot
 from allmend.report.evidence import Evidence
 from allmend.report.markup import Cell, Html, Rows, figure, listed, paragraph, section, table, tag
-from allmend.report.sections.utility import look
-from allmend.results import Estimate, PersonalisedMember, PersonalisedTable
+from allmend.report.sections.utility import look, titled
+from allmend.results import BASE, Estimate, PersonalisedMember, PersonalisedTable
 
 MOST = 40
 """Clients that the chart has room for."""
@@ -26,29 +26,40 @@ def personalised(evidence: Evidence) -> Html:
         "Each client’s own held-out records, under its own model in each arm, or under the model that an arm has for "
         "all. A client had better train alone where that serves these records as well."
     )
-    head = ["Arm", "Loss", "Perplexity", f"Minus {found.against}", "Worst regret", "Down", "Up", "Steps", "Passes"]
     return section(
         "personalised",
         "Did working together pay?",
         paragraph(intro),
         paragraph(tag("strong", in_words(found))) if found.against else None,
         _chart(evidence, found),
-        table(
-            "Loss per token (nats), mean over clients (95 % interval); for a client, bytes from the coordinator (down) "
-            "and to it (up), optimiser steps and passes",
-            head if found.against else [name for name in head if not name.startswith("Minus")],
-            [row if found.against else [*row[:3], *row[4:]] for row in arm_rows(found)],
-        ),
+        *tables_of(found),
+        listed(notes_of(found)),
+    )
+
+
+def tables_of(found: PersonalisedTable) -> list[Html]:
+    """Arms, and then clients under each of them."""
+    asked = [question(found)] if found.against else []
+    head, rows = arm_table(found)
+    over = "mean over clients (95 % interval)"
+    if "Down" in head:
+        over += "; for a client, bytes from the coordinator (down) and to it (up), optimiser steps and passes"
+    return [
+        table(f"Loss per token (nats), {over}", head, rows),
         table(
             "Loss per token (nats) on each client’s own records, the lowest in bold",
-            ["Client", *(["Did it pay?"] if found.against else []), *(arm.arm for arm in found.arms)],
+            ["Client", *asked, *(titled(arm.arm) for arm in found.arms)],
             [
-                [row.member, *([paid_in_words(row, found)] if found.against else []), *_losses(row, found)]
+                [row.member, *([paid_in_words(row, found)] if asked else []), *_losses(row, found)]
                 for row in found.members
             ],
         ),
-        listed(notes_of(found)),
-    )
+    ]
+
+
+def question(found: PersonalisedTable) -> str:
+    """What the comparison with an arm, or with the base model, answers for a client."""
+    return "Better than the base model?" if found.against == BASE else "Did it pay?"
 
 
 def in_words(found: PersonalisedTable) -> str:
@@ -72,16 +83,30 @@ def paid_in_words(row: PersonalisedMember, found: PersonalisedTable) -> str:
     if row.paid is None:
         side = "below" if gap.value < 0 else "above"
         known = numbers.interval(gap, numbers.thousandths)
-        return f"cannot be told: {row.together} is {shown} {side} {found.against}" + (f" ({known})" if known else "")
+        other = titled(str(found.against))
+        return f"cannot be told: {row.together} is {shown} {side} {other}" + (f" ({known})" if known else "")
+    if found.against == BASE:
+        words = "yes, by" if row.paid else "no, worse by"
+        return f"{words} {shown}{behind}, with {row.together}"
     if row.paid:
+        if row.best == BASE:
+            return f"yes, by {shown}{behind}, with {row.together}; but the base model is lower still"
         alone = [arm.arm for arm in found.arms if arm.alone and arm.arm == row.best]
         but = f"; but {alone[0]}, in which clients train alone, is lower still" if alone else ""
         return f"yes, by {shown}{behind}, with {row.together}{but}"
     return f"no: {found.against} is better by {shown}{behind} than {row.together}"
 
 
-def arm_rows(found: PersonalisedTable) -> Rows:
-    """A row for each arm: loss, perplexity, difference, regret, bytes down and up, steps and passes."""
+def arm_table(found: PersonalisedTable) -> tuple[list[str], Rows]:
+    """Heads and a row for each arm: loss, perplexity, difference, regret, bytes down and up, steps and passes.
+
+    Where arms are compared with none there is no difference, and where no bytes are known none are shown.
+    """
+    minus = f"Minus {titled(str(found.against))}"
+    head = ["Arm", "Loss", "Perplexity", minus, "Worst regret", "Down", "Up", "Steps", "Passes"]
+    absent = set() if found.against else {minus}
+    if not any(arm.sent or arm.received for arm in found.arms):
+        absent |= {"Down", "Up"}
     rows: Rows = []
     for arm in found.arms:
         difference = Cell(numbers.NONE)
@@ -91,7 +116,7 @@ def arm_rows(found: PersonalisedTable) -> Rows:
             difference = Cell(shown, ends, arm.difference.value)
         rows.append(
             [
-                arm.arm,
+                titled(arm.arm),
                 Cell(numbers.thousandths(arm.loss.value), value=arm.loss.value),
                 Cell(numbers.number(math.exp(min(arm.loss.value, 700.0))), value=arm.loss.value),
                 difference,
@@ -102,7 +127,8 @@ def arm_rows(found: PersonalisedTable) -> Rows:
                 _spread(arm.passes, lambda passes: f"{passes:.1f}"),
             ]
         )
-    return rows
+    places = [place for place, name in enumerate(head) if name not in absent]
+    return [head[place] for place in places], [[row[place] for place in places] for row in rows]
 
 
 def _spread(by_party: Mapping[str, float], form: numbers.Format) -> Cell:
@@ -129,6 +155,11 @@ def notes_of(found: PersonalisedTable) -> list[str]:
         notes.append(
             "No finished arm trains alone, so that it cannot be told for whom working together paid: add one with the "
             "strategy local, or compare with another arm (allmend personalise compare --against ARM)."
+        )
+    if found.against == BASE:
+        notes.append(
+            "No arm trains alone, so that it cannot be told whether working together paid: the base model has learnt "
+            "from nobody’s records. An arm with the strategy local in the recipe would tell."
         )
     reference = next((arm for arm in found.arms if arm.arm == found.against), found.arms[0])
     known = [arm for arm in found.arms if arm.steps and not arm.simulated] if reference.steps else []
