@@ -95,7 +95,8 @@ def noise_cost(
     emit(WorkPlanned(work={phase: meter.expected}))
     with threads(recipe), trainable_of(prepared.model, arm.adapter, seed=recipe.seed) as trainable:
         trainable.model.eval()
-        start, final = trainable.state(), load_file(path)
+        start, saved = trainable.state(), load_file(path)
+        final = {name: saved[name] for name in start}  # a frozen factor is saved, and has no noise
         change = math.sqrt(sum(float((final[name] - start[name]).double().square().sum()) for name in final))
         clip = change / arm.strategy.rounds if clip is None else clip
         deviation = noise_on_average * clip * math.sqrt(rounds)

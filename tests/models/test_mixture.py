@@ -13,7 +13,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from allmend.errors import UserError
-from allmend.models.adapters import A, B, add_lora
+from allmend.models.adapters import add_lora
+from allmend.models.factors import A, B
 from allmend.models.load import linear_layers_of, load_model
 from allmend.models.mixture import (
     FACTS,

@@ -112,6 +112,7 @@ def measure(
                 fewest=max(fewest, hiding.layer.fewest),
                 emit=emit,
                 layout=whole_layout(strategy, initial),
+                frozen=trainable.frozen_digest,
                 opening=opening,
                 may_open=partial(_keep, totals, asked),
                 hiding=hiding,

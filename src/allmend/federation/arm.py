@@ -88,6 +88,7 @@ def trainable_of(model: LoadedModel, adapter: Adapter, *, seed: int) -> Iterator
         alpha=adapter.alpha,
         targets=adapter.targets,
         dropout=adapter.dropout,
+        learns=adapter.learns,
         seed=seed,
     )
     try:
@@ -129,6 +130,11 @@ def strategy_of(arm: Arm, *, seed: int) -> Strategy:
         )
     if isinstance(strategy, FedAvgProduct) and arm.adapter.kind != "lora":
         raise ValueError(f"{strategy.name} averages products of LoRA's factors: adapter.kind must be 'lora'")
+    if isinstance(strategy, FedAvgProduct) and arm.adapter.learns == "b":
+        raise ValueError(
+            f"with adapter.learns = 'b' the mean of factors is the mean of products: take fedavg instead of "
+            f"{strategy.name}"
+        )
     if isinstance(strategy, FedAvgProduct) and arm.train.largest_update is not None:
         raise ValueError(f"train.largest_update is about LoRA's factors, and {strategy.name} sends their products")
     if arm.privacy.secure_aggregation and (seen := sorted(set(declared.seen) - declared.beside)):
@@ -161,6 +167,11 @@ def strategy_of(arm: Arm, *, seed: int) -> Strategy:
 def _check_cobo(strategy: CoBo, arm: Arm) -> None:
     if strategy.geometry == "product" and arm.adapter.kind != "lora":
         raise ValueError("geometry 'product' mixes products of LoRA's factors: set geometry to 'factors'")
+    if strategy.geometry == "product" and arm.adapter.learns == "b":
+        raise ValueError(
+            "geometry 'product' makes both factors anew, and with adapter.learns = 'b' A stays as it is: set geometry "
+            "to 'factors', which mixes the products exactly then"
+        )
     if arm.train.largest_update is not None:
         raise ValueError(
             "train.largest_update is about the change of a model that was sent, and cobo's members keep it"

@@ -14,7 +14,8 @@ from allmend.learn.alternating import Alternation, RouterSettings, alternate
 from allmend.learn.loop import Step, gradient, loss, mean_loss, train
 from allmend.learn.private import RecordNoise
 from allmend.learn.schedule import steps_per_round
-from allmend.models.adapters import Trainable, first_components, of_other_rank, with_components
+from allmend.models.adapters import Trainable, of_other_rank
+from allmend.models.factors import first_components, with_components
 from allmend.models.mixture import PRESENT, Mixture, initial, of_ranks, role
 from allmend.models.tensors import Tensors
 from allmend.recipe import Train

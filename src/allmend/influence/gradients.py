@@ -104,9 +104,11 @@ class OfRecords:
 
     @property
     def untrained(self) -> bool:
-        """Whether all factors B are zero, as before the first step: then those of A have no gradient."""
-        factors = [parameter for name, parameter in self.trainable.parameters().items() if ".lora_B." in name]
-        return not any(bool(parameter.detach().any()) for parameter in factors)
+        """Whether A learns and all factors B are zero, as before the first step: then A has no gradient."""
+        parameters = self.trainable.parameters()
+        factors = [parameter for name, parameter in parameters.items() if ".lora_B." in name]
+        both = len(factors) < len(parameters)
+        return both and not any(bool(parameter.detach().any()) for parameter in factors)
 
     def __len__(self) -> int:
         return len(self.records)

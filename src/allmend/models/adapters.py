@@ -6,11 +6,16 @@ or take them off with `remove_lora`.
 
 Source: Hu et al. 2022, LoRA: Low-Rank Adaptation of Large Language Models. A layer W x becomes W x + (α / r) B A x
 with A of shape (r, in) and B of shape (out, r).
+
+Where B alone learns and A stays as it began, the same for all, a layer is linear in what learns: the mean of several
+B is the factor of the mean of their products, about half the numbers travel, and noise is never multiplied with noise
+(FFA-LoRA; Sun, Li, Li, Ding, "Improving LoRA in Privacy-preserving Federated Learning", ICLR 2024).
 """
 
 import contextlib
 import copy
 import difflib
+import hashlib
 import json
 import math
 import shutil
@@ -22,17 +27,21 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_safetensors
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from allmend.errors import UserError
+from allmend.models.factors import A, B
 from allmend.models.load import linear_layers_of
 from allmend.models.quiet import quiet
-from allmend.models.tensors import Tensors, os_error
+from allmend.models.tensors import Tensors, dump, os_error
 from allmend.run import folder_atomic
+
+Learns = Literal["both", "b"]
+"""Which of LoRA's factors learn: A and B, or B alone."""
 
 ALL_LINEAR = "all-linear"
 """Targets every linear layer but the output embedding."""
@@ -55,6 +64,8 @@ class Trainable:
     model: nn.Module
     kind: Literal["lora", "full", "mixture"]
     _parameters: dict[str, nn.Parameter] = field(repr=False)
+    _frozen: dict[str, nn.Parameter] = field(default_factory=dict, repr=False, kw_only=True)
+    """Factors that are part of what is saved and do not learn."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """What learns, in order of the names; the names are those of the saved file."""
@@ -68,6 +79,13 @@ class Trainable:
     def state(self) -> Tensors:
         """Copies on the CPU, in the parameters' types, order and shapes."""
         return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self._travelling().items()}
+
+    @property
+    def frozen_digest(self) -> str:
+        """SHA-256 of the factors that do not learn and so never travel, 64 hexadecimal digits; empty without any."""
+        if not self._frozen:
+            return ""
+        return hashlib.sha256(dump({name: factor.detach() for name, factor in self._frozen.items()}, {})).hexdigest()
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Set the parameters to `tensors`, which have exactly their names and shapes; types are converted.
@@ -83,8 +101,8 @@ class Trainable:
     def save(self, folder: Path, tensors: Mapping[str, torch.Tensor], *, base: str) -> None:
         """Write `tensors` as an outcome: a PEFT folder for LoRA, a Hugging Face model folder when everything learned.
 
-        A folder that is there already is replaced as a whole. The tokenizer's files are copied into a model folder
-        where the model was loaded from a folder.
+        Factors that do not learn are written with them. A folder that is there already is replaced as a whole. The
+        tokenizer's files are copied into a model folder where the model was loaded from a folder.
 
         Args:
             folder: where to write.
@@ -118,7 +136,9 @@ class Trainable:
             self._save_model(folder, tensors)
         else:
             assert isinstance(self.model, PeftModel)
-            write_adapter(folder, self.model.peft_config[_ADAPTER], tensors, base=base)
+            learns: Learns = "b" if self._frozen else "both"
+            config = self.model.peft_config[_ADAPTER]
+            write_adapter(folder, config, {**tensors, **self._frozen}, base=base, learns=learns)
 
     def _save_model(self, folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         model = self.model
@@ -142,7 +162,9 @@ class Trainable:
                 shutil.copyfile(path, folder / path.name)
 
 
-def write_adapter(folder: Path, config: LoraConfig, tensors: Mapping[str, torch.Tensor], *, base: str) -> None:
+def write_adapter(
+    folder: Path, config: LoraConfig, tensors: Mapping[str, torch.Tensor], *, base: str, learns: Learns = "both"
+) -> None:
     """Fill a folder with a LoRA as PEFT keeps it.
 
     Args:
@@ -150,6 +172,7 @@ def write_adapter(folder: Path, config: LoraConfig, tensors: Mapping[str, torch.
         config: left as it is.
         tensors: by the names of the file.
         base: name or folder of the base model.
+        learns: kept beside the tensors, where PEFT does not look, for `learning_adapter`.
     """
     config = copy.deepcopy(config)
     config.base_model_name_or_path = base
@@ -161,23 +184,18 @@ def write_adapter(folder: Path, config: LoraConfig, tensors: Mapping[str, torch.
     fields["target_modules"] = sorted(fields["target_modules"])
     path.write_text(json.dumps(fields, indent=2, sort_keys=True))
     plain = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    (folder / "adapter_model.safetensors").write_bytes(save_safetensors(plain, metadata={"format": "pt"}))
+    noted = {} if learns == "both" else {_LEARNS: learns}
+    (folder / _WEIGHTS).write_bytes(_ordered(save_safetensors(plain, metadata={"format": "pt"} | noted)))
 
 
-A, B = ".lora_A.weight", ".lora_B.weight"
-"""Ends of the names of LoRA's factors."""
-
-
-def layers_of_factors(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[str, str]]:
-    """Names of A [r, in] and B [out, r] by layer, in order of the layers.
-
-    Raises:
-        ValueError: a tensor is no factor of a LoRA layer.
-    """
-    if not all(name.endswith((A, B)) for name in tensors):
-        raise ValueError("products are of LoRA's factors, and something else learns here")
-    layers = sorted({name.removesuffix(A).removesuffix(B) for name in tensors})
-    return {layer: (layer + A, layer + B) for layer in layers}
+def _ordered(data: bytes) -> bytes:
+    """A safetensors file with its metadata in order, which changes from process to process otherwise."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[start:]
 
 
 @contextlib.contextmanager
@@ -203,27 +221,6 @@ def of_other_rank(trainable: Trainable, tensors: Mapping[str, torch.Tensor]) -> 
         put(own)
 
 
-def first_components(tensors: Tensors, rank: int) -> Tensors:
-    """LoRA factors with all but the first `rank` components zero: A [r, in] and B [out, r] of each layer.
-
-    Where both sides of a component are zero its gradients are zero too, so that training leaves it alone.
-    """
-    return {name: _components(name, tensor, torch.zeros_like(tensor), rank) for name, tensor in tensors.items()}
-
-
-def with_components(tensors: Tensors, others: Tensors, rank: int) -> Tensors:
-    """LoRA factors with the first `rank` components of `tensors` and the rest of `others`."""
-    return {name: _components(name, tensor, others[name], rank) for name, tensor in tensors.items()}
-
-
-def _components(name: str, first: torch.Tensor, rest: torch.Tensor, rank: int) -> torch.Tensor:
-    if name.endswith(A):
-        return torch.cat([first[:rank], rest[rank:]])
-    if name.endswith(B):
-        return torch.cat([first[:, :rank], rest[:, rank:]], dim=1)
-    raise ValueError(f"{name} is no factor of a LoRA layer")
-
-
 _SAME_RECIPE = "The tensors must come from the same model with the same adapter settings."
 
 
@@ -234,6 +231,7 @@ def add_lora(
     alpha: float,
     targets: Sequence[str] | Literal["all-linear"],
     dropout: float = 0.0,
+    learns: Learns = "both",
     seed: int,
 ) -> Trainable:
     """Put LoRA on the linear layers that `targets` name and freeze everything else.
@@ -248,6 +246,7 @@ def add_lora(
         alpha: α; the product B A is scaled by α / r.
         targets: layer names or their last parts (`q_proj`), or `all-linear` for every one but the output embedding.
         dropout: share of the adapter's inputs that is zeroed in training.
+        learns: which factors do; with `b` A stays at its start, which is the same as with `both`.
         seed: of A.
 
     Raises:
@@ -284,7 +283,15 @@ def add_lora(
             if ".lora_A." in name:
                 nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
             parameter.copy_(start)
-    return Trainable(wrapped, "lora", parameters)
+    return _learning(wrapped, parameters, learns)
+
+
+def _learning(wrapped: PeftModel, factors: Mapping[str, nn.Parameter], learns: Learns) -> Trainable:
+    """The factors of an adapter, of which those that learn have gradients and the others have none."""
+    frozen = {name: factor for name, factor in factors.items() if learns == "b" and name.endswith(A)}
+    for name, factor in factors.items():
+        factor.requires_grad_(name not in frozen)
+    return Trainable(wrapped, "lora", {name: factors[name] for name in factors if name not in frozen}, _frozen=frozen)
 
 
 def remove_lora(trainable: Trainable) -> PreTrainedModel:
@@ -327,6 +334,9 @@ def applied(model: PreTrainedModel, folder: Path) -> Iterator[PeftModel]:
 def learning_adapter(model: PreTrainedModel, folder: Path) -> Iterator[Trainable]:
     """`model` with the PEFT adapter of a folder as what learns; afterwards the bare base is back.
 
+    Where B alone learned when the adapter was made, it alone learns here. Adapters of other makers do not say: both
+    factors learn then.
+
     Raises:
         UserError: the folder holds no adapter, one for another model, or one that is no plain LoRA.
     """
@@ -340,9 +350,16 @@ def learning_adapter(model: PreTrainedModel, folder: Path) -> Iterator[Trainable
             raise UserError(
                 f"has weights that are no factors of LoRA ({strange[0]})", where=folder, hint="Name a plain LoRA."
             )
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
-        yield Trainable(wrapped, "lora", dict(sorted(parameters.items())))
+        yield _learning(wrapped, dict(sorted(parameters.items())), _learned(folder))
+
+
+def _learned(folder: Path) -> Learns:
+    """Which factors of a folder's adapter learned when it was made, as far as it says."""
+    path = folder / _WEIGHTS
+    if not path.is_file():  # PEFT reads another format, too
+        return "both"
+    with safe_open(path, "pt") as file:
+        return "b" if (file.metadata() or {}).get(_LEARNS) == "b" else "both"
 
 
 def check_adapter(folder: Path) -> None:
@@ -361,7 +378,10 @@ def check_adapter(folder: Path) -> None:
     )
 
 
-_CONFIG = "adapter_config.json"
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+_LEARNS = "learns"
+"""Among the metadata of an adapter's weights: which factors learned."""
 
 
 def full(model: nn.Module) -> Trainable:

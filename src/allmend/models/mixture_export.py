@@ -12,7 +12,8 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
-from allmend.models.adapters import A, B, write_adapter
+from allmend.models.adapters import write_adapter
+from allmend.models.factors import A, B
 from allmend.models.mixture import PRESENT, Mixture
 from allmend.models.mixture_layers import MixtureConfig, MixtureLinear, MixtureMLP
 from allmend.models.tensors import Tensors

@@ -148,6 +148,9 @@ class Recipe(Section):
             if arm.privacy.record and arm.adapter.kind == "lora" and limited:
                 what = f"noise for records ({name}) goes to all components: remove rank, or privacy.record"
                 problems += [Problem(("clients", index, "rank"), what) for index in limited]
+            if arm.adapter.learns == "b" and limited:
+                what = f"A has all components for every client ({name}): remove rank, or adapter.learns = 'b'"
+                problems += [Problem(("clients", index, "rank"), what) for index in limited]
         if problems:
             raise RecipeError(problems)
         return arms

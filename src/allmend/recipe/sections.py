@@ -115,6 +115,9 @@ class Adapter(Section):
     """Linear layers that get factors, by the end of their names."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the adapter's inputs zeroed in training; 0 beside `[privacy.record]`."""
+    learns: Literal["both", "b"] = "both"
+    """Which factors of LoRA: `both`, or `b` alone. A stays at its start then, which all clients make from the seed, so
+    that it need not travel and [the mean of factors is the mean of products](strategies.md#b-alone)."""
     generalists: Annotated[int, Field(ge=0)] = 1
     """Experts of a mixture that clients share."""
     specialists: Annotated[int, Field(ge=0)] = 1
@@ -134,6 +137,8 @@ class Adapter(Section):
                 raise ValueError("a mixture has no dropout: remove it")
             if not self.generalists + self.specialists:
                 raise ValueError("a mixture has experts: set generalists or specialists above 0")
+            if self.learns != "both":
+                raise ValueError(f"both factors of a mixture's experts learn: remove learns = {self.learns!r}")
         elif given := [name for name in ("generalists", "specialists") if getattr(self, name) != 1]:
             raise ValueError(f'{" and ".join(given)} are of a mixture: remove them, or set kind = "mixture"')
         return self
@@ -147,7 +152,7 @@ class Adapter(Section):
     @model_serializer(mode="wrap")
     def _own(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         found: dict[str, Any] = dump(self)
-        foreign = () if self.kind == "mixture" else ("generalists", "specialists")
+        foreign = ("learns",) if self.kind == "mixture" else ("generalists", "specialists")
         kept = {key: value for key, value in found.items() if key not in foreign}
         return {"kind": "full"} if self.kind == "full" else kept
 

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from allmend.federation.collaboration.pull import pull, pull_weights
-from allmend.models.adapters import layers_of_factors
+from allmend.models.factors import layers_of_factors
 from allmend.models.tensors import Tensors
 
 

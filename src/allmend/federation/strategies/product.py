@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from allmend.federation.strategies.fedavg import FedAvg
-from allmend.models.adapters import A, B, layers_of_factors
+from allmend.models.factors import A, B, layers_of_factors
 from allmend.models.tensors import Tensors
 from allmend.strategy import (
     Client,

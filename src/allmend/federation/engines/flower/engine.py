@@ -45,6 +45,8 @@ class FlowerEngine:
         largest: bytes of a reply; larger ones are kept out.
         layout: shapes of what members may sum (`Strategy.layout`); None leaves it unchecked.
         largest_update: norm of a member's change, over which its reply is left out, where it can be seen.
+        frozen: digest of the factors that each side makes for itself (`Trainable.frozen_digest`); a member whose are
+            others refuses to work.
         counted: round and leg of each member's last reply that counted. A member goes on from its state then; what it
             kept of a reply that was lost is void.
         opening: file that keeps in mind over whom a sum was about to be opened, for whoever begins anew.
@@ -62,6 +64,7 @@ class FlowerEngine:
     hiding: Hiding | None = None
     layout: Layout | None = None
     largest_update: float | None = None
+    frozen: str = ""
     opening: Path | None = None
     may_open: Callable[[Turn, list[str]], None] = lambda turn, survivors: None
     counted: dict[str, tuple[int, int]] = field(init=False, default_factory=dict)
@@ -73,7 +76,7 @@ class FlowerEngine:
         return sorted(name for name in self.names if self._missed.get(name, 0) < SUSPENDED)
 
     def work(self, strategy: Strategy, tasks: Mapping[str, Task]) -> Iterator[Answer]:
-        about = {"ask": "work", "run": self.run, "arm": self.arm}
+        about = {"ask": "work", "run": self.run, "arm": self.arm, "frozen": self.frozen}
         questions = {
             name: dump_task(task, about=about | {"counted": self.counted.get(name)}) for name, task in tasks.items()
         }

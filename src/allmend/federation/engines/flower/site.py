@@ -60,6 +60,19 @@ class ArmAtMember:
                 where="the coordinator's question",
             )
 
+    def check_frozen(self, digest: str) -> None:
+        """Refuse to learn beside other frozen factors than the coordinator's: what is summed would belong to neither.
+
+        Raises:
+            UserError: they differ.
+        """
+        if digest != self.trainable.frozen_digest:
+            raise UserError(
+                "the factors that do not learn came out otherwise here than at the coordinator",
+                where=f"member {self.member.name!r}",
+                hint="They are drawn from the recipe's seed: install the coordinator's version of torch.",
+            )
+
 
 @dataclass
 class Site:
@@ -88,6 +101,7 @@ class Site:
             if (answer := place.answered(digest)) is not None:
                 return self._sent(at, answer)
             at.check(task.turn)
+            at.check_frozen(str(about.get("frozen", "")))
             before = place.state_before(*_counted(about))
             place.charge(at.member.name, at.ledger, digest)
             client = MemberClient(at.member, at.trainable, at.settings, initial, before, self.on_step)
