@@ -199,6 +199,7 @@ class Coordination:
                 largest=_largest_reply(strategy, trainable.state()),
                 layout=whole_layout(strategy, trainable.state()),
                 largest_update=arm.train.largest_update,
+                frozen=trainable.frozen_digest,
                 opening=self.run.arm(arm.name) / "opening.json",
                 hiding=hiding(self.offer, recipe, arm, strategy, trainable.state()),
             )
