@@ -53,6 +53,15 @@ def test_it_begins_as_a_new_adapter_does(make_tiny_model: MakeModel, tmp_path: P
         assert same(fresh(again, seed=7), begun)
 
 
+def test_a_factor_that_does_not_learn_is_kept(make_tiny_model: MakeModel) -> None:
+    made = add_lora(make_tiny_model(), rank=2, alpha=4.0, targets=["q_proj"], learns="b", seed=7)
+    digest = made.frozen_digest
+    assert same(fresh(made, seed=8), made.state())
+    trained = retrain(made, records(5), Retraining(learning_rate=0.01, epochs=1, batch_size=2), seed=8)
+    assert made.frozen_digest == digest
+    assert all(one.any() for one in trained.values())
+
+
 def test_what_the_adapter_was_before_does_not_matter_and_each_seed_has_an_order(trainable: Trainable) -> None:
     settings = Retraining(learning_rate=0.01, epochs=2, batch_size=2)
     first = retrain(trainable, records(7), settings, seed=1)

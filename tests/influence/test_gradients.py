@@ -194,6 +194,22 @@ def test_an_adapter_whose_factors_b_are_zero_is_untrained(trainable: Trainable, 
     assert found.values.abs().min() > 0
 
 
+def test_a_frozen_factor_has_no_gradients_and_is_nothing_to_wait_for(
+    make_tiny_model: Callable[..., Any], trainable: Trainable, make_records: MakeRecords
+) -> None:
+    alone = add_lora(make_tiny_model(), rank=2, alpha=4.0, targets=["q_proj", "v_proj"], learns="b", seed=0)
+    records = make_records(3, 1)
+    assert not OfRecords(alone, records).untrained
+    # as B of both, beside the same A
+    both = add_lora(make_tiny_model(), rank=2, alpha=4.0, targets=["q_proj", "v_proj"], seed=0)
+    tensors = {name: trainable.state()[name] for name in alone.parameters()}
+    alone.load(tensors)
+    both.load(both.state() | tensors)
+    (found,), (expected,) = (list(OfRecords(one, records)) for one in (alone, both))
+    assert found.gradients.keys() == tensors.keys()
+    assert all(torch.equal(gradients, expected.gradients[name]) for name, gradients in found.gradients.items())
+
+
 def test_what_is_no_regular_expression_is_told(trainable: Trainable, make_records: MakeRecords) -> None:
     with pytest.raises(UserError, match=r"'\[' is no regular expression"):
         OfRecords(trainable, make_records(3, 1), modules="[")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from allmend.errors import UserError
-from allmend.models.adapters import Trainable, add_lora, check_lora, full, remove_lora
+from allmend.models.adapters import Trainable, add_lora, check_lora, full, learning_adapter, remove_lora
 from allmend.models.load import linear_layers_of, load_model
 
 MakeFolder = Callable[..., Path]
@@ -201,6 +201,96 @@ def test_lora_on_transposed_layers(ids: torch.Tensor) -> None:
         warnings.simplefilter("error")
         trainable = lora(model, targets=["c_attn"])
     assert torch.equal(trainable.model(ids).logits, before)
+
+
+def factors(trainable: Trainable, side: str) -> dict[str, torch.Tensor]:
+    """LoRA's factors A or B as they are in the model, by the names of the saved file."""
+    return {
+        name.replace(".default.", "."): parameter.detach().clone()
+        for name, parameter in trainable.model.named_parameters()
+        if f".lora_{side}." in name
+    }
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_b_alone_learns_beside_the_start_of_both(make_model: MakeModel, ids: torch.Tensor) -> None:
+    both, alone = lora(make_model()), lora(make_model(), learns="b")
+    assert same(factors(alone, "A"), factors(both, "A"))
+    assert alone.state().keys() == alone.parameters().keys() == factors(both, "B").keys()
+    assert alone.count == 2 * (32 * 4 + 16 * 4)
+    start = factors(alone, "A")
+    alone.load(noisy(alone))
+    loss = alone.model(ids).logits.sum()
+    loss.backward()
+    learning = {name for name, parameter in alone.model.named_parameters() if parameter.grad is not None}
+    assert {name.replace(".default.", ".") for name in learning} == alone.parameters().keys()
+    assert same(factors(alone, "A"), start)
+    with pytest.raises(UserError, match=r"lora_A.weight is no parameter"):
+        alone.load(both.state())
+    assert not any(parameter.requires_grad for parameter in remove_lora(alone).parameters())
+
+
+def test_with_b_alone_the_mean_of_factors_is_the_mean_of_what_layers_do(model: LlamaForCausalLM) -> None:
+    trainable = lora(model, learns="b")
+    one, other = noisy(trainable), {name: tensor.flip(0) for name, tensor in noisy(trainable).items()}
+    mean = {name: (tensor + other[name]) / 2 for name, tensor in one.items()}
+    layer: torch.nn.Module = trainable.model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    x, outputs = torch.randn(5, 32, generator=torch.Generator().manual_seed(2)), []
+    for tensors in (one, other, mean):
+        trainable.load(tensors)
+        outputs.append(layer(x).detach())
+    torch.testing.assert_close(outputs[2], (outputs[0] + outputs[1]) / 2)
+
+
+def test_an_adapter_whose_b_alone_learnt_is_an_ordinary_one(
+    make_folder: MakeFolder, tmp_path: Path, ids: torch.Tensor
+) -> None:
+    folder, out = make_folder(), tmp_path / "adapter"
+    trainable = lora(load_model(str(folder), device="cpu").model, learns="b")
+    start, tensors = factors(trainable, "A"), noisy(trainable)
+    trainable.save(out, tensors, base=str(folder))
+    assert same(load_file(out / "adapter_model.safetensors"), tensors | start)
+    trainable.load(tensors)
+    expected = trainable.model(ids).logits
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Unexpected keyword")  # PEFT on keys that it does not know
+        reloaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), out).eval()
+    assert torch.equal(reloaded(ids).logits, expected)
+
+    # it says so itself, and what PEFT writes does not
+    with learning_adapter(remove_lora(trainable), out) as again:
+        assert same(again.state(), tensors)
+        assert same(factors(again, "A"), start)
+        assert torch.equal(again.model(ids).logits, expected)
+        again.save(tmp_path / "again", again.state(), base=str(folder))
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "again" / file).read_bytes() == (out / file).read_bytes()
+    reloaded.save_pretrained(tmp_path / "peft")
+    with learning_adapter(load_model(str(folder), device="cpu").model, tmp_path / "peft") as again:
+        assert again.state().keys() == (tensors | start).keys()
+        assert all(parameter.requires_grad for parameter in again.parameters().values())
+
+
+def test_equal_adapters_are_equal_bytes(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    """Safetensors by itself writes several metadata in an order of chance."""
+    trainable, found = lora(model, learns="b"), set()
+    for place in range(12):
+        trainable.save(tmp_path / f"{place}", trainable.state(), base="owner/name")
+        found.add((tmp_path / f"{place}" / "adapter_model.safetensors").read_bytes())
+    (data,) = found
+    assert (8 + int.from_bytes(data[:8], "little")) % 8 == 0  # tensors begin where they are aligned
+
+
+def test_what_does_not_learn_has_a_digest(make_model: MakeModel) -> None:
+    digests = [lora(make_model(), **more).frozen_digest for more in ({}, {"learns": "b"}, {"learns": "b", "seed": 4})]
+    assert digests[0] == ""
+    assert len({*digests}) == 3
+    again = lora(make_model(), learns="b")
+    again.load(noisy(again))
+    assert again.frozen_digest == digests[1]
 
 
 @pytest.mark.parametrize("tied", [True, False])

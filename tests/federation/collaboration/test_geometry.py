@@ -53,6 +53,22 @@ def test_only_products_do_not_mind_which_factors_there_are() -> None:
         assert torch.allclose(product(found), product(again), atol=1e-5) == same
 
 
+def test_beside_one_a_both_geometries_have_the_same_midpoint_mean_and_pull() -> None:
+    a, models, w = adapter(9)[A], [adapter(seed) for seed in range(4)], graph(4)
+    shared = [{A: a, B: model[B]} for model in models]
+    alone = [{B: model[B]} for model in models]
+
+    def close(products: Tensors, factors: Tensors) -> None:
+        assert torch.allclose(product(products), factors[B] @ a)
+
+    close(Products().midpoint(*shared[:2]), Factors().midpoint(*alone[:2]))
+    close(Products().mean(shared), Factors().mean(alone))
+    pulled = Products().pulled(shared, w, 0.8)
+    assert pulled.lost == pytest.approx(0, abs=1e-12)
+    for products, factors in zip(pulled.models, Factors().pulled(alone, w, 0.8).models, strict=True):
+        close(products, factors)
+
+
 @pytest.mark.parametrize("members", [2, 3, 6])  # of 6 × 3 components, more than the layer has
 def test_a_pull_of_products_is_the_nearest_of_its_rank_to_the_pulled_products(members: int) -> None:
     models, w = [adapter(seed) for seed in range(members)], graph(members)

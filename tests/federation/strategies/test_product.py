@@ -88,6 +88,15 @@ def test_the_average_of_equal_adapters_is_the_adapter() -> None:
     assert state.facts["discarded"] == pytest.approx(0, abs=1e-9)
 
 
+def test_beside_one_a_the_average_is_that_of_fedavg_on_b_alone() -> None:
+    start = factors(seed=1)
+    members = [({A: start[A], B: factors(seed=seed)[B]}, weight) for seed, weight in ((2, 3.0), (3, 1.0), (4, 2.0))]
+    shared, state = one_round(members, start)
+    mean = sum(weight * tensors[B].double() for tensors, weight in members) / 6
+    torch.testing.assert_close(product(shared), mean @ start[A].double(), rtol=1e-5, atol=1e-5)
+    assert state.facts["discarded"] == pytest.approx(0, abs=1e-9)
+
+
 def test_adapters_that_differ_by_a_change_of_basis_are_one_adapter() -> None:
     """(B R)(R⁻¹ A) = B A: their factors' average is another adapter, that of their products is not."""
     start, one = factors(seed=1), factors(seed=2)
@@ -167,6 +176,10 @@ def test_only_factors_have_products() -> None:
     arm = Arm("a", Adapter(kind="full"), Train(), StrategyChoice(name="fedavg_product"), Privacy())
     with pytest.raises(ValueError, match=r"adapter\.kind must be 'lora'"):
         strategy_of(arm, seed=0)
+    with pytest.raises(ValueError, match=r"learns = 'b'.*take fedavg"):
+        strategy_of(replace(arm, adapter=Adapter(learns="b")), seed=0)
+    with pytest.raises(ValueError, match="come in pairs, and layer has one"):
+        FedAvgProduct().layout({B: torch.zeros(5, 2)})
     assert isinstance(strategy_of(Arm("a", Adapter(), Train(), arm.strategy, Privacy()), seed=0), FedAvg)
 
 
