@@ -15,6 +15,7 @@ RUN = "runs/my-run"
 ELSEWHERE = {
     r"allmend coordinate": ("tests/consortium/processes.py", "coordinate"),
     r"allmend join": ("tests/consortium/processes.py", "join"),
+    r"allmend personalise .* allmend-": ("tests/consortium/test_personal.py", '"personalise", "compare", side.folder'),
     r"allmend status .*--page": ("tests/status/test_page.py", "StatusPage"),
     r"allmend attribute runs/": ("tests/cli/test_attribute.py", '"attribute", "runs/tiny"'),
     r"allmend attribute inverse": ("tests/cli/test_attribute.py", '"inverse"'),

@@ -4,6 +4,7 @@ import json
 import re
 import stat
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from allmend.cli import app
 from allmend.consortium.own import MEMBER, is_own, open_own
 from allmend.consortium.personal import PAGE, compare_own, export_own
 from allmend.errors import UserError
+from allmend.learn.scores import read_scores, write_scores
 from allmend.mixtures.export import CARD, export
 from allmend.personalised import compare_arms
 from allmend.report.sections.personalised import paid_in_words
@@ -159,6 +161,51 @@ def test_what_cannot_be_had_is_told_and_nothing_is_written(make_place: Callable[
     (own.run.path / MEMBER).write_text("{}")
     with pytest.raises(UserError, match="is not what a member keeps of a run"):
         open_own(side.folder)
+
+
+def test_the_base_model_is_no_arm_that_works_together_or_alone(make_place: Callable[..., Place]) -> None:
+    """Even where nothing is as good as it."""
+    place = make_place(canaries=None)
+    place.coordinate()
+    own = open_own(place.sides["north"].folder)
+    (scores,) = read_scores(own.run.scores(BASE))
+    lowest = [replace(score, nll=0.01 * score.tokens) for score in scores.by_client["north"]]
+    write_scores(own.run.scores(BASE), [replace(scores, by_client={"north": lowest})])
+
+    found = compare_own(own)
+    (row,) = found.members
+    assert (found.against, row.together, row.best) == ("local", "fedavg", BASE)
+    assert row.losses[BASE].value == pytest.approx(0.01)
+    own.run.scores("local").unlink()
+    with pytest.raises(UserError, match="'local' was not scored at this member"):
+        compare_own(own, "local")
+    assert compare_own(own).against == BASE
+    assert compare_own(own).unfinished == ("local",)
+    own.run.scores("fedavg").unlink()
+    with pytest.raises(UserError, match="no arm has been scored at this member"):
+        compare_own(own)
+
+
+def test_records_are_found_again_from_any_folder(
+    make_place: Callable[..., Place], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    place = make_place(**MIXTURE)
+    side = place.sides["north"]
+    monkeypatch.chdir(place.folder)
+    side.data = Path("north.jsonl")
+    place.coordinate()
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(elsewhere)
+
+    found = export_own(open_own(side.folder), elsewhere / "out", how="generalist")
+    assert [one.records for one in found.compared] == ["validation", "held-out"]
+
+
+def test_who_declines_keeps_nothing_of_the_run(make_place: Callable[..., Place]) -> None:
+    place = make_place(agree=False)
+    with pytest.raises(UserError, match="declined"):
+        place.coordinate()
+    assert not any(is_own(side.folder) for side in place.sides.values())
 
 
 def test_of_several_runs_one_must_be_named(make_place: Callable[..., Place]) -> None:

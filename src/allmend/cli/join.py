@@ -165,7 +165,7 @@ def _show(console: Console, offer: "Offer", recipe: "Recipe", client: "EncodedCl
         console.print(f"{probed}; no guarantee of differential privacy covers this.", highlight=False)
     console.print(
         "The coordinator also sees, of this member by itself and behind no masks: sums over your held-out records of "
-        "their log-likelihoods and right answers under the shared models"
+        "their log-likelihoods and right answers under the models of all arms, your own ones too"
         + (", and how often each canary was learnt from." if planted else ".")
         + " Your records do not leave.",
         highlight=False,

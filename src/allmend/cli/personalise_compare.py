@@ -70,7 +70,9 @@ def show_personalised(console: Console, table: "PersonalisedTable") -> None:
         columns = {"": 16} | {name[0].lower() + name[1:]: widths[name] for name in names}
         show_sections(console, title, columns, {"": [[line["Arm"], *(line[name] for name in names)] for line in lines]})
 
-    title = "Each client's own held-out records: nats per token, mean over clients"
+    whose = f"{table.members[0].member}'s held-out records: nats per token"
+    several = "Each client's own held-out records: nats per token, mean over clients"
+    title = whose if len(table.members) == 1 else several
     show(title, [name for name in head if name in widths and name not in _COST])
     show("What it took for a client", [name for name in head if name in _COST])
     title = "By client"

@@ -9,8 +9,8 @@ class PersonalisedArm(Table):
     """An arm over all members, each with its own model in it, or with the one that all share.
 
     Attributes:
-        arm: name.
-        strategy: name.
+        arm: name; a member's own table has the base model, `base`, as well.
+        strategy: name; `base`.
         alone: whether its members learn nothing from each other.
         simulated: whether it needs all records in one place.
         loss: mean over members of the loss per token of their own held-out records (nats); n counts tokens.
@@ -68,10 +68,11 @@ class PersonalisedMember(Table):
 
 
 class PersonalisedTable(Table):
-    """`results/personalised.json`: the arms of a run on members' own records.
+    """`results/personalised.json`: the arms of a run on members' own records. Among organisations each has its own.
 
     Attributes:
-        against: the arm that the others are compared with; None where no arm trains alone and none was named.
+        against: the arm that the others are compared with; None where no arm trains alone and none was named. In a
+            member's own table it is then the base model.
         arms: those that are finished, in the recipe's order.
         members: those with held-out records and a model in every arm.
         left_out: the other members.

@@ -7,8 +7,8 @@ import pytest
 from allmend.events import ArmStarted
 from allmend.report.evidence import Evidence
 from allmend.report.findings.usefulness import paid
-from allmend.report.sections.personalised import arm_table, personalised
-from allmend.results import Estimate, PersonalisedArm, PersonalisedMember, PersonalisedTable
+from allmend.report.sections.personalised import arm_table, notes_of, paid_in_words, personalised, question
+from allmend.results import BASE, Estimate, PersonalisedArm, PersonalisedMember, PersonalisedTable
 
 
 def loss(value: float) -> Estimate:
@@ -93,6 +93,45 @@ def test_figures_that_parties_share_stand_once_and_others_as_a_span() -> None:
     assert first[-2:] == ["4–6", "1.0"]
     assert second[-2:] == ["–", "–"]
     assert second[3] == "–"
+
+
+@pytest.mark.parametrize(
+    ("value", "half", "words"),
+    [
+        (-0.8, 0.1, "yes, by 0.800 (0.700 to 0.900), with cobo"),
+        (0.8, 0.1, "no, worse by 0.800 (0.700 to 0.900), with cobo"),
+        (-0.8, 1.0, "cannot be told: cobo is 0.800 below base model (−1.800 to 0.200)"),
+    ],
+)
+def test_beside_the_base_model_it_is_not_said_that_working_together_paid(value: float, half: float, words: str) -> None:
+    known = made()
+    base = known.arms[1].model_copy(update={"arm": BASE, "strategy": BASE})
+    row = known.members[0].model_copy(
+        update={"losses": {"cobo": loss(2.0), BASE: loss(2.8)}, "difference": gap(value, half)}
+    )
+    table = PersonalisedTable(against=BASE, arms=(known.arms[0], base), members=(row,))
+    assert paid_in_words(row, table) == words
+    assert question(table) == "Better than the base model?" != question(known)
+    assert "it cannot be told whether working together paid" in notes_of(table)[0]
+    assert not any("it cannot be told whether" in note for note in notes_of(known))
+    head, rows = arm_table(table)
+    assert head[3] == "Minus base model"
+    assert [one[0] for one in rows] == ["cobo", "base model"]
+
+
+def test_a_base_model_that_is_lower_still_is_named() -> None:
+    row = made().members[0].model_copy(update={"losses": {BASE: loss(1.0)}, "best": BASE})
+    assert paid_in_words(row, made()).endswith("with cobo; but the base model is lower still")
+
+
+def test_bytes_that_are_not_known_are_not_shown_as_none() -> None:
+    assert not {"Down", "Up"} & {*arm_table(made())[0]}
+    known = made()
+    arms = (known.arms[0].model_copy(update={"sent": 2048.0, "received": 1024.0}), known.arms[1])
+    head, rows = arm_table(known.model_copy(update={"arms": arms}))
+    cells = dict(zip(head, rows[0], strict=True))
+    assert (getattr(cells["Down"], "value", 0), getattr(cells["Up"], "value", 0)) == (2048, 1024)
+    assert len(head) == len(rows[0]) == 9
 
 
 @pytest.mark.parametrize(("value", "half", "answer"), [(-0.2, 0.1, True), (0.2, 0.1, False), (-0.2, 0.3, None)])
