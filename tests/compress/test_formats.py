@@ -81,8 +81,8 @@ def test_values_are_the_nearest_that_the_scale_allows(fmt: Format) -> None:
 
     assert torch.equal(fmt.values(codes, scale).view(6, 128), found)
     spread = _codes(fmt)
-    zero = 0 if scale.zero is None else scale.zero
-    points = (spread[None, None, None] - (zero[..., None] if scale.zero is not None else 0)) * scale.step[..., None]
+    zero = torch.zeros_like(scale.step) if scale.zero is None else scale.zero
+    points = (spread[None, None, None] - zero[..., None]) * scale.step[..., None]
     nearest = (points - fmt.blocks(weight)[..., None]).abs().amin(-1).view(6, 128)
     assert torch.allclose((found - weight).abs(), nearest, rtol=1e-4, atol=1e-6)
     assert len(codes.unique()) > 4

@@ -32,10 +32,12 @@ class Scale:
     Attributes:
         step: float32, broadcast over a block's values.
         zero: the code of 0, in the same shape; none where it is 0.
+        whole: of formats whose scales have a scale: what all steps of the weight were multiplied with.
     """
 
     step: torch.Tensor
     zero: torch.Tensor | None = None
+    whole: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -256,7 +258,7 @@ class NvFloat4(Format):
     def scales(self, blocks: torch.Tensor, largest: torch.Tensor) -> Scale:
         whole = self.whole(largest)
         local = E4M3.nearest(_largest(blocks) / E2M1_MAX * whole)
-        return Scale(_safe(local / whole))
+        return Scale(_safe(local / whole), whole=whole)
 
     @staticmethod
     def whole(largest: torch.Tensor) -> torch.Tensor:

@@ -131,4 +131,4 @@ class _Sweep:
             return None
         zeros = [scale.zero for scale in self.scales if scale.zero is not None]
         step = torch.stack([scale.step for scale in self.scales], dim=1)
-        return Scale(step, torch.stack(zeros, dim=1) if zeros else None)
+        return Scale(step, torch.stack(zeros, dim=1) if zeros else None, self.scales[0].whole)
