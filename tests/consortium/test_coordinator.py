@@ -30,6 +30,8 @@ from allmend.strategy import Reply, Task, Turn
 
 MakePlace = Callable[..., Any]
 
+COBO = {"name": "cobo", "rounds": 2, "geometry": "factors"}
+
 
 def adapter(folder: Path) -> bytes:
     return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
@@ -422,6 +424,37 @@ def test_a_member_works_on_the_rounds_that_it_agreed_to_alone(make_place: MakePl
     for turn in (Turn(3, 0, 2), Turn(1, 1, 2), Turn(1, 0, 10**9), Turn(1, 0, 1)):
         told = parse(side.answer(dump_task(Task(turn, tensors), about=about)))[1]
         assert "the arm has 2 rounds of 1 legs" in told["error"]["what"]
+
+
+@pytest.mark.parametrize("strategy", [{"name": "fedavg", "rounds": 2}, COBO])
+def test_where_b_alone_learns_the_run_is_that_of_the_simulation(
+    strategy: dict[str, Any], make_place: MakePlace
+) -> None:
+    place = make_place(strategy=strategy, adapter={"rank": 2, "learns": "b"}, canaries=None)
+    sent: list[bytes] = []
+    for name, answer in place.post.answer.items():
+        place.post.answer[name] = lambda question, answer=answer: sent.append(question) or answer(question)
+    there, here = place.coordinate(), tune(place.recipe, place.folder / "simulated", base=place.folder)
+    for name, side in place.sides.items():
+        (site,) = (side.folder / "runs").iterdir()
+        arm = strategy["name"]
+        simulated = here.arm(arm) if arm == "fedavg" else here.arm(arm) / "members" / name
+        assert adapter(site / "arms" / arm) == adapter(simulated)
+    assert strategy is COBO or adapter(there.arm("fedavg")) == adapter(here.arm("fedavg"))
+    travelled = {tensor for question in sent for tensor in parse(question)[0]}
+    assert any("lora_B" in tensor for tensor in travelled)
+    assert not any("lora_A" in tensor for tensor in travelled)
+
+
+def test_a_member_works_beside_no_other_a_than_the_coordinators(make_place: MakePlace) -> None:
+    place = make_place(adapter={"rank": 2, "learns": "b"}, compare={}, canaries=None)
+    place.coordinate()
+    side = place.sides["north"]
+    about = {"ask": "work", "run": side._joined.offer.digest, "arm": "fedavg"}
+    for frozen in ({}, {"frozen": "0" * 64}):
+        told = parse(side.answer(dump_task(Task(Turn(1, 0, 2), {"x": torch.zeros(1)}), about=about | frozen)))[1]
+        assert "came out otherwise here" in told["error"]["what"]
+        assert "version of torch" in told["error"]["hint"]
 
 
 def test_fewer_members_than_a_sum_needs_are_told_before_anything_begins(make_place: MakePlace) -> None:

@@ -90,6 +90,15 @@ def test_members_come_to_the_scores_of_the_simulation_behind_masks(make_place: M
     assert "Whose data helped" in (there.path / "report.html").read_text()
 
 
+def test_where_b_alone_learns_both_sides_take_its_gradients_alone(make_place: MakePlace) -> None:
+    """The coordinator reads from the adapter's folder what learnt, and members from the recipe."""
+    place = make_place(influence=SETTINGS, **SHORT, adapter={"rank": 2, "learns": "b"})
+    there, here = place.coordinate(), tune(place.recipe, place.folder / "simulated", base=place.folder)
+    for name in place.sides:
+        assert apart(at_member(place, name), scores_in(here.arm("fedavg") / FOLDER / name)) < 1e-6
+    assert arm_of(there).records == arm_of(here).records
+
+
 def test_nothing_of_a_record_is_with_the_coordinator_nor_a_score(make_place: MakePlace) -> None:
     place = make_place(influence={"min_records": 4})
     answers: list[bytes] = []

@@ -29,7 +29,7 @@ from allmend.learn.per_example import (
     record_loss,
     separable_rows,
 )
-from allmend.models.adapters import Trainable, add_lora, full
+from allmend.models.adapters import Learns, Trainable, add_lora, full
 from allmend.models.tensors import Tensors
 
 MakeModel = Callable[..., LlamaForCausalLM]
@@ -57,10 +57,11 @@ def lora(
     rank: int = 4,
     targets: tuple[str, ...] | str = ("q_proj", "v_proj"),
     dropout: float = 0.0,
+    learns: Learns = "both",
 ) -> Trainable:
     """An adapter in the middle of training: neither factor is zero."""
     targets = list(targets) if isinstance(targets, tuple) else targets
-    trainable = add_lora(model, rank=rank, alpha=16.0, targets=targets, dropout=dropout, seed=1)
+    trainable = add_lora(model, rank=rank, alpha=16.0, targets=targets, dropout=dropout, learns=learns, seed=1)
     generator = torch.Generator().manual_seed(2)
     trainable.load({name: 0.2 * torch.randn(t.shape, generator=generator) for name, t in trainable.state().items()})
     return trainable
@@ -76,6 +77,7 @@ TRAINABLES: dict[str, Callable[[MakeModel], Trainable]] = {
     "q/v": lambda make: lora(make()),
     "all linear": lambda make: lora(make(), targets="all-linear"),
     "all linear, wide": lambda make: lora(make(), targets="all-linear", rank=16),
+    "q/v, b alone": lambda make: lora(make(), learns="b"),
     "gpt2": lambda make: lora(gpt2(make), targets="all-linear"),
     "full": lambda make: full(make()),
 }
@@ -117,7 +119,7 @@ def close(found: Tensors, expected: Tensors, tolerance: float = 1e-5) -> bool:
 
 
 @pytest.mark.parametrize("capacity", [1, 60, 1000], ids=["a record a row", "some rows", "one row"])
-@pytest.mark.parametrize("which", ["q/v", "all linear", "all linear, wide", "gpt2"])
+@pytest.mark.parametrize("which", ["q/v", "all linear", "all linear, wide", "q/v, b alone", "gpt2"])
 def test_norms_are_those_of_each_record_by_itself(
     make_tiny_model: MakeModel, log_probs: LogProbs, which: str, capacity: int
 ) -> None:
