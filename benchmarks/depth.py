@@ -28,6 +28,7 @@ from _depth_peers import by_block_influence, by_loss
 from _measure import figure, machine, with_data
 from allmend.data.chat import Encoded
 from allmend.data.records import Record
+from allmend.data.windows import Windows, read_text, windows_of
 from allmend.depth.apply import apply_plan
 from allmend.depth.choices import answer, question_of
 from allmend.depth.decoder import Decoder
@@ -36,7 +37,6 @@ from allmend.depth.log import Log
 from allmend.depth.measure import Candidate, behind, measure, perplexity, sequential
 from allmend.depth.plan import Drop, Intervention, Plan, Prune, pairs_plan, stretch_plan
 from allmend.depth.searching import Result, Search
-from allmend.depth.text import Windows, read_text, windows_of
 from allmend.intervals import paired_difference
 from allmend.models.load import LoadedModel, load_model
 from allmend.results import Estimate

@@ -10,13 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from allmend.data.windows import Windows
 from allmend.depth.apply import apply_plan
 from allmend.depth.architectures import architecture_of
 from allmend.depth.correction import Normal, correct, measured, normal_of, row_of
 from allmend.depth.decoder import Decoder
 from allmend.depth.interventions import SideBySide, attention_update
 from allmend.depth.plan import Plan, pairs_plan, stretch_plan
-from allmend.depth.text import Windows
 from allmend.errors import UserError
 
 MakeDecoder = Callable[..., Any]

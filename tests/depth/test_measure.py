@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from allmend.data.windows import Windows
 from allmend.depth.decoder import Decoder, common_prefix
 from allmend.depth.interventions import intervene
 from allmend.depth.measure import Candidate, Measured, added, behind, measure, perplexity, sequential
 from allmend.depth.plan import Prune, Shuffle, Step, Stretch, pairs_plan, stretch_plan
-from allmend.depth.text import Windows
 from allmend.errors import UserError
 
 CHANGES = [

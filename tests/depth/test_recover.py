@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from allmend.data.windows import Windows
 from allmend.depth import recover as module
 from allmend.depth.apply import apply_plan
 from allmend.depth.architectures import layers_of
@@ -14,7 +15,6 @@ from allmend.depth.correction import measured, row_of
 from allmend.depth.measure import Measured
 from allmend.depth.plan import Plan, stretch_plan
 from allmend.depth.recover import Recovery, Training, divergence_from, recover, text_loss, windows_after
-from allmend.depth.text import Windows
 from allmend.errors import UserError
 from allmend.learn.loop import DivergedError, Step
 

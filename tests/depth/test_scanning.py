@@ -6,10 +6,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from allmend.data.windows import Windows
 from allmend.depth.log import Log
 from allmend.depth.measure import sequential
 from allmend.depth.scanning import KINDS, candidates, scan, stretches
-from allmend.depth.text import Windows
 from allmend.errors import UserError
 
 FACTS: dict[str, str | int] = {"model": "m", "text": "t"}

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from allmend.data.windows import Windows
 from allmend.depth.choices import CONTEXT, CONTINUATION, answer, choices_of
 from allmend.depth.decoder import Decoder
 from allmend.depth.frontier import frontier
@@ -13,7 +14,6 @@ from allmend.depth.log import Log
 from allmend.depth.measure import Candidate, measure, sequential
 from allmend.depth.plan import Plan, pairs_plan, stretch_plan
 from allmend.depth.searching import Search, least_depth, search
-from allmend.depth.text import Windows
 from allmend.errors import UserError
 
 

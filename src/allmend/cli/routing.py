@@ -85,7 +85,7 @@ def _records(
 def _text(
     run: str, member: str | None, text: Path, layer: int | None, svg: Path | None, html: Path | None, *, as_json: bool
 ) -> None:
-    from allmend.depth.text import read_text
+    from allmend.data.windows import read_text
     from allmend.mixtures.coloured import coloured
     from allmend.report.routed_text import text_picture, write_text_page
     from allmend.run import run_and_arm, write_atomic

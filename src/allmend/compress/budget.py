@@ -82,4 +82,5 @@ def _frontier(sizes: np.ndarray, costs: np.ndarray, budget: int) -> np.ndarray:
     order = np.lexsort((costs, sizes))
     order = order[(sizes[order] <= budget) & np.isfinite(costs[order])]
     before = np.minimum.accumulate(np.concatenate([[np.inf], costs[order]]))[:-1]
-    return order[costs[order] < before]
+    kept: np.ndarray = order[costs[order] < before]
+    return kept

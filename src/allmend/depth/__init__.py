@@ -1,5 +1,6 @@
 """Depth: which layers of a decoder can run side by side, what that costs, and the model in which they do."""
 
+from allmend.data.windows import Windows, read_text, windows_of
 from allmend.depth.additive import best_pairs
 from allmend.depth.apply import apply_plan, save_paired
 from allmend.depth.fold import fold_group
@@ -8,7 +9,6 @@ from allmend.depth.plan import Drop, Plan, Prune, Shuffle, Stretch, pairs_plan, 
 from allmend.depth.scanning import scan
 from allmend.depth.searching import Result, pair_costs, search
 from allmend.depth.tensor_parallel import tensor_parallel_plan
-from allmend.depth.text import Windows, read_text, windows_of
 
 __all__ = [
     "Drop",

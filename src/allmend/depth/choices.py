@@ -11,7 +11,7 @@ import torch
 
 from allmend.data.chat import Encoded
 from allmend.data.records import Record
-from allmend.depth.text import Windows
+from allmend.data.windows import Windows
 from allmend.learn.evaluate import Score, score
 
 CONTEXT, CONTINUATION, OPTIONS = 32, 12, 4

@@ -25,12 +25,12 @@ from torch import nn
 
 from allmend.data.chat import Encoded
 from allmend.data.packing import Row, pack
+from allmend.data.windows import Windows
 from allmend.depth.architectures import architecture_of, layers_of
 from allmend.depth.decoder import Decoder, common_prefix
 from allmend.depth.interventions import shallow
 from allmend.depth.measure import Measured, added
 from allmend.depth.plan import Plan
-from allmend.depth.text import Windows
 from allmend.errors import UserError
 from allmend.learn.objective import log_likelihood
 from allmend.results import Estimate, Table

@@ -5,6 +5,7 @@ from typing import Any
 
 from allmend.data.chat import Encoded
 from allmend.data.records import Record
+from allmend.data.windows import Windows, check_apart
 from allmend.depth.apply import apply_plan
 from allmend.depth.bench import EAGER, compare_speed
 from allmend.depth.choices import answer
@@ -12,7 +13,6 @@ from allmend.depth.decoder import Decoder
 from allmend.depth.measure import Candidate, Measured, added, measure, perplexity, sequential
 from allmend.depth.plan import Plan
 from allmend.depth.searching import Result
-from allmend.depth.text import Windows, check_apart
 from allmend.intervals import paired_difference
 from allmend.learn.evaluate import accuracy
 from allmend.results import DepthLine, Frontier

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from allmend.data.windows import Windows
 from allmend.depth.decoder import Decoder
 from allmend.depth.plan import Intervention, Plan, Step
-from allmend.depth.text import Windows
 from allmend.errors import UserError
 from allmend.intervals import mean, paired_difference
 from allmend.results import SEQUENTIAL, Estimate

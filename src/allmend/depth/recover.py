@@ -18,11 +18,11 @@ import torch
 from torch import nn
 
 from allmend.data.packing import Row
+from allmend.data.windows import Windows, windows_of
 from allmend.depth.architectures import Architecture, architecture_of, layers_of
 from allmend.depth.correction import check_fits, measured, row_of
 from allmend.depth.measure import Measured, added, perplexity
 from allmend.depth.plan import Plan
-from allmend.depth.text import Windows, windows_of
 from allmend.errors import UserError
 from allmend.learn.loop import DivergedError, Step
 from allmend.learn.objective import log_likelihood, logits_at_sources

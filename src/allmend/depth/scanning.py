@@ -3,11 +3,11 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, get_args
 
+from allmend.data.windows import Windows
 from allmend.depth.decoder import Decoder
 from allmend.depth.log import Log
 from allmend.depth.measure import Candidate, Measured, measure, sequential
 from allmend.depth.plan import Intervention, Prune, Shuffle, Stretch, stretch_plan
-from allmend.depth.text import Windows
 from allmend.errors import UserError
 
 Kind = Literal["pairs", "triples", "parallel", "parallel_sum", "merge", "prune", "shuffle"]

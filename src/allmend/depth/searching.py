@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from allmend.data.windows import Windows
 from allmend.depth.additive import best_firsts
 from allmend.depth.decoder import Decoder
 from allmend.depth.log import Log
 from allmend.depth.measure import Candidate, Measured, added, measure, sequential
 from allmend.depth.plan import Intervention, Plan, pairs_plan
 from allmend.depth.scanning import Kind, change_of, stretches
-from allmend.depth.text import Windows
 from allmend.errors import UserError
 from allmend.results import Estimate
 

@@ -6,13 +6,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from allmend.data.windows import Windows
 from allmend.depth.apply import apply_plan, check_new, save_paired
 from allmend.depth.architectures import layers_of
 from allmend.depth.correction import CorrectionReport, correct
 from allmend.depth.fold import Gain
 from allmend.depth.plan import Plan, read_plan
 from allmend.depth.recover import Recovery, Training, recover
-from allmend.depth.text import Windows
 from allmend.errors import UserError
 from allmend.events import Event, WorkPlanned
 from allmend.meter import Meter

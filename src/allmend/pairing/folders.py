@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from allmend import __version__
+from allmend.data.windows import Windows
 from allmend.depth.architectures import layers_of
 from allmend.depth.choices import choices_of
 from allmend.depth.frontier import frontier
@@ -16,7 +17,6 @@ from allmend.depth.measure import Candidate, Measured, behind
 from allmend.depth.plan import Plan, write_plan
 from allmend.depth.scanning import Kind, scan
 from allmend.depth.searching import Result, search
-from allmend.depth.text import Windows
 from allmend.errors import UserError
 from allmend.events import Event, WorkDone, WorkPlanned
 from allmend.models.load import LoadedModel

@@ -8,9 +8,9 @@ from typing import Any
 
 from allmend.check import source_of
 from allmend.data.icd10cm import category_texts
+from allmend.data.windows import Windows, check_apart, read_text, windows_of
 from allmend.depth.architectures import quantised_error
 from allmend.depth.recover import windows_after
-from allmend.depth.text import Windows, check_apart, read_text, windows_of
 from allmend.errors import UserError
 from allmend.models.adapters import applied, check_adapter
 from allmend.models.load import LoadedModel, load_model

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from allmend.depth.text import check_apart, read_text, windows_of
+from allmend.data.windows import check_apart, read_text, windows_of
 from allmend.errors import UserError
 
 
