@@ -11,6 +11,7 @@ from allmend.compress.masks import (
     Unstructured,
     damped,
     keep_mask,
+    kept,
     magnitude,
     obs,
     pattern_named,
@@ -29,10 +30,10 @@ def test_a_share_of_each_row_goes_and_no_more(share: float, columns: int) -> Non
     keep = keep_mask(score, Unstructured(share))
     gone = round(share * 100) * columns // 100
     assert (~keep).sum(1).tolist() == [gone] * 5
-    for row, kept in zip(score, keep, strict=True):
-        assert not kept.all() or gone == 0
+    for row, stays in zip(score, keep, strict=True):
+        assert not stays.all() or gone == 0
         if 0 < gone < columns:
-            assert row[kept].min() >= row[~kept].max()
+            assert row[stays].min() >= row[~stays].max()
 
 
 def test_a_share_of_the_tensor() -> None:
@@ -62,6 +63,13 @@ def test_equal_scores_are_told_apart_by_the_tie_and_then_by_place(pattern: Patte
     assert keep_mask(score, pattern, tie=tie).tolist() == [[True, False] * 4]
     score[0, 1] = 2.0  # the score goes first
     assert keep_mask(score, pattern, tie=tie)[0, 1]
+
+
+@pytest.mark.parametrize("pattern", [None, NofM(2, 4), Unstructured(0.3), Unstructured(0.29, "tensor")])
+def test_how_many_stay_is_known_beforehand(pattern: Pattern | None) -> None:
+    score = random(5, 100).abs()
+    found = 500 if pattern is None else int(keep_mask(score, pattern).sum())
+    assert kept(pattern, (5, 100)) == found
 
 
 def test_columns_must_be_cut_into_groups() -> None:

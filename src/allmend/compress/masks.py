@@ -89,26 +89,40 @@ def keep_mask(score: torch.Tensor, pattern: Pattern, *, tie: torch.Tensor | None
                 raise ValueError(f"{columns} columns cannot be cut into groups of {m}")
             shape, drop = (rows * columns // m, m), m - n
         case Unstructured(share, "row"):
-            shape, drop = (rows, columns), _count(share, columns)
+            shape, drop = (rows, columns), zeros(share, columns)
         case Unstructured(share, _):
-            shape, drop = (1, rows * columns), _count(share, rows * columns)
-    order = _ascending(score.reshape(shape), None if tie is None else tie.reshape(shape))
-    keep = torch.ones(shape, dtype=torch.bool, device=score.device)
-    keep.scatter_(1, order[:, :drop], False)
+            shape, drop = (1, rows * columns), zeros(share, rows * columns)
+    keep = without_least(score.reshape(shape), drop, tie=None if tie is None else tie.reshape(shape))
     return keep.view(rows, columns)
 
 
-def _count(share: float, n: int) -> int:
-    """⌊share · n⌋ of what was written: 0.29 · 100 is 28.999… in floating point."""
+def without_least(score: torch.Tensor, drop: int, *, tie: torch.Tensor | None = None) -> torch.Tensor:
+    """Which of each row [rows, columns] stay if so many of the least go; equal ones by their ties, then the earlier."""
+    if tie is None:
+        order = score.argsort(dim=1, stable=True)
+    else:
+        first = tie.argsort(dim=1, stable=True)
+        order = first.gather(1, score.gather(1, first).argsort(dim=1, stable=True))
+    return torch.ones_like(score, dtype=torch.bool).scatter_(1, order[:, :drop], False)
+
+
+def zeros(share: float, n: int) -> int:
+    """⌊share · n⌋ of the share as it was written: 0.29 · 100 is 28.999… in floating point."""
     return int(share * n + 1e-9)
 
 
-def _ascending(score: torch.Tensor, tie: torch.Tensor | None) -> torch.Tensor:
-    """Places in each row from the least score on; equal ones by their ties, then by place."""
-    if tie is None:
-        return score.argsort(dim=1, stable=True)
-    first = tie.argsort(dim=1, stable=True)
-    return first.gather(1, score.gather(1, first).argsort(dim=1, stable=True))
+def kept(pattern: Pattern | None, shape: tuple[int, int]) -> int:
+    """How many weights of a tensor stay."""
+    rows, columns = shape
+    match pattern:
+        case None:
+            return rows * columns
+        case NofM(n, m):
+            return rows * columns * n // m
+        case Unstructured(share, "row"):
+            return rows * (columns - zeros(share, columns))
+        case Unstructured(share, _):
+            return rows * columns - zeros(share, rows * columns)
 
 
 def magnitude(weight: torch.Tensor) -> torch.Tensor:

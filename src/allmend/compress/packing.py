@@ -174,7 +174,7 @@ def encode_two_of_four(weight: torch.Tensor, keep: torch.Tensor, fmt: Format, *,
     if not bool((groups.sum(-1) == 2).all()):
         raise ValueError("not two of each four are kept")
     known = torch.stack([_of_pattern(pair) for pair in PATTERNS])
-    codes = (groups[:, :, None] == known).all(-1).int().argmax(-1)
+    codes = (groups[:, :, None] == known).all(-1).int().argmax(-1).view(1, -1)
     return _sparse(weight, keep, fmt, scale, {"weight_patterns": pack_to_int32((codes - 4).to(torch.int8), 3)})
 
 
@@ -203,7 +203,7 @@ def _keep_of(packed: Packed) -> torch.Tensor:
     if "weight_mask" in packed.tensors:
         bits = packed.tensors["weight_mask"][..., None] >> torch.arange(8, dtype=torch.uint8)
         return (bits & 1).bool().view(rows, -1)[:, :columns]
-    codes = unpack_from_int32(packed.tensors["weight_patterns"], 3, torch.Size((rows, columns // 4))).long() + 4
+    codes = unpack_from_int32(packed.tensors["weight_patterns"], 3, torch.Size((1, rows * columns // 4))).long() + 4
     return torch.stack([_of_pattern(pair) for pair in PATTERNS])[codes].view(rows, columns)
 
 

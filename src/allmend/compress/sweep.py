@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from allmend.compress.formats import Format, Scale
-from allmend.compress.masks import NofM, Pattern, Unstructured, damped, keep_mask
+from allmend.compress.masks import NofM, Pattern, Unstructured, damped, keep_mask, without_least, zeros
 
 COLUMNS = 128
 """Columns whose mask is chosen at once, and whose error is spread over the rest at once."""
@@ -48,7 +48,7 @@ def prune_and_quantize(
     Args:
         weight: [rows, columns], finite.
         hessian: XᵀX [columns, columns] of the calibration tokens.
-        pattern: of zeros; a share is of each row's columns in each stretch of 128.
+        pattern: of zeros; a share is of each row, and of each stretch of 128 columns.
         fmt: of what stays.
         damping: added to the diagonal of H, times its mean.
 
@@ -106,9 +106,12 @@ class _Sweep:
         self.chosen = last
 
     def _mask(self, first: int, last: int) -> torch.Tensor:
-        """By the weights as they are now."""
+        """By the weights as they are now; of a share, as many zeros up to each column as it comes to."""
         assert self.pattern is not None
-        return keep_mask((self.left[:, first:last] / self.upper.diagonal()[first:last]).square(), self.pattern)
+        score = (self.left[:, first:last] / self.upper.diagonal()[first:last]).square()
+        if isinstance(self.pattern, NofM):
+            return keep_mask(score, self.pattern)
+        return without_least(score, zeros(self.pattern.share, last) - zeros(self.pattern.share, first))
 
     def _scale(self, first: int) -> Scale:
         """Of the block that begins here, from what its mask leaves; where that is still to come, from what it would."""
