@@ -18,8 +18,8 @@ from allmend.federation.strategies.clustered import Clustered
 from allmend.federation.strategies.cobo import CoBo
 from allmend.federation.strategies.grouped import Grouped
 from allmend.federation.strategies.private_fedavg import PrivateFedAvg
-from allmend.models.adapters import check_lora
 from allmend.models.load import LoadedModel, linear_layers
+from allmend.models.lora_targets import check_lora
 from allmend.models.mixture import check_mixture
 from allmend.models.sources import resolve
 from allmend.recipe import AT_MEMBER, HELD_OUT, Arm, Problem, Recipe, RecipeError

@@ -22,8 +22,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from allmend.errors import UserError
-from allmend.models.adapters import Trainable, check_lora
+from allmend.models.adapters import Trainable
 from allmend.models.load import LoadedModel, linear_layers_of
+from allmend.models.lora_targets import check_lora
 from allmend.models.mixture_layers import BlockMixtureMLP, MixtureConfig, MixtureMLP, dtype_of_experts
 from allmend.models.tensors import Tensors, read_tensors, write_tensors
 

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from allmend.models.adapters import ALL_LINEAR
+from allmend.models.lora_targets import ALL_LINEAR
 
 
 @dataclass(frozen=True)
