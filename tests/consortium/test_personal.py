@@ -144,6 +144,7 @@ def test_what_cannot_be_had_is_told_and_nothing_is_written(make_place: Callable[
         export_own(own, out, how="generalist", arm="cobo")
     with pytest.raises(UserError, match="no arm 'cobo'"):
         compare_own(own, "cobo")
+    assert compare_own(own).against == "alone", "whatever the arm is called"
     words = ["personalise", "export", str(side.folder), "--member", "east", "--how", "generalist", "--out", str(out)]
     with pytest.raises(UserError, match="this is the folder of 'north'"):
         CliRunner().invoke(app, words, catch_exceptions=False)
