@@ -10,7 +10,8 @@ from allmend.compress.calibration import Products
 from allmend.compress.formats import FORMATS, Format, format_named, quantize
 from allmend.compress.layers import DAMPINGS, Inputs, Method, Option, compress_weight, judged
 from allmend.compress.masks import NofM, Pattern, Unstructured, keep_mask, wanda
-from allmend.compress.packing import encode, encode_sparse, encode_two_of_four
+from allmend.compress.order import quantize_then_prune
+from allmend.compress.packing import decode_sparse, encode, encode_sparse, encode_two_of_four
 from allmend.compress.sweep import prune_and_quantize
 
 EVERY = [
@@ -124,3 +125,19 @@ def test_a_method_can_be_asked_for(methods: tuple[Method, ...], expected: str) -
     assert (found.damping in DAMPINGS) == (expected == "sparsegpt")
     again = judged(replace(found, seen=None, held_out=None), random(8, 64), inputs(64, 300))
     assert again.held_out == found.held_out
+
+
+def test_quantised_first_the_mask_is_by_the_values() -> None:
+    weight, some = random(8, 64), inputs(64, 300)
+    option = Option(INT4, NofM(2, 4))
+    found = compress_weight(weight, option, some, methods=("round",), order="qs")
+    assert torch.equal(found.weight, quantize_then_prune(weight, torch.abs, NofM(2, 4), INT4))
+    norms = (some.seen + some.held_out).norms
+    by_wanda = compress_weight(weight, option, some, methods=("wanda",), order="qs")
+    expected = quantize_then_prune(weight, lambda w: wanda(w, norms), NofM(2, 4), INT4)
+    assert torch.equal(by_wanda.weight, expected)
+    assert by_wanda.keep is not None
+    packed = encode_two_of_four(by_wanda.weight, by_wanda.keep, INT4, scale=by_wanda.scale)
+    assert torch.equal(decode_sparse(packed, INT4), by_wanda.weight)
+    with pytest.raises(ValueError, match="has no order"):
+        compress_weight(weight, option, some, order="qs")

@@ -14,8 +14,8 @@ import torch
 
 from allmend.compress.calibration import Products
 from allmend.compress.formats import AffineIntegers, Format, Integers, NvFloat4, Scale, quantize, scales_of
-from allmend.compress.masks import NofM, Pattern, keep_mask, kept, wanda
-from allmend.compress.order import output_error
+from allmend.compress.masks import NofM, Pattern, keep_mask, kept, magnitude, wanda
+from allmend.compress.order import Score, output_error
 from allmend.compress.sweep import Swept, prune_and_quantize
 
 Method: TypeAlias = Literal["round", "wanda", "sparsegpt", "sweep"]
@@ -116,6 +116,7 @@ def compress_weight(
     *,
     methods: Sequence[Method] = METHODS,
     dampings: Sequence[float] = DAMPINGS,
+    order: Order = "sq",
 ) -> Compressed:
     """The best of some methods by the error on windows that none has seen; on equal errors the first.
 
@@ -125,30 +126,39 @@ def compress_weight(
         inputs: of its layer; without them it is rounded, and pruned by magnitude.
         methods: candidates, in the order of preference.
         dampings: candidates of a sweep.
+        order: of pruning and rounding; a sweep has none.
 
     Raises:
-        ValueError: no method is left: all of them need inputs. Or columns that cannot be cut into blocks or groups.
+        ValueError: a sweep is asked to quantise first; all methods need inputs, and there are none; columns cannot be
+            cut into blocks or groups.
     """
+    if order == "qs" and not {"round", "wanda"}.issuperset(methods):
+        raise ValueError("a sweep prunes and quantises at once, and has no order: take round or wanda")
     if option.fmt is None and option.pattern is None:
         return Compressed(weight.bfloat16().to(weight.dtype), None, None, "round")
     if inputs is None:
         if "round" not in methods:
             raise ValueError(f"{', '.join(methods)}: each needs text to calibrate on")
-        return _rounded(weight, option, "round", weight.abs())
-    candidates = [judged(one, weight, inputs) for one in _candidates(weight, option, inputs, methods, dampings)]
+        return _rounded(weight, option, "round", magnitude, order)
+    candidates = [judged(one, weight, inputs) for one in _candidates(weight, option, inputs, methods, dampings, order)]
     return min(candidates, key=lambda one: one.held_out or 0.0)
 
 
 def _candidates(
-    weight: torch.Tensor, option: Option, inputs: Inputs, methods: Sequence[Method], dampings: Sequence[float]
+    weight: torch.Tensor,
+    option: Option,
+    inputs: Inputs,
+    methods: Sequence[Method],
+    dampings: Sequence[float],
+    order: Order,
 ) -> Iterator[Compressed]:
-    both = inputs.seen + inputs.held_out
+    norms = (inputs.seen + inputs.held_out).norms
     for method in methods:
         match method:
             case "round":
-                yield _rounded(weight, option, method, weight.abs())
+                yield _rounded(weight, option, method, magnitude, order)
             case "wanda" if option.pattern is not None:
-                yield _rounded(weight, option, method, wanda(weight, both.norms))
+                yield _rounded(weight, option, method, lambda some: wanda(some, norms), order)
             case "sparsegpt" if option.pattern is not None and option.fmt is not None:
                 for damping in dampings:
                     swept = prune_and_quantize(weight, inputs.seen.matrix, option.pattern, None, damping=damping)
@@ -163,12 +173,17 @@ def _candidates(
                 pass
 
 
-def _rounded(weight: torch.Tensor, option: Option, method: Method, score: torch.Tensor) -> Compressed:
-    keep = None if option.pattern is None else keep_mask(score, option.pattern)
-    masked = weight if keep is None else weight * keep
-    if option.fmt is None:
-        return Compressed(masked.bfloat16().to(weight.dtype), keep, None, method)
-    return Compressed(quantize(masked, option.fmt), keep, scales_of(masked, option.fmt), method)
+def _rounded(weight: torch.Tensor, option: Option, method: Method, score: Score, order: Order) -> Compressed:
+    fmt, pattern = option.fmt, option.pattern
+    if order == "qs" and fmt is not None and pattern is not None:
+        found = quantize(weight, fmt)
+        keep = keep_mask(score(found), pattern)
+        return Compressed(found * keep, keep, scales_of(weight, fmt), method)
+    late = None if pattern is None else keep_mask(score(weight), pattern)
+    masked = weight if late is None else weight * late
+    if fmt is None:
+        return Compressed(masked.bfloat16().to(weight.dtype), late, None, method)
+    return Compressed(quantize(masked, fmt), late, scales_of(masked, fmt), method)
 
 
 def _swept(found: Swept, option: Option, method: Method, damping: float) -> Compressed:
