@@ -11,8 +11,9 @@ from allmend.compress.formats import FORMATS, Format, format_named, quantize
 from allmend.compress.layers import DAMPINGS, Inputs, Method, Option, compress_weight, judged
 from allmend.compress.masks import NofM, Pattern, Unstructured, keep_mask, wanda
 from allmend.compress.order import quantize_then_prune
-from allmend.compress.packing import decode_sparse, encode, encode_sparse, encode_two_of_four
+from allmend.compress.packing import decode_sparse, encode_two_of_four
 from allmend.compress.sweep import prune_and_quantize
+from allmend.compress.whole import packed_of, weight_of
 
 EVERY = [
     *(format_named(name) for name in FORMATS),
@@ -32,17 +33,15 @@ def inputs(columns: int, tokens: int, seed: int = 0) -> Inputs:
     return Inputs(Products(x.T @ x, len(x)), Products(y.T @ y, len(y)))
 
 
-@pytest.mark.parametrize("fmt", EVERY, ids=lambda fmt: f"{fmt.name}-{fmt.block}")
+@pytest.mark.parametrize("fmt", [*EVERY, None], ids=lambda fmt: f"{fmt.name}-{fmt.block}" if fmt else "none")
 @pytest.mark.parametrize("shape", [(7, 192), (33, 64), (64, 192)])
 @pytest.mark.parametrize("pattern", [None, Unstructured(0.5), Unstructured(0.29), NofM(2, 4), NofM(1, 4)], ids=str)
-def test_bytes_are_those_of_the_file(fmt: Format, shape: tuple[int, int], pattern: Pattern | None) -> None:
-    weight = random(*shape)
-    if pattern is None:
-        packed = encode(weight, fmt)
-    else:
-        keep = keep_mask(weight.abs(), pattern)
-        packed = (encode_two_of_four if pattern == NofM(2, 4) else encode_sparse)(weight, keep, fmt)
-    assert Option(fmt, pattern).bytes(shape) == packed.bytes
+def test_bytes_are_those_of_the_file(fmt: Format | None, shape: tuple[int, int], pattern: Pattern | None) -> None:
+    weight, option = random(*shape), Option(fmt, pattern)
+    found = compress_weight(weight, option)
+    packed = packed_of(found, option)
+    assert option.bytes(shape) == packed.bytes
+    assert torch.equal(weight_of(packed, option), found.weight)
 
 
 def test_bits_of_a_weight_in_all() -> None:

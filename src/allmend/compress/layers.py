@@ -54,7 +54,8 @@ class Option:
             by_words = isinstance(self.fmt, Integers | AffineIntegers) and not (bits == 8 and not self.fmt.block)
             yield rows * (_words(columns * bits) if by_words else columns * bits // 8)
         else:
-            yield _words(kept(self.pattern, shape) * bits)
+            values = kept(self.pattern, shape) * bits
+            yield values // 8 if self.fmt is None else _words(values)
             in_fours = self.pattern == NofM(2, 4)
             yield _words(rows * columns // 4 * 3) if in_fours else rows * -(-columns // 8)
         if self.fmt is not None:

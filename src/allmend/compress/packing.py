@@ -146,25 +146,29 @@ def _scale_of(packed: Packed, fmt: Format) -> Scale:
             return Scale(stored.float()[..., None])
 
 
-def encode_sparse(weight: torch.Tensor, keep: torch.Tensor, fmt: Format, *, scale: Scale | None = None) -> Packed:
+def encode_sparse(
+    weight: torch.Tensor, keep: torch.Tensor, fmt: Format | None, *, scale: Scale | None = None
+) -> Packed:
     """A weight of which some is kept, as a mask of one bit each and the kept values' bits.
 
     Args:
         weight: [rows, columns].
         keep: bool [rows, columns].
-        fmt: of what is kept.
+        fmt: of what is kept; bfloat16 where there is none.
         scale: as in `encode`; that of what is kept when absent.
     """
     return _sparse(weight, keep, fmt, scale, {"weight_mask": _bits(keep)})
 
 
-def encode_two_of_four(weight: torch.Tensor, keep: torch.Tensor, fmt: Format, *, scale: Scale | None = None) -> Packed:
+def encode_two_of_four(
+    weight: torch.Tensor, keep: torch.Tensor, fmt: Format | None, *, scale: Scale | None = None
+) -> Packed:
     """A weight of which two of each four are kept, as a pattern of three bits for each four and the kept values' bits.
 
     Args:
         weight: [rows, columns].
         keep: bool [rows, columns].
-        fmt: of what is kept.
+        fmt: of what is kept; bfloat16 where there is none.
         scale: as in `encode_sparse`.
 
     Raises:
@@ -178,9 +182,13 @@ def encode_two_of_four(weight: torch.Tensor, keep: torch.Tensor, fmt: Format, *,
     return _sparse(weight, keep, fmt, scale, {"weight_patterns": pack_to_int32((codes - 4).to(torch.int8), 3)})
 
 
-def decode_sparse(packed: Packed, fmt: Format) -> torch.Tensor:
+def decode_sparse(packed: Packed, fmt: Format | None) -> torch.Tensor:
     """What `encode_sparse` and `encode_two_of_four` have kept, [rows, columns]."""
     keep = _keep_of(packed)
+    if fmt is None:
+        found = torch.zeros(packed.shape, dtype=packed.dtype)
+        found[keep] = packed.tensors["weight_kept"].to(packed.dtype)
+        return found
     kept = unpack_from_int32(packed.tensors["weight_kept"], fmt.element_bits, torch.Size((1, int(keep.sum()))))
     codes = torch.zeros(packed.shape)
     codes[keep] = _number(kept[0], fmt)
@@ -189,9 +197,11 @@ def decode_sparse(packed: Packed, fmt: Format) -> torch.Tensor:
 
 
 def _sparse(
-    weight: torch.Tensor, keep: torch.Tensor, fmt: Format, scale: Scale | None, where: dict[str, torch.Tensor]
+    weight: torch.Tensor, keep: torch.Tensor, fmt: Format | None, scale: Scale | None, where: dict[str, torch.Tensor]
 ) -> Packed:
     shape = tuple(weight.shape)
+    if fmt is None:
+        return Packed({"weight_kept": weight[keep].bfloat16()} | where, shape, weight.dtype)
     scale = scales_of(weight * keep, fmt) if scale is None else scale
     codes = fmt.codes(fmt.blocks(weight), scale).view(shape)
     kept = pack_to_int32(_integer(codes[keep], fmt)[None], fmt.element_bits)
