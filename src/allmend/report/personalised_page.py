@@ -4,9 +4,9 @@ from pathlib import Path
 
 from allmend import __version__
 from allmend.report import numbers
-from allmend.report.markup import listed, paragraph, section, tag
+from allmend.report.markup import join, listed, paragraph, section, table, tag
 from allmend.report.page import fill, head_of
-from allmend.report.sections.personalised import notes_of, paid_in_words, question, tables_of
+from allmend.report.sections.personalised import arm_table, notes_of, paid_in_words, question
 from allmend.results import PersonalisedTable
 from allmend.run import write_atomic
 
@@ -30,15 +30,19 @@ def write_own_comparison(path: Path, found: PersonalisedTable, *, run: str, reco
         title=f"{row.member}: {title} · allmend",
         head=head_of("Allmend, this member’s own page", f"{row.member}: {title}", facts),
         contents=[("arms", "Arms")],
-        summary=paragraph(
-            "Scores of single records have not left the member: of them, the coordinator was told sums alone."
+        summary=join(
+            [
+                *([paragraph(tag("strong", sentence(paid_in_words(row, found))))] if found.against else []),
+                paragraph(
+                    "Scores of single records have not left the member: of them, the coordinator was told sums alone."
+                ),
+            ]
         ),
         sections=[
             section(
                 "arms",
-                "Your held-out records",
-                paragraph(tag("strong", sentence(paid_in_words(row, found)))) if found.against else None,
-                *tables_of(found),
+                "Arms",
+                table("Loss per token (nats) on your held-out records (95 % interval)", *arm_table(found)),
                 listed(notes_of(found)),
             )
         ],

@@ -32,12 +32,12 @@ def personalised(evidence: Evidence) -> Html:
         paragraph(intro),
         paragraph(tag("strong", in_words(found))) if found.against else None,
         _chart(evidence, found),
-        *tables_of(found),
+        *_tables(found),
         listed(notes_of(found)),
     )
 
 
-def tables_of(found: PersonalisedTable) -> list[Html]:
+def _tables(found: PersonalisedTable) -> list[Html]:
     """Arms, and then clients under each of them."""
     asked = [question(found)] if found.against else []
     head, rows = arm_table(found)
