@@ -14,7 +14,7 @@ import pytest
 from allmend.errors import UserError
 from allmend.events import Warned, read_events
 from allmend.results import Estimate, Utility, UtilityTable
-from allmend.run import FORMAT, EventLog, RunFolder, fault, folder_atomic, write_atomic
+from allmend.run import FORMAT, EventLog, RunFolder, check_place, fault, folder_atomic, write_atomic
 
 OLD, NEW = b"the old file", b"n" * 300_000
 
@@ -356,3 +356,19 @@ def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
     with run.lock():
         assert files(tmp_path).keys() - {"lock"} == kept.keys()
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_place_that_cannot_be_written_is_told_and_none_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(OLD)
+    check_place(tmp_path / "file")
+    check_place(tmp_path / "new" / "deep" / "file")
+    assert files(tmp_path) == {"file": OLD}
+    assert not (tmp_path / "new").exists()
+    for path, words in ((tmp_path, "a folder stands"), (tmp_path / "file" / "deep" / "file", "a file stands")):
+        with pytest.raises(UserError, match=words):
+            check_place(path)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # whoever is root may write everywhere
+    with pytest.raises(UserError, match="permission denied"):
+        check_place(tmp_path / "new" / "file")

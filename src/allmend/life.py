@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -186,7 +186,7 @@ def _of_influence(prepared: Prepared, name: str) -> Disclosure:
             trainable.count,
             nbytes(initial),
             nbytes(initial),
-            _sizes(strategy, initial),
+            _sizes(strategy, initial, double=() if hidden or strategy.curvature is None else strategy.curvature.double),
             simulated_only=False,
             ledger=NO_LEDGER,
             masked=sum(code.nbytes for code in codes) if hidden else None,
@@ -199,12 +199,12 @@ def _sent(strategy: Strategy, initial: Tensors, members: Sequence[str]) -> int:
     return max((nbytes(task.tensors) for task in tasks.values()), default=0) or nbytes(initial)
 
 
-def _sizes(strategy: Strategy, initial: Tensors) -> dict[str, int]:
-    """Bytes of each group that is summed; members send float32."""
+def _sizes(strategy: Strategy, initial: Tensors, *, double: Collection[str] = ()) -> dict[str, int]:
+    """Bytes of each group that is summed; members send float32, and the groups of `double` float64."""
     sizes: dict[str, int] = {}
     for tensor, shape in whole_layout(strategy, initial).items():
         group = tensor.partition("/")[0]
-        sizes[group] = sizes.get(group, 0) + 4 * shape.numel()
+        sizes[group] = sizes.get(group, 0) + (8 if group in double else 4) * shape.numel()
     return sizes
 
 

@@ -64,6 +64,27 @@ def fault(error: OSError, path: Path) -> UserError:
     return UserError(f"cannot be written: {error.strerror or error}", where=path)
 
 
+def check_place(path: Path) -> None:
+    """See that a file could be written, before the work whose outcome it is to hold.
+
+    Args:
+        path: of the file; folders above it may be missing. Nothing is made.
+
+    Raises:
+        UserError: a file stands where a folder is needed or the other way round, or writing there is not permitted.
+    """
+    try:
+        if path.is_dir():
+            raise UserError("a folder stands where a file is needed", where=path, hint="Name a file in it.")
+        above = next(one for one in path.absolute().parents if one.exists())
+    except OSError as error:
+        raise fault(error, path) from error
+    if not above.is_dir():
+        raise fault(NotADirectoryError(errno.ENOTDIR, ""), path)
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise fault(PermissionError(errno.EACCES, ""), path)
+
+
 def write_atomic(path: Path, data: bytes, *, mode: int = 0o666) -> None:
     """Write a whole file or nothing: beside its place, flushed to disk, then renamed.
 

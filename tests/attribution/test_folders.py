@@ -20,6 +20,7 @@ from allmend.attribution.pages import PAGE
 from allmend.attribution.settings import Settings
 from allmend.errors import UserError
 from allmend.events import PhaseDone, WorkPlanned
+from allmend.influence.gradients import OfRecords
 from allmend.influence.methods import Gfim
 from allmend.influence.table import ABOUT, ROWS, InfluenceTable, read_scores
 from allmend.report import numbers
@@ -229,6 +230,24 @@ def test_settings_that_cannot_be_are_told(settings: dict[str, Any], words: str, 
         attribute(settings=settings)
 
 
+@pytest.mark.parametrize("method", ["gfim", "exact", "lissa"])
+def test_the_work_that_is_announced_with_a_cache_is_what_goes_through_the_model(
+    method: str, attribute: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    through: list[int] = []
+    form = OfRecords.batch
+
+    def counted(self: OfRecords, row: Any) -> Any:
+        through.append(row.tokens)
+        return form(self, row)
+
+    monkeypatch.setattr(OfRecords, "batch", counted)
+    events: list[Any] = []
+    attribute(settings={"method": method, "cache": tmp_path / "kept"}, listeners=[events.append])
+    (planned,) = (event.work for event in events if isinstance(event, WorkPlanned))
+    assert sum(planned.values()) == sum(through)
+
+
 def test_files_that_cannot_be_used_are_told(
     attribute: Callable[..., Any], place: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -236,6 +255,8 @@ def test_files_that_cannot_be_used_are_told(
         attribute(target=tmp_path / "nothing.jsonl")
     with pytest.raises(UserError, match="no adapter is here"):
         attribute_folder(str(tiny_folder), tmp_path, train=[place / "north.jsonl"], target=place / "test.jsonl")
+    with pytest.raises(UserError, match="a file stands where a folder is needed"):
+        attribute(out=place / "north.jsonl")
     with pytest.raises(UserError, match="is named twice"):
         attribute(train=[place / "north.jsonl", place / "north.jsonl"])
     write(tmp_path / "plain.jsonl", [{"id": "1", "prompt": "a", "response": "b"}])

@@ -113,6 +113,18 @@ def test_members_scores_are_those_of_pooled_records(
     assert {row.method for row in rows} == {method}
 
 
+@pytest.mark.parametrize("method", ["gfim", "datainf"])
+def test_the_sizes_that_the_dry_run_names_are_those_that_travel(method: str, make: Make, place: Path) -> None:
+    recipe = make(influence=ALONE | {"method": method, "target": "held_out"})
+    _, disclosures = life.rehearse(recipe, place)
+    (told,) = (one.sizes for one in disclosures if one.arm == "fedavg, influence")
+    folder = life.tune(recipe, place / f"named-{method}", base=place)
+    legs = {leg.name: leg.received for leg in folder.read_table("influence", InfluenceByMember).arms[0].legs}
+    part = "block" if method == "gfim" else "correction"
+    assert legs["sizes"] == told["size"] + told["target"]
+    assert legs[f"{part}s"] == told[part]
+
+
 @pytest.mark.parametrize("which", ["run", "hidden"])
 def test_what_is_not_needed_does_not_travel(which: str, request: pytest.FixtureRequest) -> None:
     it: RunFolder = request.getfixturevalue(which)

@@ -76,6 +76,31 @@ def test_what_cannot_be_kept_is_told(options: dict[str, Any], words: str, place:
     assert not (place / "out").exists()
 
 
+def test_a_field_that_no_record_has_is_told(place: Path) -> None:
+    with pytest.raises(UserError, match="no record has the field 'floor'"):
+        kept(place, balance="floor")
+    assert not (place / "out").exists()
+
+
+def test_files_of_one_name_are_kept_apart_and_within_the_folder(place: Path) -> None:
+    """Clients are then called by their whole paths, which are no names of files."""
+    train, scored = [place / "a" / "north.jsonl", place / "b" / "north.jsonl"], []
+    for path in train:
+        path.parent.mkdir()
+        write(path, [{"id": str(i), "prompt": f"{path.parent.name} {i}?", "response": "Yes."} for i in range(10)])
+        scored += [Row(str(i), str(path), "mean", float(i), 0, 1.0, "gfim") for i in range(10)]
+    write_scores(place / "both" / ROWS, scored)
+    before = {path.relative_to(place) for path in place.rglob("*")}
+    found = select(place / "both", train=train, keep=0.5, out=place / "less")
+    made = {path.relative_to(place) for path in place.rglob("*")} - before
+    assert {path.parts[0] for path in made} == {"less"}
+    for one, letter in zip(found, "ab", strict=True):
+        for path in (one.chosen, one.by_chance):
+            records, _ = read_records(str(path), fields=Fields())
+            assert {record.messages[0].content[0] for record in records} == {letter}
+            assert len(records) == 5
+
+
 def test_records_without_a_score_are_told(place: Path) -> None:
     write(place / "south.jsonl", [{"id": "77", "prompt": "a", "response": "b"}])
     with pytest.raises(UserError, match="1 records have no score, the first of them '77'"):

@@ -85,6 +85,7 @@ def test_a_target_record_that_is_a_training_record_is_refused_or_left_out(allmen
         (("--side", "tall"), "'tall' is none of wide, rank"),
         (("--damping", "0"), "damping must be above 0"),
         (("--targets", "group:nothing"), "no label to group them by"),
+        (("--targets", "group:"), "'group:' is none of mean, each and group:FIELD"),
     ],
 )
 def test_what_cannot_be_is_told(words: tuple[str, ...], told: str, allmend: Allmend, run: Path) -> None:
@@ -231,6 +232,66 @@ def test_a_choice_is_tried_on_records_that_no_score_has_seen(allmend: Allmend, r
     for said in ("Loss on 6 unseen records, nats a token, 2 seeds", "Chosen minus random", "No difference to random"):
         assert said in text
     assert max(map(len, shown.out.splitlines())) <= 120
-    refused = allmend(*words, "--try-on", "new.jsonl")
+    refused = allmend(*words[:-1], "none", "--try-on", "new.jsonl")
     assert refused.code == 2
     assert "--try-on: needs --model and --adapter" in " ".join(refused.err.split())
+    assert not Path("none").exists()
+
+
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_scored(allmend: Allmend, run: Path) -> None:
+    Path("taken").write_text("")
+    for command, name in (("run", "taken"), ("mislabeled", "taken/list.jsonl"), ("compare", "taken")):
+        shown = allmend("attribute", command, "model", *GIVEN, "--out", name)
+        assert shown.code == 2
+        assert "a file stands where a folder is needed" in " ".join(shown.err.split())
+        assert shown.out == "", "no progress, hence no work"
+    Path("list.html").mkdir()
+    shown = allmend("attribute", "mislabeled", "model", *GIVEN, "--out", "list.jsonl")
+    assert (shown.code, shown.out) == (2, "")
+    assert "a folder stands where a file is needed" in " ".join(shown.err.split())
+
+
+def test_a_run_that_is_not_there_is_told_as_a_run(allmend: Allmend, run: Path) -> None:
+    shown = allmend("attribute", "runs/nowhere")
+    assert shown.code == 2
+    assert "runs/nowhere" in shown.err
+    assert "--adapter" not in shown.err
+    shown = allmend("attribute", "model", "--train", "north.jsonl", "--target", "test.jsonl")
+    assert shown.code == 2
+    assert "--adapter" in shown.err
+
+
+def test_what_each_measure_finds_fits_a_narrow_terminal(
+    allmend: Allmend, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    rows = [
+        json.loads(line) | {"bad": str(i % 2)}
+        for i, line in enumerate(Path("north.jsonl").read_text().split("\n")[:-1])
+    ]
+    Path("north.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ("--adapter", ADAPTER, "--train", "north.jsonl", "--target", "test.jsonl", "--noisy", "bad")
+    shown = allmend("attribute", "mislabeled", "model", *given)
+    assert (shown.code, shown.err) == (0, "")
+    table = shown.out.partition("What each measure finds")[2].splitlines()[2:5]
+    assert [line.split()[0] for line in table] == ["influence", "loss", "self"]
+    assert all(line.count("(") == line.count(")") == 3 for line in table)
+    assert "…" not in "".join(table)
+
+
+def test_a_template_is_that_of_every_command_that_reads_records(allmend: Allmend, run: Path) -> None:
+    """The tiny model has no chat template, so that `chat` is refused by whoever takes it to the records."""
+    assert allmend("attribute", "model", *GIVEN, "--out", "found").code == 0
+    rows = [{"id": f"new-{i}", "prompt": f"south: {i} plus 3?", "response": f"{i + 3}"} for i in range(20, 22)]
+    Path("new.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = ("--train", "north.jsonl", "--train", "south.jsonl", "--out", "less")
+    tried = ("--try-on", "new.jsonl", "--model", "model", "--adapter", ADAPTER)
+    commands = [(name, "model", *GIVEN) for name in ("run", "mislabeled", "compare")]
+    for command in (*commands, ("select", "found", *files, *tried)):
+        for template, told in (
+            ("verse", "--template: 'verse' is none of auto, chat, plain"),
+            ("chat", "chat template"),
+        ):
+            shown = allmend("attribute", *command, "--template", template)
+            assert shown.code == 2
+            assert told in " ".join(shown.err.split())

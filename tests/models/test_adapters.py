@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from allmend.errors import UserError
@@ -317,3 +317,20 @@ def test_add_refuses_what_check_refuses(model: LlamaForCausalLM) -> None:
         lora(model, targets=["q_prj"])
     with pytest.raises(UserError, match="rank 17"):
         lora(model, rank=17)
+
+
+def test_an_adapter_for_a_wider_model_is_refused_with_its_first_weight_alone(
+    make_folder: MakeFolder, tmp_path: Path
+) -> None:
+    folder, out = make_folder(), tmp_path / "adapter"
+    trainable = lora(load_model(str(folder), device="cpu").model)
+    trainable.save(out, noisy(trainable), base=str(folder))
+    path = out / "adapter_model.safetensors"
+    found = load_file(path)
+    wider = {name: torch.cat((one, one), dim=0 if "lora_B" in name else 1) for name, one in found.items()}
+    save_file(wider, path, metadata={"format": "pt"})
+    words = rf"size mismatch for .* \({len(wider) - 1} more\)"
+    with pytest.raises(UserError, match=words) as refused, learning_adapter(remove_lora(trainable), out):
+        pass
+    assert refused.value.what.count("size mismatch") == 1
+    assert "\n" not in refused.value.what

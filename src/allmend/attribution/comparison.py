@@ -29,7 +29,7 @@ from allmend.influence.quality import chance_lds, linear_datamodeling_score
 from allmend.meter import Meter
 from allmend.models.adapters import learning_adapter
 from allmend.recipe import Fields
-from allmend.run import write_atomic
+from allmend.run import check_place, write_atomic
 from allmend.versions import versions
 
 FIGURES, TRAINED = "comparison.json", "trained"
@@ -72,6 +72,8 @@ def compare_methods(
     retrains = plan.subsets > 0 or plan.train_first
     if out is None and retrains:
         raise UserError("retraining needs a folder for what it comes to", where="--out", hint="Name one.")
+    if out is not None:
+        check_place(Path(out) / FIGURES)
     whole = read_subject(model, adapter, train=train, target=target, fields=fields or Fields(), settings=settings)
     subject = _with_some_targets(whole, plan)
     if plan.subsets and len(subject.records) < 4:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from allmend.attribution.pages import write_influence_page
-from allmend.attribution.settings import PASSES, Settings
+from allmend.attribution.settings import Settings
 from allmend.attribution.subject import Subject, read_subject
 from allmend.errors import UserError
 from allmend.events import Event, WorkPlanned, to_all
@@ -19,7 +19,7 @@ from allmend.influence.table import ABOUT, ROWS, ClientInfluence, InfluenceTable
 from allmend.intervals import mean, share
 from allmend.meter import Meter
 from allmend.recipe import Fields
-from allmend.run import write_atomic
+from allmend.run import check_place, write_atomic
 from allmend.versions import versions
 
 UNTRAINED = "The adapter is untrained (all its factors B are 0): only the B side has gradients."
@@ -68,13 +68,14 @@ def attribute_folder(
     """
     settings = settings or Settings()
     method = settings.build()
+    if out is not None:
+        check_place(Path(out) / ROWS)
     subject = read_subject(model, adapter, train=train, target=target, fields=fields or Fields(), settings=settings)
     groups = _groups(subject)
     emit = to_all(listeners)
     of_train, of_target = subject.tokens
     dampings = sorted({*SWEEP, settings.damping}) if settings.sweep else [settings.damping]
-    again = 1 if settings.method == "gfim" else len(dampings)
-    phase, tokens = "attribute", PASSES[settings.method] * again * of_train + of_target
+    phase, tokens = "attribute", settings.passes(dampings=len(dampings)) * of_train + of_target
     emit(WorkPlanned(work={phase: tokens}))
     meter = Meter(emit, phase, tokens)
     split = halves(groups, seed=settings.seed)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from allmend.attribution.folders import per_token, texts_of
 from allmend.attribution.pages import write_review_page
-from allmend.attribution.settings import PASSES, Settings
+from allmend.attribution.settings import Settings
 from allmend.attribution.subject import read_subject
 from allmend.errors import UserError
 from allmend.events import Event, WorkPlanned, to_all
@@ -17,7 +17,7 @@ from allmend.influence.quality import Detection, detection, difference
 from allmend.influence.scores import influence, self_influence
 from allmend.meter import Meter
 from allmend.recipe import Fields
-from allmend.run import write_atomic
+from allmend.run import check_place, write_atomic
 
 MEASURES = ("influence", "loss", "self_influence")
 """How suspicious a record is: its influence the other way round, its loss per token, and its influence on itself."""
@@ -95,7 +95,8 @@ def review(
     settings = settings or Settings()
     method = settings.build()
     if out is not None:
-        page_of(out)
+        check_place(Path(out))
+        check_place(page_of(out))
     fields = Fields(kind=noisy) if noisy else Fields()
     subject = read_subject(model, adapter, train=train, target=target, fields=fields, settings=settings)
     labels = [record.kind.lower() in WRONG for record in subject.records] if noisy else None
@@ -106,7 +107,7 @@ def review(
         )
     emit = to_all(listeners)
     of_train, of_target = subject.tokens
-    phase, tokens = "attribute", (PASSES[settings.method] + 2) * of_train + of_target
+    phase, tokens = "attribute", settings.passes(more=2) * of_train + of_target
     emit(WorkPlanned(work={phase: tokens}))
     meter = Meter(emit, phase, tokens)
     with subject.sources(meter) as (source, aim):

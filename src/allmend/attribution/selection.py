@@ -85,6 +85,10 @@ def select(
             where=scores,
             hint="Name the files that were scored.",
         )
+    if balance and not any(record.kind for _, record in everyone):
+        raise UserError(
+            f"no record has the field {balance!r}", where="balance", hint="Name a field of the training records."
+        )
     groups: dict[tuple[str, str], list[tuple[str, Record]]] = {}
     for client, record in everyone:
         key = (client if per_client else "", record.kind if balance else "")
@@ -93,17 +97,27 @@ def select(
     for some in groups.values():
         best = sorted(some, key=lambda one: (-score[one[0], one[1].id], one[1].id))
         kept |= {(client, record.id) for client, record in best[: max(1, round(keep * len(some)))]}
-    found = []
-    for client, records in clients.items():
+    found: list[Selected] = []
+    for (client, records), name in zip(clients.items(), _file_names(train), strict=True):
         chosen = [record for record in records if (client, record.id) in kept]
         by_chance = random.Random(f"{seed}/{client}").sample(records, len(chosen))
-        paths = [Path(out) / kind / f"{client}.jsonl" for kind in ("chosen", "random")]
+        paths = [Path(out) / kind / f"{name}.jsonl" for kind in ("chosen", "random")]
         for path, some_records in zip(paths, (chosen, by_chance), strict=True):
             write_atomic(
                 path, "".join(json.dumps(_plain(one), ensure_ascii=False) + "\n" for one in some_records).encode()
             )
         found.append(Selected(client, len(chosen), len(records), *paths))
     return found
+
+
+def _file_names(train: Sequence[Path | str]) -> list[str]:
+    """A name for each file, without folders: those of a name that is taken are numbered."""
+    names: list[str] = []
+    for path in train:
+        name = Path(path).name.partition(".")[0]
+        numbered = (name, *(f"{name}-{number}" for number in range(2, len(train) + 2)))
+        names.append(next(one for one in numbered if one not in names))
+    return names
 
 
 def _plain(record: Record) -> dict[str, Any]:

@@ -65,6 +65,17 @@ class Settings:
             raise UserError(f"there is no inverse {self.inverse!r}", hint=f"There are {', '.join((AUTO, *INVERSES))}.")
         return self.inverse
 
+    def passes(self, *, more: int = 0, dampings: int = 1) -> int:
+        """How often the model goes through the training records, about; for the time left.
+
+        Args:
+            more: passes beside the method's.
+            dampings: that the method is applied with; `gfim` takes one curvature for all.
+        """
+        if self.cache is not None:  # what is on disk is read again in no time
+            return 1
+        return PASSES[self.method] * (1 if self.method == "gfim" else dampings) + more
+
     def build(self) -> Method:
         """The method.
 

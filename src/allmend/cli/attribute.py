@@ -20,8 +20,13 @@ class OfRunOrModel(RunUnlessNamed):
     """`allmend attribute RUN` is `allmend attribute members RUN`; of a model, `allmend attribute run MODEL`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """As typer's, with the command in front that a folder asks for."""
-        if args and (Path(args[0]) / "run.json").is_file():
+        """As typer's, with the command in front that a folder asks for, or what is said of it.
+
+        Nothing is to be asked of a model without an adapter and training records.
+        """
+        of_model = any(one.partition("=")[0] in ("--adapter", "--train", "--help") for one in args)
+        unnamed = bool(args) and not args[0].startswith("-") and args[0] not in self.commands
+        if args and ((Path(args[0]) / "run.json").is_file() or (unnamed and not of_model)):
             args = ["members", *args]
         return super().parse_args(ctx, args)
 

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from allmend.cli.as_json import AsJson, print_json, silent
+from allmend.cli.attribute_options import DropOverlap, Template, template_of
 from allmend.cli.figures import ABSENT, plain, show_sections
 from allmend.cli.progress import counted, shown
 
@@ -47,10 +48,8 @@ def compare(
     modules: Annotated[str | None, typer.Option(help="A regular expression for names of weights.")] = None,
     most_targets: Annotated[int, typer.Option(help="Target records to score for, chosen at random.")] = 64,
     max_tokens: Annotated[int, typer.Option(min=8, help="Longest record, in tokens.")] = 512,
-    template: Annotated[str, typer.Option(help="auto, chat or plain, as in training.")] = "auto",
-    drop_overlap: Annotated[
-        bool, typer.Option("--drop-overlap", help="Leave target records out that are training records too.")
-    ] = False,
+    template: Template = "auto",
+    drop_overlap: DropOverlap = False,
     out: Annotated[
         Path | None, typer.Option(help=f"A folder for all of it; `{FOLDER}` if absent and something is trained.")
     ] = None,
@@ -72,9 +71,8 @@ def compare(
     from allmend.attribution.settings import Settings
     from allmend.errors import UserError
 
-    for name, value, known in (("--side", side, ("wide", "rank")), ("--template", template, ("auto", "chat", "plain"))):
-        if value not in known:
-            raise UserError(f"{value!r} is none of {', '.join(known)}", where=name)
+    if side not in ("wide", "rank"):
+        raise UserError(f"{side!r} is none of wide, rank", where="--side")
     plan = Plan(
         methods=tuple(name for part in methods.split(",") if (name := part.strip().replace("-", "_"))),
         subsets=retrain,
@@ -89,7 +87,7 @@ def compare(
         side="wide" if side == "wide" else "rank",
         modules=modules,
         max_tokens=max_tokens,
-        template="chat" if template == "chat" else "plain" if template == "plain" else "auto",
+        template=template_of(template),
         seed=seed,
         drop_overlap=drop_overlap,
     )

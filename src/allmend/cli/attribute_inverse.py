@@ -49,6 +49,7 @@ def inverse(
     from allmend.influence.fastest_inverse import device_name, remember
     from allmend.influence.inverse_table import SIZES, fastest_of, time_inverses, verdict
     from allmend.models.load import usable_device
+    from allmend.run import check_place
 
     sizes = size or []
     batches = batch or [1] * len(sizes)
@@ -59,6 +60,8 @@ def inverse(
             hint="Name one for each --size, or none.",
         )
     place = usable_device(device or None)
+    if out is not None:
+        check_place(out)
     chosen = list(zip(batches, sizes, strict=True)) or list(SIZES)
     phase, work = "time inverses", [float(b * d**3) for b, d in chosen]
     console, timings = Console(), []

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from allmend.cli.as_json import AsJson, print_json, silent
-from allmend.cli.attribute_options import Cache, DropOverlap
+from allmend.cli.attribute_options import Cache, DropOverlap, Template, template_of
 from allmend.cli.figures import percent, plain, show_sections
 from allmend.cli.progress import shown
 
@@ -30,6 +30,7 @@ def mislabeled(
     method: Annotated[str, typer.Option(help="gfim, exact, datainf, lissa or hessian_free.")] = "gfim",
     damping: Annotated[float, typer.Option(help="Times the mean eigenvalue of each block.")] = 0.1,
     max_tokens: Annotated[int, typer.Option(min=8, help="Longest record, in tokens.")] = 512,
+    template: Template = "auto",
     drop_overlap: DropOverlap = False,
     cache: Cache = None,
     out: Annotated[
@@ -53,6 +54,7 @@ def mislabeled(
         method=method,  # type: ignore[arg-type]  # checked there
         damping=damping,
         max_tokens=max_tokens,
+        template=template_of(template),
         drop_overlap=drop_overlap,
         cache=cache,
     )
@@ -92,10 +94,14 @@ def show_review(console: Console, found: "Review") -> None:
     )
     if found.found:
         rows = [
-            (name.replace("_", "-"), plain(one.auc), *(percent(one.recall[depth]) for depth in sorted(one.recall)[:2]))
+            (
+                name.removesuffix("_influence"),
+                plain(one.auc),
+                *(percent(one.recall[depth]) for depth in sorted(one.recall)[:2]),
+            )
             for name, one in found.found.items()
         ]
-        columns = {"measure": 16, "AUC": 20, "found in 10 %": 26, "in 20 %": 26}
+        columns = {"measure": 9, "AUC": 19, "found in 10 %": 24, "in 20 %": 24}
         show_sections(console, "What each measure finds", columns, {"": rows})
     console.print(found.verdict, highlight=False)
     for note in found.notes:

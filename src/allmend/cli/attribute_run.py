@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from allmend.cli.as_json import AsJson, print_json, silent
-from allmend.cli.attribute_options import Cache, DropOverlap
+from allmend.cli.attribute_options import Cache, DropOverlap, Template, template_of
 from allmend.cli.figures import ABSENT, percent, plain, show_sections
 from allmend.cli.progress import counted, shown
 
@@ -43,7 +43,7 @@ def run(
     modules: Annotated[str | None, typer.Option(help="A regular expression for names of weights.")] = None,
     targets: Annotated[str, typer.Option(help="mean, each, or group:FIELD for one by label.")] = "mean",
     max_tokens: Annotated[int, typer.Option(min=8, help="Longest record, in tokens.")] = 512,
-    template: Annotated[str, typer.Option(help="auto, chat or plain, as in training.")] = "auto",
+    template: Template = "auto",
     drop_overlap: DropOverlap = False,
     cache: Cache = None,
     damping_sweep: Annotated[
@@ -71,11 +71,10 @@ def run(
     from allmend.recipe import Fields
 
     kind, colon, label = targets.partition(":")
-    if (kind, bool(colon)) not in (("mean", False), ("each", False), ("group", True)):
+    if (kind, bool(colon), bool(label)) not in (("mean", False, False), ("each", False, False), ("group", True, True)):
         raise UserError(f"{targets!r} is none of mean, each and group:FIELD", where="--targets")
-    for name, value, known in (("--side", side, ("wide", "rank")), ("--template", template, ("auto", "chat", "plain"))):
-        if value not in known:
-            raise UserError(f"{value!r} is none of {', '.join(known)}", where=name)
+    if side not in ("wide", "rank"):
+        raise UserError(f"{side!r} is none of wide, rank", where="--side")
     settings = Settings(
         method=method,  # type: ignore[arg-type]  # checked there
         damping=damping,
@@ -84,7 +83,7 @@ def run(
         modules=modules,
         targets="kind" if kind == "group" else "each" if kind == "each" else "mean",
         max_tokens=max_tokens,
-        template="chat" if template == "chat" else "plain" if template == "plain" else "auto",
+        template=template_of(template),
         drop_overlap=drop_overlap,
         sweep=damping_sweep,
         cache=cache,

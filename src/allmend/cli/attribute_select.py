@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from allmend.cli.as_json import AsJson, print_json, silent
+from allmend.cli.attribute_options import Template, template_of
 from allmend.cli.figures import plain, show_sections
 from allmend.cli.progress import counted, shown
 
@@ -32,6 +33,8 @@ def select(
     learning_rate: Annotated[float, typer.Option(help="With --try-on.")] = 1e-3,
     epochs: Annotated[int, typer.Option(help="With --try-on: over everything; the others take as many steps.")] = 3,
     batch_size: Annotated[int, typer.Option(help="With --try-on.")] = 8,
+    max_tokens: Annotated[int, typer.Option(min=8, help="With --try-on: longest record, in tokens.")] = 512,
+    template: Template = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Keep the records that helped most, and as many random ones to compare with.
@@ -43,7 +46,12 @@ def select(
     allmend attribute select found --train a.jsonl --out less --try-on unseen.jsonl --model MODEL --adapter DIR
     """
     from allmend.attribution import selection
+    from allmend.attribution.settings import Settings
+    from allmend.errors import UserError
 
+    if try_on is not None and (model is None or adapter is None):
+        raise UserError("needs --model and --adapter", where="--try-on", hint="Name those that were scored.")
+    settings = Settings(max_tokens=max_tokens, template=template_of(template))
     found = selection.select(
         scores, train=train, keep=keep, out=out, target=target, per_client=per_client, balance=balance
     )
@@ -51,10 +59,9 @@ def select(
     if try_on is not None:
         from allmend.attribution.retraining import Retraining
         from allmend.attribution.trial import try_selection
-        from allmend.errors import UserError
 
-        if model is None or adapter is None:
-            raise UserError("needs --model and --adapter", where="--try-on", hint="Name those that were scored.")
+        assert model is not None
+        assert adapter is not None
         retraining = Retraining(learning_rate=learning_rate, epochs=epochs, batch_size=batch_size)
         with silent() if as_json else shown(Console()) as listen:
             trial = try_selection(
@@ -65,6 +72,7 @@ def select(
                 unseen=try_on,
                 retraining=retraining,
                 seeds=seeds,
+                settings=settings,
                 listeners=[listen],
             )
     if as_json:

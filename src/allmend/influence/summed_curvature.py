@@ -37,6 +37,11 @@ class SummedCurvature(Protocol):
         ...
 
     @property
+    def double(self) -> frozenset[str]:
+        """Which of `size` and the part travel in double precision where they are not masked."""
+        ...
+
+    @property
     def words(self) -> Mapping[str, str]:
         """What `size` and the part are, for whoever is asked to send them."""
         ...
@@ -93,6 +98,7 @@ class SummedBlocks:
 
     method = "gfim"
     part = "block"
+    double = frozenset({"block"})
     sent = "the summed sizes"
 
     @property
@@ -183,6 +189,7 @@ class SummedCorrections:
 
     method = "datainf"
     part = "correction"
+    double = frozenset({"size", "correction"})
     sent = "the target's gradients v and their damping λ"
 
     @property

@@ -319,12 +319,22 @@ def applied(model: PreTrainedModel, folder: Path) -> Iterator[PeftModel]:
             wrapped = PeftModel.from_pretrained(model, str(folder)).eval()
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(
-            f"cannot be applied to the model: {error}", where=folder, hint="Use the base model that it was trained on."
+            f"cannot be applied to the model: {_first_of(str(error))}",
+            where=folder,
+            hint="Use the base model that it was trained on.",
         ) from error
     try:
         yield wrapped
     finally:
         wrapped.unload()
+
+
+def _first_of(message: str) -> str:
+    """The first of torch's mismatches, of which it tells every one, and how many more there are."""
+    found = [line.strip() for line in message.splitlines() if line.strip().startswith("size mismatch")]
+    if len(found) < 2:
+        return message
+    return f"{found[0]} ({len(found) - 1:,} more)"
 
 
 @contextlib.contextmanager
