@@ -245,10 +245,11 @@ def test_a_place_that_cannot_be_written_is_told_before_anything_is_scored(allmen
         assert shown.code == 2
         assert "a file stands where a folder is needed" in " ".join(shown.err.split())
         assert shown.out == "", "no progress, hence no work"
-    Path("list.html").mkdir()
-    shown = allmend("attribute", "mislabeled", "model", *GIVEN, "--out", "list.jsonl")
-    assert (shown.code, shown.out) == (2, "")
-    assert "a folder stands where a file is needed" in " ".join(shown.err.split())
+    for folder, name in (("list.html", "list.jsonl"), ("listed.jsonl", "listed.jsonl")):
+        Path(folder).mkdir()
+        shown = allmend("attribute", "mislabeled", "model", *GIVEN, "--out", name)
+        assert (shown.code, shown.out) == (2, "")
+        assert "a folder stands where a file is needed" in " ".join(shown.err.split())
 
 
 def test_a_run_that_is_not_there_is_told_as_a_run(allmend: Allmend, run: Path) -> None:
