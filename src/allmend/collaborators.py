@@ -210,7 +210,7 @@ def groups_of_state(arm: str, state: State, round: int) -> ArmGroups:
 
 
 def _state(run: RunFolder, recipe: Recipe, arm: Arm) -> tuple[State, int] | None:
-    newest = checkpoints_of(run, recipe, arm.name).newest()
+    newest = checkpoints_of(run, arm.name).newest()
     return (newest.server, newest.round) if newest and newest.server.tensors else None
 
 

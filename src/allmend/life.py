@@ -94,7 +94,8 @@ def resume(out: Path | str, *, model: LoadedModel | None = None, listeners: Sequ
             return run
         prepared = prepare(recipe, Path(str(facts["base"])), model=model)
         for key, now in _facts(prepared).items():
-            if key not in ("base", "allmend") and facts.get(key) != now:
+            # the recipe is what was frozen; a later version's has keys more
+            if key in _FACTS and facts.get(key) != now:
                 raise differs(_FACTS[key], run)
         with threads(recipe):
             _live(run, prepared, listeners, resumed=True)
@@ -209,7 +210,6 @@ def _sizes(strategy: Strategy, initial: Tensors, *, double: Collection[str] = ()
 
 
 _FACTS = {
-    "recipe": "the recipe",
     "model": "the base model",
     "data": "the clients' data",
     "audit": "the audit's design",
@@ -300,7 +300,7 @@ def _arm(run: RunFolder, prepared: Prepared, log: EventLog, arm: Arm) -> list[Mo
         return read_scores(run.scores(arm.name))
     recipe = prepared.recipe
     members, arm = prepared.parties(arm)
-    checkpoints = checkpoints_of(run, recipe, arm.name)
+    checkpoints = checkpoints_of(run, arm.name)
     views = run.arm(arm.name) / VIEWS if recipe.audit.views and arm.adapter.kind == "lora" else None
     if views is not None:  # of a round that was broken off; its second try may be other members'
         for folder in views.glob("round-*"):

@@ -205,7 +205,7 @@ def _finished(run: RunFolder, recipe: Recipe, arm: Arm, scores: OwnScores, event
     """With what the log and the checkpoint say of it; no steps and passes where the checkpoint is not here."""
     rounds = {event.round: event for event in events if isinstance(event, RoundDone) and event.arm == arm.name}
     parties = max(1, len({name for done in rounds.values() for name in done.sent}))
-    work = {name: work_of(state) for name, state in checkpoints_of(run, recipe, arm.name).members((LEARNT,)).items()}
+    work = {name: work_of(state) for name, state in checkpoints_of(run, arm.name).members((LEARNT,)).items()}
     return FinishedArm(
         scores,
         arm.strategy.name,

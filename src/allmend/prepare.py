@@ -230,9 +230,9 @@ def read_frozen(run: RunFolder) -> Recipe:
     return recipe
 
 
-def checkpoints_of(run: RunFolder, recipe: Recipe, arm: str) -> Checkpoints:
-    """An arm's checkpoints, bound to the recipe."""
-    return Checkpoints(run.arm(arm), identity=f"{recipe.digest()}/{arm}")
+def checkpoints_of(run: RunFolder, arm: str) -> Checkpoints:
+    """An arm's checkpoints, bound to the recipe as it was frozen."""
+    return Checkpoints(run.arm(arm), identity=f"{run.facts['recipe']}/{arm}")
 
 
 def differs(what: str, run: RunFolder) -> UserError:

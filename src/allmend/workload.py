@@ -36,7 +36,7 @@ def work_ahead(prepared: Prepared, run: RunFolder | None = None) -> dict[str, fl
     for name, arm in recipe.arms().items():
         strategy = strategy_of(arm, seed=recipe.seed)
         if run is None or not run.scores(name).exists():
-            done = 0 if run is None else checkpoints_of(run, recipe, name).newest_round()
+            done = 0 if run is None else checkpoints_of(run, name).newest_round()
             members, whole = prepared.parties(arm)
             left = (arm.strategy.rounds - done) / arm.strategy.rounds
             tokens = arm.strategy.rounds * tokens_per_round(whole, members) + tokens_beside(strategy, whole, members)

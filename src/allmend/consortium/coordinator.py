@@ -39,7 +39,7 @@ from allmend.events import (
     Warned,
 )
 from allmend.federation.arm import Outcomes, Training, save_outcomes, strategy_of, trainable_of
-from allmend.federation.checkpoint import Checkpoint, Checkpoints
+from allmend.federation.checkpoint import Checkpoint
 from allmend.federation.engines.flower.engine import FlowerEngine
 from allmend.federation.engines.flower.exchange import FACTS, Exchange
 from allmend.federation.keys import public_line
@@ -47,7 +47,7 @@ from allmend.federation.privacy.layers import in_words, noisy
 from allmend.federation.privacy.ledger import open_ledger
 from allmend.federation.rounds import run_rounds
 from allmend.models.tensors import Tensors, nbytes
-from allmend.prepare import Prepared, check_prefixes, prepare_model, threads
+from allmend.prepare import Prepared, check_prefixes, checkpoints_of, prepare_model, read_frozen, threads
 from allmend.recipe import Arm, Recipe, RecipeError
 from allmend.results import BASE, InfluenceByMember, UtilityTable
 from allmend.run import EventLog, RunFolder, write_atomic
@@ -174,7 +174,7 @@ class Coordination:
         recipe = self.recipe
         strategy = strategy_of(arm, seed=recipe.seed)
         rounds = arm.strategy.rounds
-        checkpoints = Checkpoints(self.run.arm(arm.name), identity=f"{recipe.digest()}/{arm.name}")
+        checkpoints = checkpoints_of(self.run, arm.name)
         # a guarantee for records is accounted for at each member, which alone knows how many it has
         ledger = open_ledger(replace(arm, privacy=arm.privacy.model_copy(update={"record": None})), [])
         with trainable_of(self.prepared.model, arm.adapter, seed=recipe.seed) as trainable:
@@ -384,7 +384,9 @@ def coordinate(
     run = RunFolder(out)
     if run.marker.exists():
         run = RunFolder.open(out)
-        changed = [key for key in ("recipe", "model", "members") if run.facts.get(key) != facts[key]]
+        changed = [key for key in ("model", "members") if run.facts.get(key) != facts[key]]
+        if read_frozen(run).digest() != recipe.digest():  # as read today: a later version has keys more
+            changed.insert(0, "recipe")
         if changed:
             raise UserError(
                 f"{' and '.join(changed)} {'differ' if changed[1:] else 'is not'} "
