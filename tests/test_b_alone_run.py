@@ -133,7 +133,7 @@ def test_the_dry_run_tells_of_b_alone(make: Make, place: Path) -> None:
     assert told["fedavg"].sizes == {"update": 4 * b}
 
 
-def test_an_interrupted_run_with_workers_ends_at_the_same_bits(
+def test_a_worker_process_interrupted_and_resumed_ends_at_the_same_bits(
     make: Make, place: Path, start: Tensors, tmp_path: Path
 ) -> None:
     def interrupt(event: Any) -> None:
@@ -143,7 +143,7 @@ def test_an_interrupted_run_with_workers_ends_at_the_same_bits(
     arms = {"cobo": {"strategy": COBO}, "hidden": {"privacy": {"secure_aggregation": {}}}}
     own = {"compare": arms, "canaries": None, "influence": None, "audit": {}}
     whole = tune(make(**own), tmp_path / "whole", base=place)
-    many = make(**own, engine={"threads": 1, "workers": 2})
+    many = make(**own, engine={"threads": 1, "workers": 1})
     with pytest.raises(KeyboardInterrupt):
         tune(many, tmp_path / "broken", base=place, listeners=[interrupt])
     resume(tmp_path / "broken")
