@@ -505,6 +505,16 @@ def test_ctrl_c_is_told_reported_and_resumable(
     assert outcomes(out) == outcomes(whole.path)
 
 
+def test_a_run_of_an_earlier_version_is_gone_on_from(
+    whole: RunFolder, workplace: Path, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys that a recipe has since are in what it says today, and not in what was frozen."""
+    out = stopped(workplace, recipe, tmp_path / "run")
+    monkeypatch.setattr(Recipe, "digest", lambda self: "what it says today")
+    life.resume(out)
+    assert outcomes(out) == outcomes(whole.path)
+
+
 @pytest.mark.timeout(180)
 def test_a_worker_process_stopped_and_resumed_ends_at_the_same_bits(
     private: RunFolder, private_workplace: Path, tmp_path: Path
