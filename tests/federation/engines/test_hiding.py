@@ -70,6 +70,17 @@ def test_replies_come_without_what_is_summed(
     assert sums.fact("weight") == 12.0
 
 
+@pytest.mark.parametrize("name", SUMMING)
+def test_nothing_of_a_member_can_be_rebuilt_from_such_a_reply(
+    name: str, make_member: Callable[..., Any], make_trainable: Callable[..., Any], settings: Train
+) -> None:
+    strategy, trainable = build_strategy(name, OPTIONS.get(name, {}), seed=0), make_trainable()
+    engine = hidden(strategy, [make_member(member) for member in "abc"], trainable, settings)
+    tasks = strategy.plan(strategy.init(trainable.state()), _turn(), engine.members)
+    for answer in engine.work(strategy, tasks):
+        assert strategy.revealed(tasks[answer.member], answer.reply) is None
+
+
 def _turn() -> Any:
     from allmend.strategy import Turn
 
