@@ -302,7 +302,7 @@ class Strategy(Protocol):
 
     def revealed(self, task: Task, reply: Reply) -> Tensors | None:
         """The member's model as it can be rebuilt from its task and its reply by whoever sees that reply alone, or
-        None where it cannot, as with sums behind masks. For audits: what a curious coordinator would learn."""
+        None where it cannot. For audits: what a curious coordinator would learn without secure aggregation."""
         ...
 
     def shared(self, state: State) -> Tensors | None:

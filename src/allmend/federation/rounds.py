@@ -136,7 +136,8 @@ def play_leg(
         traffic.sent[name] = traffic.sent.get(name, 0) + nbytes(tasks[name].tensors)
         size = nbytes(reply.summed) + nbytes(reply.seen) + answer.hidden
         traffic.received[name] = traffic.received.get(name, 0) + size
-        if observe and (revealed := strategy.revealed(tasks[name], reply)) is not None:
+        # behind masks a reply has none of what a model could be rebuilt from
+        if observe and not answer.hidden and (revealed := strategy.revealed(tasks[name], reply)) is not None:
             observe(turn.round, name, revealed)
     traffic.waited += answers.seconds
     if (hidden := engine.summed()) is not None:

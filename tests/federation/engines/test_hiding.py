@@ -71,14 +71,21 @@ def test_replies_come_without_what_is_summed(
 
 
 @pytest.mark.parametrize("name", SUMMING)
-def test_nothing_of_a_member_can_be_rebuilt_from_such_a_reply(
-    name: str, make_member: Callable[..., Any], make_trainable: Callable[..., Any], settings: Train
+def test_an_observer_sees_what_is_sent_and_nothing_of_a_member(
+    name: str,
+    run: Callable[..., Any],
+    make_member: Callable[..., Any],
+    make_trainable: Callable[..., Any],
+    settings: Train,
 ) -> None:
     strategy, trainable = build_strategy(name, OPTIONS.get(name, {}), seed=0), make_trainable()
-    engine = hidden(strategy, [make_member(member) for member in "abc"], trainable, settings)
-    tasks = strategy.plan(strategy.init(trainable.state()), _turn(), engine.members)
-    for answer in engine.work(strategy, tasks):
-        assert strategy.revealed(tasks[answer.member], answer.reply) is None
+    members, seen = [make_member(member) for member in "abc"], set[str | None]()
+    engine = hidden(strategy, members, trainable, settings)
+    run(
+        strategy, members, settings, rounds=2, engine=engine, trainable=trainable,
+        observe=lambda round, whose, model: seen.add(whose),
+    )  # fmt: skip
+    assert seen == ({None} if strategy.shares else set())
 
 
 def _turn() -> Any:

@@ -405,7 +405,7 @@ class CoBo:
     def revealed(self, task: Task, reply: Reply) -> Tensors | None:
         if "together" in task.facts:
             model = of_group("model", task.tensors)
-            return TOGETHER.revealed(Task(task.turn, model), reply)
+            return TOGETHER.revealed(Task(task.turn, model), reply) if reply.summed else None
         return of_group("adapter", reply.seen) or None
 
     def shared(self, state: State) -> Tensors | None:

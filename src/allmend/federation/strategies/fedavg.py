@@ -94,8 +94,6 @@ class FedAvg:
         return State(grouped("model", model))
 
     def revealed(self, task: Task, reply: Reply) -> Tensors | None:
-        if not reply.summed:
-            return None
         weight = reply.summed_facts["weight"]
         update = of_group("update", reply.summed)
         return {name: (tensor + update[name] / weight).to(tensor.dtype) for name, tensor in task.tensors.items()}

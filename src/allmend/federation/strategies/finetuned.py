@@ -65,6 +65,10 @@ class FineTuned(FedAvg):
             return super().combine(state, turn, sums, seen)
         return State(state.tensors, state.facts | {f"has/{name}": True for name in seen})
 
+    def revealed(self, task: Task, reply: Reply) -> Tensors | None:
+        """FedAvg's; nothing of a local round."""
+        return super().revealed(task, reply) if reply.summed else None
+
     def shared(self, state: State) -> Tensors | None:
         return None
 

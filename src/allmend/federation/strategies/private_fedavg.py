@@ -117,8 +117,6 @@ class PrivateFedAvg:
         return State(grouped("model", model), _clip_fact(self._next_clip(clip, expected, sums, turn)))
 
     def revealed(self, task: Task, reply: Reply) -> Tensors | None:
-        if not reply.summed:
-            return None
         update = of_group("update", reply.summed)
         return {name: (tensor + update[name]).to(tensor.dtype) for name, tensor in task.tensors.items()}
 

@@ -70,8 +70,6 @@ class FedAvgProduct(FedAvg):
         return State(grouped("model", model), {"discarded": lost / whole if whole else 0.0})
 
     def revealed(self, task: Task, reply: Reply) -> Tensors | None:
-        if not reply.summed:
-            return None
         weight, model = reply.summed_facts["weight"], dict(task.tensors)
         for layer, product in _products(task.tensors).items():
             a, b = model[layer + A], model[layer + B]
