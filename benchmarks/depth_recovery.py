@@ -18,12 +18,12 @@ import time
 import torch
 
 from _measure import figure, machine, with_data
-from allmend.data.windows import Windows, read_text, windows_of
+from allmend.data.windows import Windows, read_text, windows_after, windows_of
 from allmend.depth.apply import apply_plan
 from allmend.depth.correction import Fit, correct, measured
 from allmend.depth.measure import added
 from allmend.depth.plan import pairs_plan, stretch_plan
-from allmend.depth.recover import Loss, Model, Recovery, Training, recover, windows_after
+from allmend.depth.recover import Loss, Model, Recovery, Training, recover
 from allmend.learn.loop import Step
 from allmend.models.load import load_model
 from allmend.results import Estimate

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from allmend.data.windows import check_apart, read_text, windows_of
+from allmend.data.windows import check_apart, read_text, windows_after, windows_of
 from allmend.errors import UserError
 
 
@@ -71,3 +71,15 @@ def test_of_a_long_text_no_more_is_split_than_it_takes(tiny_tokenizer: Any, unit
     whole = tiny_tokenizer(text, add_special_tokens=False)["input_ids"]
     assert found.ids.flatten().tolist() == whole[:1024]
     assert max(seen) < len(text) / 2
+
+
+def test_windows_after_a_search_do_not_touch_its_own(tiny_tokenizer: Any) -> None:
+    words = "".join(chr(ord("a") + place % 26) for place in range(100))
+    ids = tiny_tokenizer(words)["input_ids"]
+
+    found = windows_after(words, tiny_tokenizer, after=25, length=10, most=4, source="words")
+
+    assert found.ids.flatten().tolist() == ids[30:70]
+    assert len(windows_after(words, tiny_tokenizer, after=25, length=10, most=100, source="words")) == 7
+    with pytest.raises(UserError, match="words: the text has 100 tokens"):
+        windows_after(words, tiny_tokenizer, after=95, length=10, most=4, source="words")

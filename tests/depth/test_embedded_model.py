@@ -13,7 +13,7 @@ import torch
 
 from allmend.data.icd10cm import category_texts
 from allmend.data.records import Record
-from allmend.data.windows import read_text, windows_of
+from allmend.data.windows import read_text, windows_after, windows_of
 from allmend.depth.apply import apply_plan
 from allmend.depth.choices import answer, question_of
 from allmend.depth.correction import measured
@@ -21,7 +21,7 @@ from allmend.depth.decoder import Decoder
 from allmend.depth.interventions import intervene
 from allmend.depth.measure import Candidate, added, measure, sequential
 from allmend.depth.plan import Prune, pairs_plan
-from allmend.depth.recover import Training, recover, windows_after
+from allmend.depth.recover import Training, recover
 from allmend.intervals import paired_difference
 from allmend.models.load import LoadedModel, load_model
 

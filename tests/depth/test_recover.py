@@ -14,7 +14,7 @@ from allmend.depth.architectures import layers_of
 from allmend.depth.correction import measured, row_of
 from allmend.depth.measure import Measured
 from allmend.depth.plan import Plan, stretch_plan
-from allmend.depth.recover import Recovery, Training, divergence_from, recover, text_loss, windows_after
+from allmend.depth.recover import Recovery, Training, divergence_from, recover, text_loss
 from allmend.errors import UserError
 from allmend.learn.loop import DivergedError, Step
 
@@ -305,16 +305,3 @@ def test_what_is_refused(model: Any, paired: Any) -> None:
             asked(Training(**({"steps": 1} | wrong)))
     with pytest.raises(UserError, match="rank 64 is larger than the smaller dimension"):
         asked(Training(steps=1, rank=64))
-
-
-def test_windows_after_a_search_do_not_touch_its_own(make_tiny_tokenizer: Callable[..., Any]) -> None:
-    tokenizer = make_tiny_tokenizer()
-    words = "".join(chr(ord("a") + place % 26) for place in range(100))
-    ids = tokenizer(words)["input_ids"]
-
-    found = windows_after(words, tokenizer, after=25, length=10, most=4, source="words")
-
-    assert found.ids.flatten().tolist() == ids[30:70]
-    assert len(windows_after(words, tokenizer, after=25, length=10, most=100, source="words")) == 7
-    with pytest.raises(UserError, match="words: the text has 100 tokens"):
-        windows_after(words, tokenizer, after=95, length=10, most=4, source="words")

@@ -17,10 +17,10 @@ from allmend.models.load import load_model
 from allmend.pairing import subject
 from allmend.pairing.applied import apply_folder
 from allmend.pairing.folders import scan_folder, search_folder
-from allmend.pairing.subject import load_subject
 from allmend.recipe import make_recipe
 from allmend.results import DepthTable
 from allmend.run import RunFolder
+from allmend.subjects import load_subject
 
 
 def test_scan_leaves_a_table_a_picture_and_a_page(

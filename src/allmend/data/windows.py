@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -95,6 +96,25 @@ def windows_of(text: str, tokenizer: Any, *, length: int, most: int, source: str
         notes = (f"{source}: {count * length:,} tokens say little, {FEW:,} or more are better",)
     digest = hashlib.sha256(text.encode()).hexdigest()
     return Windows(torch.tensor(ids[: count * length]).view(count, length), source, digest, notes)
+
+
+def windows_after(text: str, tokenizer: Any, *, after: int, length: int, most: int, source: str) -> Windows:
+    """Windows of a text beyond its first tokens, those that a search has used.
+
+    Args:
+        text: any.
+        tokenizer: of the model.
+        after: tokens to leave out.
+        length: tokens of a window.
+        most: windows.
+        source: what the text is called.
+
+    Raises:
+        UserError: nothing is left of the text.
+    """
+    first = math.ceil(after / length)
+    found = windows_of(text, tokenizer, length=length, most=first + most, source=source, least=(first + 1) * length)
+    return Windows(found.ids[first:], source, found.digest)
 
 
 def _first_tokens(text: str, tokenizer: Any, wanted: int) -> Sequence[int]:

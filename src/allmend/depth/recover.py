@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from allmend.data.packing import Row
-from allmend.data.windows import Windows, windows_of
+from allmend.data.windows import Windows
 from allmend.depth.architectures import Architecture, architecture_of, layers_of
 from allmend.depth.correction import check_fits, measured, row_of
 from allmend.depth.measure import Measured, added, perplexity
@@ -97,25 +97,6 @@ class Recovery(Table):
     gap_after: Estimate
     closed: float | None
     notes: tuple[str, ...] = ()
-
-
-def windows_after(text: str, tokenizer: Any, *, after: int, length: int, most: int, source: str) -> Windows:
-    """Windows of a text beyond its first tokens, those that a search has used.
-
-    Args:
-        text: any.
-        tokenizer: of the model.
-        after: tokens to leave out.
-        length: tokens of a window.
-        most: windows.
-        source: what the text is called.
-
-    Raises:
-        UserError: nothing is left of the text.
-    """
-    first = math.ceil(after / length)
-    found = windows_of(text, tokenizer, length=length, most=first + most, source=source, least=(first + 1) * length)
-    return Windows(found.ids[first:], source, found.digest)
 
 
 def recover(

@@ -8,7 +8,7 @@ from typing import Any
 
 from allmend.data.windows import Windows
 from allmend.depth.apply import apply_plan, check_new, save_paired
-from allmend.depth.architectures import layers_of
+from allmend.depth.architectures import layers_of, quantised_error
 from allmend.depth.correction import CorrectionReport, correct
 from allmend.depth.fold import Gain
 from allmend.depth.plan import Plan, read_plan
@@ -18,7 +18,7 @@ from allmend.events import Event, WorkPlanned
 from allmend.meter import Meter
 from allmend.models.load import LoadedModel
 from allmend.pairing.folders import tell
-from allmend.pairing.subject import load_subject, read_recovery_texts
+from allmend.subjects import load_subject, read_recovery_texts
 
 FITTED, JUDGED = 24, 4
 """Windows that a correction is fitted on, and that it is judged by."""
@@ -82,7 +82,7 @@ def apply_folder(
     """
     wanted = read_plan(plan)
     check_new(out)  # before any work
-    loaded = load_subject(model, merge=merge, device=device)
+    loaded = load_subject(model, merge=merge, device=device, quantised=quantised_error)
     layers = len(layers_of(loaded.model))
     wanted.check(layers, where=plan)
     changed = apply_plan(loaded.model, wanted, gain=gain)

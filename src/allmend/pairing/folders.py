@@ -9,7 +9,7 @@ from typing import Literal
 
 from allmend import __version__
 from allmend.data.windows import Windows
-from allmend.depth.architectures import layers_of
+from allmend.depth.architectures import layers_of, quantised_error
 from allmend.depth.choices import choices_of
 from allmend.depth.frontier import frontier
 from allmend.depth.log import Log
@@ -21,10 +21,10 @@ from allmend.errors import UserError
 from allmend.events import Event, WorkDone, WorkPlanned
 from allmend.models.load import LoadedModel
 from allmend.pairing.pages import write_scan_pages, write_search_pages
-from allmend.pairing.subject import arm_of, load_subject, read_calibration, read_texts
 from allmend.report.page import write_report
 from allmend.results import DepthSearch, DepthTable
 from allmend.run import RunFolder, write_atomic
+from allmend.subjects import arm_of, load_subject, read_calibration, read_texts
 
 QUESTIONS = 96
 
@@ -100,7 +100,7 @@ def scan_folder(
     Raises:
         UserError: the model cannot be rearranged, the text is too short, or the folder is of another scan.
     """
-    loaded = load_subject(model, merge=merge, device=device)
+    loaded = load_subject(model, merge=merge, device=device, quantised=quantised_error)
     windows = read_calibration(loaded, calibration)
     log = Log(out / "scan.parquet", _facts(loaded, windows)) if out else None
     tell(listeners, WorkPlanned(work={"scan": 1.0}))
@@ -190,7 +190,7 @@ def search_folder(
         raise UserError(f"{max_loss} is no loss", where="--max-loss", hint="Name a number, such as 0.10.")
     whose, out = arm_of(model), kept_in(model, out)
     with whose[0].lock() if whose else contextlib.nullcontext():
-        loaded = load_subject(model, merge=merge, device=device)
+        loaded = load_subject(model, merge=merge, device=device, quantised=quantised_error)
         texts = read_texts(loaded, calibration, report)
         log = Log(out / "search.parquet", _facts(loaded, texts.search)) if out else None
 

@@ -7,9 +7,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from allmend.depth.architectures import quantised_error
 from allmend.errors import UserError
 from allmend.models.load import load_model
-from allmend.pairing.subject import BUILT_IN, load_subject, read_texts
+from allmend.subjects import BUILT_IN, load_subject, read_texts
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def test_a_quantised_model_is_refused_before_it_is_loaded(deep_folder: Path, tmp
     (quantised / "config.json").write_text(json.dumps(config))
 
     with pytest.raises(UserError, match=r"(?s)is quantised.*Fold first"):
-        load_subject(str(quantised))
+        load_subject(str(quantised), quantised=quantised_error)
 
 
 def test_two_texts(deep_folder: Path, two_texts: tuple[Path, Path]) -> None:

@@ -1,16 +1,15 @@
-"""What the stage works on: a model, merged with its adapter where there is one, and two texts."""
+"""What stages that change a model work on: the model, merged with its adapter where there is one, and two texts."""
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from allmend.check import source_of
 from allmend.data.icd10cm import category_texts
-from allmend.data.windows import Windows, check_apart, read_text, windows_of
-from allmend.depth.architectures import quantised_error
-from allmend.depth.recover import windows_after
+from allmend.data.windows import Windows, check_apart, read_text, windows_after, windows_of
 from allmend.errors import UserError
 from allmend.models.adapters import applied, check_adapter
 from allmend.models.load import LoadedModel, load_model
@@ -33,13 +32,20 @@ class Texts:
     report: Windows
 
 
-def load_subject(source: str, *, merge: bool = False, device: str | None = None) -> LoadedModel:
-    """A model to rearrange; of a PEFT folder the base with the adapter merged into it.
+def load_subject(
+    source: str,
+    *,
+    merge: bool = False,
+    device: str | None = None,
+    quantised: Callable[[Path], UserError] | None = None,
+) -> LoadedModel:
+    """A model to change; of a PEFT folder the base with the adapter merged into it.
 
     Args:
         source: a model as in a recipe, a PEFT folder, or the model of a run, `RUN` or `RUN:ARM`.
         merge: whether a PEFT folder may be merged; that of a run always is.
         device: as of `load_model`.
+        quantised: what to say of a folder of quantised weights, before anything is loaded; when absent, it is loaded.
 
     Raises:
         UserError: the source is an adapter and may not be merged, or cannot be loaded.
@@ -48,7 +54,8 @@ def load_subject(source: str, *, merge: bool = False, device: str | None = None)
         return _of_run(source, *found, device)
     folder = Path(source).expanduser()
     if not (folder / "adapter_config.json").is_file():
-        _check_whole(resolve(source))
+        if quantised is not None and _is_quantised(place := resolve(source)):
+            raise quantised(place)  # loading it would ask for its library first
         return load_model(source, device=device)
     if not merge:
         raise UserError(
@@ -104,14 +111,11 @@ def _merged(source: str, loaded: LoadedModel, folder: Path) -> LoadedModel:
     return replace(loaded, source=source, digest=digest)
 
 
-def _check_whole(folder: Path) -> None:
-    """Before anything is loaded: quantised weights would ask for their library first."""
+def _is_quantised(folder: Path) -> bool:
     try:
-        quantised = "quantization_config" in json.loads((folder / "config.json").read_bytes())
+        return "quantization_config" in json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError):
-        return  # loading it says what is wrong
-    if quantised:
-        raise quantised_error(folder)
+        return False  # loading it says what is wrong
 
 
 def read_calibration(loaded: LoadedModel, calibration: Path | None, *, search: tuple[int, int] = SEARCH) -> Windows:
