@@ -24,13 +24,13 @@ import torch
 
 from _measure import figure, machine, with_data
 from allmend.compress.calibration import Products, input_products
-from allmend.compress.formats import Format, format_named, quantize
 from allmend.compress.layers import Inputs, Option, compress_weight
 from allmend.compress.masks import NofM, Pattern, Unstructured, keep_mask, magnitude, wanda
 from allmend.compress.measure import window_losses
 from allmend.compress.order import Score, order_analysis, prune_then_quantize, quantize_then_prune
 from allmend.compress.sweep import prune_and_quantize
 from allmend.data.windows import Windows, read_text, windows_of
+from allmend.models.formats import Format, format_named, quantize
 from allmend.models.load import LoadedModel, linear_layers_of, load_model
 
 PARTS = ("formats", "masks", "both", "orders", "tensors")

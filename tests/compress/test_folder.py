@@ -14,10 +14,10 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from allmend.compress.folder import save_folder
-from allmend.compress.formats import Format, format_named, quantize
-from allmend.compress.packing import encode
 from allmend.errors import UserError
+from allmend.models.formats import Format, format_named, quantize
 from allmend.models.load import linear_layers_of
+from allmend.models.packing import encode
 
 FORMATS = ["int8", "int6", "int4", "int3", "int4_affine", "fp8", "mxfp8", "mxfp6", "mxfp4", "nvfp4"]
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from allmend.compress.calibration import Products
-from allmend.compress.formats import FORMATS, Format, format_named, quantize
 from allmend.compress.layers import DAMPINGS, Inputs, Method, Option, compress_weight, judged
 from allmend.compress.masks import NofM, Pattern, Unstructured, keep_mask, wanda
 from allmend.compress.order import quantize_then_prune
-from allmend.compress.packing import decode_sparse, encode_two_of_four
 from allmend.compress.sweep import prune_and_quantize
 from allmend.compress.whole import packed_of, weight_of
+from allmend.models.formats import FORMATS, Format, format_named, quantize
+from allmend.models.packing import decode_sparse, encode_two_of_four
 
 EVERY = [
     *(format_named(name) for name in FORMATS),

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from allmend.compress.formats import Format, Integers, format_named, quantize
 from allmend.compress.masks import NofM, Pattern, Unstructured, keep_mask
 from allmend.compress.order import dot_product, order_analysis, prune_then_quantize, quantize_then_prune
+from allmend.models.formats import Format, Integers, format_named, quantize
 
 FORMATS = [format_named(name) for name in ("int8", "int6", "int4", "hbfp6", "mxfp8", "mxfp4")]
 NARROW = Integers("int4", 4, 16, 4, narrow=True)

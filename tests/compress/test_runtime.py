@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from allmend.compress.formats import Format, format_named, scales_of
 from allmend.compress.runtime import GROUPS, PackedLinear, has_kernel, packed_linear, swap
 from allmend.errors import UserError
+from allmend.models.formats import Format, format_named, scales_of
 from allmend.models.load import linear_layers_of
 
 KNOWN = [format_named("int8"), *(format_named("int4", group=group) for group in (32, 64, 128))]

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from allmend.compress.formats import Format, Scale, format_named, quantize
 from allmend.compress.masks import NofM, Pattern, Unstructured, keep_mask
 from allmend.compress.order import output_error
 from allmend.compress.sweep import prune_and_quantize
+from allmend.models.formats import Format, Scale, format_named, quantize
 
 FORMATS = [None, format_named("int4", group=32), format_named("int8"), format_named("int4_affine", group=32),
            format_named("mxfp4"), format_named("nvfp4"), format_named("hbfp6")]  # fmt: skip

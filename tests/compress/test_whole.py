@@ -11,12 +11,12 @@ from transformers import PreTrainedModel
 
 from allmend.compress import whole as module
 from allmend.compress.calibration import input_products
-from allmend.compress.formats import format_named, quantize
 from allmend.compress.layers import Inputs, Option, compress_weight
 from allmend.compress.masks import NofM, Unstructured
 from allmend.compress.parts import FACTS, Parts, Row
 from allmend.compress.whole import applied, compress_layers, uniform, weight_of
 from allmend.errors import UserError
+from allmend.models.formats import format_named, quantize
 from allmend.models.load import linear_layers_of
 
 INT4 = format_named("int4", group=0)

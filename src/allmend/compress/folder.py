@@ -11,9 +11,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from allmend.compress.formats import Format
-from allmend.compress.packing import Packed
 from allmend.compress.schemes import quantization_config
+from allmend.models.formats import Format
+from allmend.models.packing import Packed
 from allmend.models.quiet import quiet
 from allmend.models.tensors import os_error
 from allmend.run import folder_atomic

@@ -13,10 +13,10 @@ from typing import Literal, TypeAlias
 import torch
 
 from allmend.compress.calibration import Products
-from allmend.compress.formats import AffineIntegers, Format, Integers, NvFloat4, Scale, quantize, scales_of
 from allmend.compress.masks import NofM, Pattern, keep_mask, kept, magnitude, wanda
 from allmend.compress.order import Score, output_error
 from allmend.compress.sweep import Swept, prune_and_quantize
+from allmend.models.formats import AffineIntegers, Format, Integers, NvFloat4, Scale, quantize, scales_of
 
 Method: TypeAlias = Literal["round", "wanda", "sparsegpt", "sweep"]
 METHODS: tuple[Method, ...] = ("round", "wanda", "sparsegpt", "sweep")

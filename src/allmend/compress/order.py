@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from allmend.compress.formats import Format, quantize
 from allmend.compress.masks import Pattern, keep_mask
+from allmend.models.formats import Format, quantize
 
 Score = Callable[[torch.Tensor], torch.Tensor]
 """What each weight of a tensor scores."""

@@ -9,8 +9,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from allmend.compress.packing import Packed
 from allmend.errors import UserError
+from allmend.models.packing import Packed
 from allmend.run import write_atomic
 
 FACTS = "parts.json"

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from allmend.compress.formats import Format, Integers, Scale
 from allmend.errors import UserError
+from allmend.models.formats import Format, Integers, Scale
 
 GROUPS = (32, 64, 128, 256)
 """Columns with one scale that the kernel for 4 bits knows."""

@@ -13,7 +13,7 @@ from compressed_tensors.quantization import (
 )
 from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
 
-from allmend.compress.formats import AffineIntegers, Float8, Format, Integers, Microscaling, NvFloat4
+from allmend.models.formats import AffineIntegers, Float8, Format, Integers, Microscaling, NvFloat4
 
 
 def loads_elsewhere(fmt: Format) -> bool:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from allmend.compress.formats import Format, Scale
 from allmend.compress.masks import NofM, Pattern, Unstructured, damped, keep_mask, without_least, zeros
+from allmend.models.formats import Format, Scale
 
 COLUMNS = 128
 """Columns whose mask is chosen at once, and whose error is spread over the rest at once."""

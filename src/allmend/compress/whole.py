@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from allmend.compress.calibration import ROOM, input_products, portions
-from allmend.compress.formats import Format
 from allmend.compress.layers import DAMPINGS, METHODS, Compressed, Inputs, Method, Option, Order, compress_weight
 from allmend.compress.masks import NofM, Pattern, Unstructured
-from allmend.compress.packing import Packed, decode, decode_sparse, encode, encode_sparse, encode_two_of_four
 from allmend.compress.parts import Parts, Row
+from allmend.models.formats import Format
 from allmend.models.load import linear_layers_of
+from allmend.models.packing import Packed, decode, decode_sparse, encode, encode_sparse, encode_two_of_four
 
 HELD_OUT = 4
 """Every so many windows, one is held out from sweeps."""

@@ -11,9 +11,10 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
-from allmend.compress.formats import FORMATS, Format, Scale, format_named, quantize, scales_of
 from allmend.compress.masks import NofM, Unstructured, keep_mask
-from allmend.compress.packing import (
+from allmend.compress.sweep import prune_and_quantize
+from allmend.models.formats import FORMATS, Format, Scale, format_named, quantize, scales_of
+from allmend.models.packing import (
     PATTERNS,
     Packed,
     decode,
@@ -22,7 +23,6 @@ from allmend.compress.packing import (
     encode_sparse,
     encode_two_of_four,
 )
-from allmend.compress.sweep import prune_and_quantize
 
 EVERY = [
     *(format_named(name) for name in FORMATS),

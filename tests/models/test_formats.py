@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from allmend.compress.formats import (
+from allmend.compress.masks import NofM, Pattern, Unstructured, keep_mask
+from allmend.models.formats import (
     E2M1,
     E2M3,
     E4M3,
@@ -24,7 +25,6 @@ from allmend.compress.formats import (
     scales_of,
     straight_through,
 )
-from allmend.compress.masks import NofM, Pattern, Unstructured, keep_mask
 
 MAX_SCALED = [name for name in FORMATS if format_named(name).max_scaled]
 

@@ -13,7 +13,7 @@ from compressed_tensors.compressors.mxfp6.helpers import pack_fp6_to_uint8, unpa
 from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8, unpack_fp4_from_uint8
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 
-from allmend.compress.formats import (
+from allmend.models.formats import (
     E2M1,
     E2M3,
     AffineIntegers,
