@@ -13,11 +13,13 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from allmend.compress.folder import save_folder
+from allmend.compress.folder import loads_elsewhere, save_folder
+from allmend.compress.layers import Option, compress_weight
+from allmend.compress.masks import NofM, Unstructured
+from allmend.compress.whole import packed_of
 from allmend.errors import UserError
-from allmend.models.formats import Format, format_named, quantize
-from allmend.models.load import linear_layers_of
-from allmend.models.packing import encode
+from allmend.models.formats import format_named
+from allmend.models.load import linear_layers, linear_layers_of, load_model
 
 FORMATS = ["int8", "int6", "int4", "int3", "int4_affine", "fp8", "mxfp8", "mxfp6", "mxfp4", "nvfp4"]
 
@@ -35,19 +37,21 @@ def model() -> LlamaForCausalLM:
     return made
 
 
-Saved = Callable[[dict[str, Format]], tuple[Path, LlamaForCausalLM]]
+Saved = Callable[[dict[str, Option]], tuple[Path, LlamaForCausalLM]]
 
 
 @pytest.fixture
 def saved(model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Saved:
-    def save(formats: dict[str, Format]) -> tuple[Path, LlamaForCausalLM]:
-        weights = {name: model.get_submodule(name).weight.data for name in formats}
-        packed = {name: encode(weight, formats[name]) for name, weight in weights.items()}
-        size = save_folder(tmp_path / "out", model, tiny_tokenizer, packed, formats)
-        assert size == (tmp_path / "out" / "model.safetensors").stat().st_size
+    def save(plan: dict[str, Option]) -> tuple[Path, LlamaForCausalLM]:
+        weights = {name: model.get_submodule(name).weight.data for name in plan}
+        found = {name: compress_weight(weight, plan[name]) for name, weight in weights.items()}
+        packed = {name: packed_of(one, plan[name]) for name, one in found.items()}
+        size = save_folder(tmp_path / "out", model, tiny_tokenizer, packed, plan)
+        (path,) = (tmp_path / "out").glob("*.safetensors")
+        assert size == path.stat().st_size
         simulated = copy.deepcopy(model)
-        for name, weight in weights.items():
-            simulated.get_submodule(name).weight.data = quantize(weight, formats[name])
+        for name, one in found.items():
+            simulated.get_submodule(name).weight.data = one.weight
         return tmp_path / "out", simulated
 
     return save
@@ -65,7 +69,7 @@ def worst(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_transformers_loads_what_was_simulated(name: str, model: LlamaForCausalLM, saved: Saved) -> None:
-    folder, simulated = saved({layer: format_named(name) for layer in linear_layers_of(model)})
+    folder, simulated = saved(dict.fromkeys(linear_layers_of(model), Option(format_named(name))))
     # elements under a power of two, and zero points, are taken apart in bfloat16 by compressed-tensors
     small = name.startswith(("mx", "nv"))
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if small else torch.float32)
@@ -75,8 +79,13 @@ def test_transformers_loads_what_was_simulated(name: str, model: LlamaForCausalL
 
 def test_layers_of_several_formats_and_of_none(model: LlamaForCausalLM, saved: Saved) -> None:
     layers = list(linear_layers_of(model))
-    some = [format_named("int4"), format_named("int8"), format_named("int4", group=32)]
-    folder, simulated = saved({layer: some[place % 3] for place, layer in enumerate(layers[1:])})
+    some = [
+        Option(format_named("int4")),
+        Option(format_named("int8")),
+        Option(format_named("int4", group=32)),
+        Option(None),
+    ]
+    folder, simulated = saved({layer: some[place % 4] for place, layer in enumerate(layers[1:])})
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert worst(logits(loaded), logits(simulated)) < 1e-3
     assert (
@@ -86,7 +95,7 @@ def test_layers_of_several_formats_and_of_none(model: LlamaForCausalLM, saved: S
 
 
 def test_it_loads_where_there_is_no_allmend(model: LlamaForCausalLM, saved: Saved, tmp_path: Path) -> None:
-    folder, simulated = saved({layer: format_named("int4") for layer in linear_layers_of(model)})
+    folder, simulated = saved(dict.fromkeys(linear_layers_of(model), Option(format_named("int4"))))
     code = f"""
 import sys, torch
 sys.modules["allmend"] = None
@@ -102,7 +111,7 @@ torch.save(model(torch.arange(18).view(2, 9)).logits.detach(), {str(tmp_path / "
 def test_the_file_is_as_large_as_its_parts_and_tied_weights_are_there_once(
     model: LlamaForCausalLM, saved: Saved
 ) -> None:
-    folder, _ = saved({layer: format_named("int4") for layer in linear_layers_of(model)})
+    folder, _ = saved(dict.fromkeys(linear_layers_of(model), Option(format_named("int4"))))
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         names = set(file.keys())
         assert "lm_head.weight" not in names
@@ -121,7 +130,7 @@ def test_the_file_is_as_large_as_its_parts_and_tied_weights_are_there_once(
 def test_what_cannot_be_written_leaves_the_old_folder(
     model: LlamaForCausalLM, saved: Saved, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    formats = {layer: format_named("int4") for layer in linear_layers_of(model)}
+    formats = dict.fromkeys(linear_layers_of(model), Option(format_named("int4")))
     folder, _ = saved(formats)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -133,3 +142,66 @@ def test_what_cannot_be_written_leaves_the_old_folder(
         saved(formats)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert sorted(path.name for path in folder.parent.iterdir() if not path.name.startswith(".")) == ["out"]
+
+
+OWN = [
+    Option(format_named("hbfp6")),
+    Option(format_named("int4"), Unstructured(0.5)),
+    Option(format_named("mxfp4"), NofM(2, 4)),
+    Option(None, Unstructured(0.5)),
+]
+
+
+@pytest.mark.parametrize("option", [*OWN, *(Option(format_named(name)) for name in FORMATS)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_allmend_loads_every_folder_to_the_bit(
+    option: Option, dtype: torch.dtype, model: LlamaForCausalLM, saved: Saved
+) -> None:
+    plan = dict.fromkeys(linear_layers_of(model), option)
+    folder, simulated = saved(plan)
+    assert loads_elsewhere(plan) == (option not in OWN)
+    loaded = load_model(str(folder), dtype=dtype, device="cpu")
+    for name, parameter in loaded.model.named_parameters():
+        assert torch.equal(parameter, simulated.get_parameter(name).to(dtype)), name
+    assert loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight
+    assert len(loaded.digest) == 64
+    assert linear_layers(folder) == linear_layers_of(model)
+
+
+def test_transformers_does_not_load_what_it_cannot_read(model: LlamaForCausalLM, saved: Saved) -> None:
+    folder, _ = saved(dict.fromkeys(linear_layers_of(model), OWN[1]))
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("spoil", ["cut", "layer", "note", "version", "shape"])
+def test_a_damaged_folder_is_named(spoil: str, model: LlamaForCausalLM, saved: Saved) -> None:
+    folder, _ = saved(dict.fromkeys(linear_layers_of(model), OWN[1]))
+    weights, note = folder / "packed.safetensors", folder / "packed.json"
+    about = json.loads(note.read_text())
+    first = next(iter(about["layers"]))
+    match spoil:
+        case "cut":
+            weights.write_bytes(weights.read_bytes()[:2000])
+        case "layer":
+            about["layers"]["model.layers.9.mlp.up_proj"] = about["layers"][first]
+        case "note":
+            about["layers"][first]["format"] = "int5"
+        case "version":
+            about["version"] = 2
+        case _:
+            about["layers"][first]["rows"] = 7
+    note.write_text(json.dumps(about))
+    with pytest.raises(UserError):
+        load_model(str(folder), device="cpu")
+
+
+def test_without_the_library_it_is_named(
+    model: LlamaForCausalLM, saved: Saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = saved(dict.fromkeys(linear_layers_of(model), OWN[0]))
+    for name in [name for name in sys.modules if name.startswith(("compressed_tensors", "allmend.models.pack"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "compressed_tensors", None)
+    with pytest.raises(UserError, match=r"(?s)compressed_tensors.* is not installed.*allmend\[compress\]"):
+        load_model(str(folder), device="cpu")

@@ -16,7 +16,7 @@ from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
 from allmend.models.formats import AffineIntegers, Float8, Format, Integers, Microscaling, NvFloat4
 
 
-def loads_elsewhere(fmt: Format) -> bool:
+def has_scheme(fmt: Format) -> bool:
     """Whether `compressed-tensors` has a layout for dense weights of a format."""
     return isinstance(fmt, Integers | AffineIntegers | Float8 | Microscaling | NvFloat4)
 

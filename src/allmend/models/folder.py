@@ -48,6 +48,13 @@ def _check_config(folder: Path) -> None:
     _read_json_object(path)
 
 
+LAYERS = "packed.json"
+"""How each layer's weight is kept, where weights are packed (see `packed_folder`)."""
+
+OWN_WEIGHTS = "packed.safetensors"
+"""Weights in bits that transformers does not read."""
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that make up a model folder's weights, sorted by name.
 
@@ -55,8 +62,9 @@ def weight_files(folder: Path) -> list[Path]:
         UserError: there are none, or a file of the index is missing.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
+    for whole in (single, folder / OWN_WEIGHTS):
+        if whole.is_file():
+            return [whole]
     if index.is_file():
         by_tensor = _read_json_object(index).get("weight_map")
         if not isinstance(by_tensor, dict) or not by_tensor or not all(isinstance(n, str) for n in by_tensor.values()):

@@ -306,6 +306,9 @@ _FIXED: dict[str, Format] = {
     "hbfp4": BlockFloats("hbfp4", 4, 8, MX_BLOCK),
 }
 
+GROUPED = tuple(_BY_GROUP)
+"""Names of formats that leave it open how many columns share a scale."""
+
 FORMATS = (*_BY_GROUP, *_FIXED)
 """Names of all formats."""
 

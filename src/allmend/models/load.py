@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from allmend.errors import UserError
 from allmend.models import modeling_paired  # noqa: F401  # registers the classes of paired models
 from allmend.models.cache import remembered_digest
-from allmend.models.folder import weight_files
+from allmend.models.folder import LAYERS, weight_files
 from allmend.models.quiet import quiet
 from allmend.models.sources import resolve
 from allmend.models.tensors import layout
@@ -64,19 +64,9 @@ def load_model(
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     folder = resolve(source)
     tokenizer = load_tokenizer(folder)
-    auto: Any = AutoModelForCausalLM  # its types do not know that `from_pretrained` may give a pair
     with quiet():
         try:
-            model, info = auto.from_pretrained(
-                str(folder),
-                dtype=dtype,
-                attn_implementation="sdpa",
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
-                ignore_mismatched_sizes=True,  # they are refused below, by name
-                output_loading_info=True,
-            )
+            model, info = (_packed if (folder / LAYERS).is_file() else _whole)(folder, dtype)
         except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
             raise UserError(f"the model cannot be loaded: {error}", where=folder) from error
     unfit = sorted([*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])])
@@ -96,6 +86,35 @@ def load_model(
     model.eval()
     model.to(device)
     return LoadedModel(model, tokenizer, source, folder, weights_digest(folder))
+
+
+def _whole(folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """A model whose weights are numbers, and what loading it told."""
+    auto: Any = AutoModelForCausalLM  # its types do not know that `from_pretrained` may give a pair
+    found: tuple[Any, dict[str, Any]] = auto.from_pretrained(
+        str(folder),
+        dtype=dtype,
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+        ignore_mismatched_sizes=True,  # they are refused by whoever asked, by name
+        output_loading_info=True,
+    )
+    return found
+
+
+def _packed(folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """A model whose weights are bits in formats of ours or of `compressed-tensors`, taken apart."""
+    try:
+        from allmend.models.packed_folder import load_packed
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"weights of this folder are packed, and {error.name} is not installed",
+            where=folder,
+            hint="pip install 'allmend[compress]'",
+        ) from error
+    return load_packed(folder, dtype)
 
 
 def usable_device(device: str | torch.device | None) -> torch.device:
