@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from allmend.compress.folder import loads_elsewhere, save_folder
 from allmend.compress.layers import Option, compress_weight
 from allmend.compress.masks import NofM, Unstructured
+from allmend.compress.runtime import PackedLinear, load_compressed
 from allmend.compress.whole import packed_of
 from allmend.errors import UserError
 from allmend.models.formats import format_named
@@ -205,3 +206,20 @@ def test_without_the_library_it_is_named(
     monkeypatch.setitem(sys.modules, "compressed_tensors", None)
     with pytest.raises(UserError, match=r"(?s)compressed_tensors.* is not installed.*allmend\[compress\]"):
         load_model(str(folder), device="cpu")
+
+
+@pytest.mark.parametrize("name", ["int4", "int8"])
+def test_a_folder_decodes_with_its_weights_packed(name: str, model: LlamaForCausalLM, saved: Saved) -> None:
+    folder, simulated = saved(dict.fromkeys(linear_layers_of(model), Option(format_named(name))))
+    loaded = load_compressed(folder, runtime="cpu")
+    packed = [module for module in loaded.model.modules() if isinstance(module, PackedLinear)]
+    assert len(packed) == len(linear_layers_of(model))
+    found, expected = logits(loaded.model), logits(simulated)
+    assert float((found - expected).norm() / expected.norm()) < 0.03
+    assert worst(logits(load_compressed(folder).model), expected) < 1e-5
+
+
+def test_without_a_kernel_there_is_no_runtime(model: LlamaForCausalLM, saved: Saved) -> None:
+    folder, _ = saved(dict.fromkeys(linear_layers_of(model), Option(format_named("mxfp4"))))
+    with pytest.raises(UserError, match=r"(?s)no layer has a kernel.*int4 with a group of 32"):
+        load_compressed(folder, runtime="cpu")

@@ -4,14 +4,18 @@ The kernels take activations in bfloat16. With other activations torch falls bac
 dense product by an order of magnitude, so that they are refused.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from allmend.errors import UserError
 from allmend.models.formats import Format, Integers, Scale
+from allmend.models.load import LoadedModel, load_model
+from allmend.models.packed_folder import parts_of
+from allmend.models.packing import Packed, codes_of, scale_of
 
 GROUPS = (32, 64, 128, 256)
 """Columns with one scale that the kernel for 4 bits knows."""
@@ -101,6 +105,41 @@ def packed_linear(codes: torch.Tensor, scale: Scale, fmt: Format, bias: torch.Te
     if fmt.element_bits == 8:
         return Int8Linear(codes, scale, bias)
     return Int4Linear(codes, scale, fmt.block, bias)
+
+
+def load_compressed(folder: Path | str, *, runtime: Literal["cpu"] | None = None) -> LoadedModel:
+    """A compressed folder as a model.
+
+    Args:
+        folder: that `allmend compress` has written.
+        runtime: `cpu` keeps weights packed that torch has a kernel for, with all else in bfloat16; without one, all
+            weights are taken apart.
+
+    Raises:
+        UserError: the folder cannot be loaded, or no layer has a kernel.
+    """
+    if runtime is None:
+        return load_model(str(folder))
+    loaded = load_model(str(folder), dtype=torch.bfloat16, device="cpu")
+    layers = dict(_with_kernels(loaded))
+    if not layers:
+        raise UserError(
+            "no layer has a kernel on a CPU",
+            where=folder,
+            hint=f"Compress to int4 with a group of {', '.join(map(str, GROUPS))}, or to int8 by rows; or load it "
+            "without a runtime.",
+        )
+    swap(loaded.model, layers)
+    return loaded
+
+
+def _with_kernels(loaded: LoadedModel) -> Iterator[tuple[str, PackedLinear]]:
+    for name, kept, tensors in parts_of(loaded.folder):
+        if kept is None or kept.sparse or (fmt := kept.fmt) is None or not has_kernel(fmt, kept.rows):
+            continue
+        packed = Packed(tensors, (kept.rows, kept.columns), torch.bfloat16)
+        own: Any = loaded.model.get_submodule(name)
+        yield name, packed_linear(codes_of(packed, fmt), scale_of(packed, fmt), fmt, own.bias)
 
 
 def swap(model: Any, layers: Mapping[str, PackedLinear]) -> None:

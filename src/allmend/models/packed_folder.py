@@ -93,26 +93,45 @@ def weights_of(folder: Path) -> Path:
     return own if own.is_file() else folder / WEIGHTS
 
 
-def unpacked(folder: Path, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """All tensors of a packed folder, weights as what their bits stand for.
+def parts_of(folder: Path) -> Iterator[tuple[str, Kept | None, dict[str, torch.Tensor]]]:
+    """All that a packed folder holds: tensors that are as they are, by name, then each layer's bits.
 
     Raises:
-        UserError: a tensor is missing or misshapen, or the file is damaged.
+        UserError: the file is damaged, or a layer is missing.
     """
     layers, path = read_layers(folder), weights_of(folder)
     try:
         with safe_open(path, framework="pt") as file:
-            parts: dict[str, dict[str, torch.Tensor]] = {name: {} for name in layers}
+            names: dict[str, list[str]] = {name: [] for name in layers}
             for name in file.keys():  # noqa: SIM118 - no dictionary
                 layer, _, part = name.rpartition(".")
                 if layer in layers and part.startswith("weight"):
-                    parts[layer][part] = file.get_tensor(name)
+                    names[layer].append(part)
                 else:
-                    yield name, file.get_tensor(name).to(dtype)
+                    yield name, None, {"": file.get_tensor(name)}
             for layer, kept in layers.items():
-                yield f"{layer}.weight", _weight(parts.pop(layer), kept, dtype)
-    except (OSError, SafetensorError, KeyError, RuntimeError, IndexError) as error:
+                if not names[layer]:
+                    raise UserError(f"has no weight for {layer}", where=path, hint=_HINT)
+                yield layer, kept, {part: file.get_tensor(f"{layer}.{part}") for part in names[layer]}
+    except (OSError, SafetensorError) as error:
         raise UserError(f"is damaged: {error}", where=path, hint=_HINT) from error
+
+
+def unpacked(folder: Path, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """All tensors of a packed folder, weights as what their bits stand for.
+
+    Raises:
+        UserError: as `parts_of`, or a layer's bits are not those that its note says.
+    """
+    for name, kept, tensors in parts_of(folder):
+        if kept is None:
+            yield name, tensors[""].to(dtype)
+            continue
+        try:
+            yield f"{name}.weight", _weight(tensors, kept, dtype)
+        except (KeyError, RuntimeError, IndexError, ValueError) as error:
+            what = f"the bits of {name} are not what {LAYERS} says: {error}"
+            raise UserError(what, where=weights_of(folder), hint=_HINT) from error
 
 
 def _weight(tensors: dict[str, torch.Tensor], kept: Kept, dtype: torch.dtype) -> torch.Tensor:

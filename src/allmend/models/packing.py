@@ -72,8 +72,8 @@ def encode(weight: torch.Tensor, fmt: Format, *, scale: Scale | None = None) -> 
 
 def decode(packed: Packed, fmt: Format) -> torch.Tensor:
     """What the bits stand for, [rows, columns]."""
-    codes = _codes(packed, fmt).float()
-    return fmt.values(fmt.blocks(codes), _scale_of(packed, fmt)).view(packed.shape).to(packed.dtype)
+    codes = codes_of(packed, fmt).float()
+    return fmt.values(fmt.blocks(codes), scale_of(packed, fmt)).view(packed.shape).to(packed.dtype)
 
 
 def _values(codes: torch.Tensor, fmt: Format) -> dict[str, torch.Tensor]:
@@ -91,7 +91,8 @@ def _values(codes: torch.Tensor, fmt: Format) -> dict[str, torch.Tensor]:
             return {"weight_packed": pack_fp4_to_uint8(codes)}
 
 
-def _codes(packed: Packed, fmt: Format) -> torch.Tensor:
+def codes_of(packed: Packed, fmt: Format) -> torch.Tensor:
+    """Codes of a dense weight [rows, columns], in the type that its bits come in."""
     if "weight_packed" not in packed.tensors:
         return packed.tensors["weight"]
     rows, columns = packed.shape
@@ -129,7 +130,8 @@ def _scale(scale: Scale, fmt: Format, shape: tuple[int, ...]) -> dict[str, torch
             return {"weight_scale": step.bfloat16()}
 
 
-def _scale_of(packed: Packed, fmt: Format) -> Scale:
+def scale_of(packed: Packed, fmt: Format) -> Scale:
+    """Scales of its blocks, each [rows, blocks, 1]."""
     stored = packed.tensors["weight_scale"]
     match fmt:
         case Microscaling() | BlockFloats():
@@ -192,7 +194,7 @@ def decode_sparse(packed: Packed, fmt: Format | None) -> torch.Tensor:
     kept = unpack_from_int32(packed.tensors["weight_kept"], fmt.element_bits, torch.Size((1, int(keep.sum()))))
     codes = torch.zeros(packed.shape)
     codes[keep] = _number(kept[0], fmt)
-    values = fmt.values(fmt.blocks(codes), _scale_of(packed, fmt)).view(packed.shape)
+    values = fmt.values(fmt.blocks(codes), scale_of(packed, fmt)).view(packed.shape)
     return torch.where(keep, values, 0).to(packed.dtype)
 
 
