@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import allmend  # noqa: F401  # registers the paired classes
+from allmend import subjects
 from allmend.depth.interventions import intervene
 from allmend.depth.plan import Plan, read_plan, stretch_plan, write_plan
 from allmend.depth.recover import Training
@@ -14,7 +15,6 @@ from allmend.errors import UserError
 from allmend.life import tune
 from allmend.models.adapters import applied
 from allmend.models.load import load_model
-from allmend.pairing import subject
 from allmend.pairing.applied import apply_folder
 from allmend.pairing.folders import scan_folder, search_folder
 from allmend.recipe import make_recipe
@@ -231,7 +231,7 @@ def test_a_run_without_a_model_is_told_before_any_work(
     recipe = f'[model]\nsource = "{deep_folder}"\n[[clients]]\nname = "north"\ndata = "north.jsonl"\n'
     facts = {"recipe": hashlib.sha256(recipe.encode()).hexdigest(), "base": str(tmp_path)}
     RunFolder.create(tmp_path / "run", recipe, facts)
-    monkeypatch.setattr(subject, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(subjects, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
 
     with pytest.raises(UserError, match="no tuned model is here yet"):
         search_folder(str(tmp_path / "run"), pairs=1)
