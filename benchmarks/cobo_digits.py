@@ -27,7 +27,8 @@ from _measure import figure, machine
 from allmend.federation.collaboration.graph import Graph
 from allmend.federation.collaboration.pull import pull
 from allmend.federation.collaboration.sketches import gradient_sketch, sketch_groups
-from allmend.federation.strategies.cobo import CoBo, graph_of_state
+from allmend.federation.collaboration.state import graph_of_state
+from allmend.federation.strategies.cobo import CoBo
 from allmend.intervals import mean, paired_difference
 from allmend.models.tensors import Tensors, nbytes
 from allmend.results import Estimate

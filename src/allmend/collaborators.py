@@ -15,8 +15,9 @@ from allmend.federation.arm import strategy_of
 from allmend.federation.collaboration.graph import DENSE, Graph
 from allmend.federation.collaboration.probes import WEIGHT, empty_log
 from allmend.federation.collaboration.sketches import cosines, numbered
+from allmend.federation.collaboration.state import graph_of_state, members_of
 from allmend.federation.strategies.clustered import ALONE, Clustered, groups_in, has_groups, members_told
-from allmend.federation.strategies.cobo import CoBo, graph_of_state, members_of
+from allmend.federation.strategies.cobo import CoBo
 from allmend.parquet import write_rows
 from allmend.prepare import checkpoints_of
 from allmend.recipe import Arm, Recipe

@@ -10,9 +10,10 @@ import torch
 
 from allmend.federation.checkpoint import Checkpoint, Checkpoints
 from allmend.federation.collaboration.graph import laplacian
+from allmend.federation.collaboration.state import graph_of_state, members_of
 from allmend.federation.member import Member
 from allmend.federation.strategies import build_strategy
-from allmend.federation.strategies.cobo import PROBE, TRAIN, CoBo, graph_of_state, members_of
+from allmend.federation.strategies.cobo import PROBE, TRAIN, CoBo
 from allmend.federation.strategies.fedavg import FedAvg
 from allmend.federation.strategies.local import Local
 from allmend.models.tensors import Tensors, dump, parse

@@ -35,6 +35,7 @@ from allmend.federation.collaboration.probes import (
     usual_step,
 )
 from allmend.federation.collaboration.sketches import gradient_sketch, nearest
+from allmend.federation.collaboration.state import adapters_of, drawn_pairs, graph_of_state, members_of, with_graph
 from allmend.federation.strategies.fedavg import FedAvg
 from allmend.models.tensors import Tensors, is_finite
 from allmend.strategy import (
@@ -183,7 +184,7 @@ class CoBo:
         if self.neighbours:
             sketches = torch.zeros(0, self.sketch_size)
             found.tensors |= grouped("common", initial) | {"sketches": sketches}
-        return _with_graph(found, Graph.empty())
+        return with_graph(found, Graph.empty())
 
     def check(self, clients: Sequence[str]) -> None:
         """See that a graph is of these clients.
@@ -239,10 +240,10 @@ class CoBo:
         }
 
     def _to_probe(self, state: State, turn: Turn, members: Sequence[str]) -> dict[str, Task]:
-        known, adapters = members_of(state), _adapters(state)
+        known, adapters = members_of(state), adapters_of(state)
         here = {known[place] for place in state.tensors["present"].nonzero()[:, 0].tolist()} & set(members)
         probes: dict[str, list[tuple[int, str, bool]]] = {name: [] for name in sorted(here)}
-        for number, (i, j) in enumerate(_drawn(state).T.tolist()):
+        for number, (i, j) in enumerate(drawn_pairs(state).T.tolist()):
             for own, other, first in ((known[i], known[j], True), (known[j], known[i], False)):
                 if own in here:
                     probes[own].append((number, other, first))
@@ -349,7 +350,7 @@ class CoBo:
     def _probed(self, state: State, turn: Turn, seen: Mapping[str, Seen]) -> State:
         """Products move the graph."""
         known, graph = members_of(state), graph_of_state(state)
-        drawn, pairs = state.tensors["drawn"], _drawn(state)
+        drawn, pairs = state.tensors["drawn"], drawn_pairs(state)
         facts = dict(state.facts)
         products, cosines = [], []
         for number, pair in enumerate(pairs.T.tolist()):
@@ -373,7 +374,7 @@ class CoBo:
         elif (step := usual_step(log[:, PRODUCT], len(known))) > 0:
             # all that waited for a step, in their order
             graph, log = replayed(graph, log, step)
-        return _with_graph(State(state.tensors | {"log": log}, facts | ({"step": step} if step else {})), graph)
+        return with_graph(State(state.tensors | {"log": log}, facts | ({"step": step} if step else {})), graph)
 
     def _with_newcomers(self, state: State, shown: Mapping[str, Seen]) -> State:
         known, graph = members_of(state), graph_of_state(state)
@@ -389,14 +390,14 @@ class CoBo:
             graph = graph.grown(n + more, nearest(tensors["sketches"], self.neighbours, first=n), self.initial_graph)
         else:
             graph = graph.grown(n + more, *GivenGraph.parsed(self.graph).among([*known, *new], n, self.initial_graph))
-        return _with_graph(State(tensors, state.facts | {"members": "\n".join([*known, *new])}), graph)
+        return with_graph(State(tensors, state.facts | {"members": "\n".join([*known, *new])}), graph)
 
     def _frozen(self, graph: Graph) -> bool:
         return bool(self.freeze_after_visits) and graph.n > 1 and graph.visits_of_a_pair >= self.freeze_after_visits
 
     def _mean_of_partners(self, state: State, name: str) -> Tensors:
         """What who comes late begins with: the mean of those that it is taken to work with; nothing without any."""
-        models = _adapters(state)
+        models = adapters_of(state)
         names = [*models, name]
         numbers, weights = GivenGraph.parsed(self.graph).among(names, len(models), self.initial_graph)
         partners = pair_of(numbers[weights > 0])[0].tolist()
@@ -413,37 +414,6 @@ class CoBo:
 
     def personal(self, state: State, client: State) -> Tensors | None:
         return of_group("model", client.tensors) or None
-
-
-def members_of(state: State) -> list[str]:
-    """Names of all members that ever took part, in the order of the graph's rows."""
-    return [name for name in str(state.facts["members"]).split("\n") if name]
-
-
-def graph_of_state(state: State) -> Graph:
-    """The graph as the coordinator keeps it; its members are those of `members_of`, in their order."""
-    own = of_group("graph", state.tensors)
-    return Graph(len(members_of(state)), own["numbers"], own["weights"], own["visits"])
-
-
-def _with_graph(state: State, graph: Graph) -> State:
-    own = {"numbers": graph.numbers, "weights": graph.weights, "visits": graph.visits}
-    return State(state.tensors | grouped("graph", own), state.facts)
-
-
-def _drawn(state: State) -> torch.Tensor:
-    """Pairs that are compared in this round, by the places of their members, int64 [2, P]."""
-    return graph_of_state(state).pairs[:, state.tensors["drawn"]]
-
-
-def _adapters(state: State) -> dict[str, Tensors]:
-    """Every member's model, by name, in the order of the graph's rows."""
-    found: dict[str, Tensors] = {name: {} for name in members_of(state)}
-    names = list(found)
-    for key, tensor in of_group("adapter", state.tensors).items():
-        place, _, parameter = key.partition("/")
-        found[names[int(place)]][parameter] = tensor
-    return found
 
 
 def _of_number(tensors: Tensors, number: str) -> list[torch.Tensor]:

@@ -13,11 +13,12 @@ import torch
 from allmend.errors import UserError
 from allmend.events import Warned, read_events
 from allmend.federation.checkpoint import Checkpoints
+from allmend.federation.collaboration.state import members_of
 from allmend.federation.engines.flower.engine import FlowerEngine
 from allmend.federation.engines.flower.site import ArmAtMember, Site
 from allmend.federation.engines.wire import dump_reply, parse_reply, parse_task
 from allmend.federation.strategies import STRATEGIES, build_strategy
-from allmend.federation.strategies.cobo import CoBo, members_of
+from allmend.federation.strategies.cobo import CoBo
 from allmend.federation.strategies.comigs import CoMiGS
 from allmend.federation.strategies.fedavg import FedAvg
 from allmend.models.mixture import Mixture, apply_mixture
