@@ -13,6 +13,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from allmend.results import Estimate
+
 
 def machine() -> str:
     """The machine in one line."""
@@ -21,6 +23,12 @@ def machine() -> str:
         f"{platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GB, torch {torch.__version__}, "
         f"{torch.get_num_threads()} threads, Python {platform.python_version()}"
     )
+
+
+def interval_of(estimate: Estimate) -> str:
+    """A value with its interval, where it has one."""
+    low, high = estimate.low, estimate.high
+    return f"{estimate.value:+.3f}" + (f" ({low:+.3f} to {high:+.3f})" if low is not None else "")
 
 
 def with_data(parser: argparse.ArgumentParser) -> argparse.Namespace:

@@ -22,11 +22,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from _measure import figure, machine, with_data
+from _measure import figure, interval_of, machine, with_data
 from allmend.compress.calibration import Products, input_products
 from allmend.compress.layers import Inputs, Option, compress_weight
 from allmend.compress.masks import NofM, Pattern, Unstructured, keep_mask, magnitude, wanda
-from allmend.compress.measure import window_losses
+from allmend.compress.measure import added, in_words, interplay, window_losses
 from allmend.compress.order import Score, order_analysis, prune_then_quantize, quantize_then_prune
 from allmend.compress.sweep import prune_and_quantize
 from allmend.data.windows import Windows, read_text, windows_of
@@ -197,27 +197,19 @@ def error_of(gap: np.ndarray) -> float:
     return float(gap.std(ddof=1) / math.sqrt(len(gap)))
 
 
-def interval(gap: np.ndarray) -> str:
-    shown = abs(gap.mean()) > 2.365 * error_of(gap) if len(gap) == 8 else abs(gap.mean()) > 2 * error_of(gap)
-    return f"{gap.mean():+.3f} ± {error_of(gap):.3f}" + ("" if shown else ", no difference shown")
-
-
 def orders(subject: Subject) -> None:
     """Both orders, and whether the two errors add up."""
     for name, score, pattern, fmt, asked in PAIRS:
-        told(subject, first := masked(f"{name}, S→Q", score, pattern, fmt))
-        told(subject, second := late(f"{name}, Q→S", score, pattern, fmt))
-        gap = subject.known[second.name] - subject.known[first.name]
-        figure(f"{name}: Q→S minus S→Q ({asked})", interval(gap))
-        alone = masked(f"{name}, pruned alone", score, pattern, None), rounding(f"{name}, {fmt.name} alone", fmt)
-        for one in alone:
-            if one.name not in subject.known:
-                told(subject, one)
-        parts = sum(subject.known[one.name] - subject.dense for one in alone)
-        figure(
-            f"{name}: Δ of both, S→Q, minus the sum of each alone",
-            interval(subject.known[first.name] - subject.dense - parts),
-        )
+        pruned = masked(f"{name.partition(' + ')[0]} alone", score, pattern, None)
+        quantized, both = rounding(f"{fmt.name} alone", fmt), masked(f"{name}, S→Q", score, pattern, fmt)
+        for setting in (pruned, quantized, both, other := late(f"{name}, Q→S", score, pattern, fmt)):
+            if setting.name not in subject.known:
+                told(subject, setting)
+        late_losses, losses = subject.known[other.name], subject.known[both.name]
+        gap = added(late_losses, losses)
+        figure(f"{name}: Q→S minus S→Q ({asked})", f"{interval_of(gap)}: {in_words(gap, 'Q→S', 'S→Q')}")
+        beside = interplay(losses, subject.known[pruned.name], subject.known[quantized.name], subject.dense)
+        figure(f"{name}: Δ of both, S→Q, minus the sum of each alone", interval_of(beside))
 
 
 def tensors(subject: Subject, layers: int) -> None:

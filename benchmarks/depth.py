@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from _depth_peers import by_block_influence, by_loss
-from _measure import figure, machine, with_data
+from _measure import figure, interval_of, machine, with_data
 from allmend.data.chat import Encoded
 from allmend.data.records import Record
 from allmend.data.windows import Windows, read_text, windows_of
@@ -39,7 +39,6 @@ from allmend.depth.plan import Drop, Intervention, Plan, Prune, pairs_plan, stre
 from allmend.depth.searching import Result, Search
 from allmend.intervals import paired_difference
 from allmend.models.load import LoadedModel, load_model
-from allmend.results import Estimate
 
 PARTS = ("costs", "depths")
 LAYERS, ANSWER, CHOICES = 30, 24, 4
@@ -272,10 +271,6 @@ def _choices(row: Row, plain: Row) -> str:
     if not row.right:
         return " | "
     return f"{sum(row.right) / len(row.right):.3f} | {interval_of(paired_difference(row.right, plain.right))}"
-
-
-def interval_of(gap: Estimate) -> str:
-    return f"{gap.value:+.3f} ({gap.low:+.3f} to {gap.high:+.3f})" if gap.low is not None else f"{gap.value:+.3f}"
 
 
 def show(found: Sequence[Row]) -> None:

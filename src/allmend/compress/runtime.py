@@ -4,6 +4,7 @@ The kernels take activations in bfloat16. With other activations torch falls bac
 dense product by an order of magnitude, so that they are refused.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,7 @@ GROUPS = (32, 64, 128, 256)
 TILES = 2
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(nn.Module, ABC):
     """A linear layer with packed weights.
 
     Args:
@@ -43,9 +44,9 @@ class PackedLinear(nn.Module):
         found = self.product(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
         return found if self.bias is None else found + self.bias
 
+    @abstractmethod
     def product(self, rows: torch.Tensor) -> torch.Tensor:
-        """x Wᵀ of [n, columns]."""
-        raise NotImplementedError
+        """x Wᵀ of [n, columns], bfloat16 [n, rows]."""
 
 
 class Int4Linear(PackedLinear):

@@ -12,6 +12,7 @@ Formats (MX) 1.0; scales, ranges and rounding are those of `compressed-tensors`,
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -41,7 +42,7 @@ class Scale:
 
 
 @dataclass(frozen=True)
-class Format:
+class Format(ABC):
     """A grid, and how scales are found.
 
     Attributes:
@@ -74,6 +75,7 @@ class Format:
             raise ValueError(f"{columns} columns cannot be cut into blocks of {block} ({self.name})")
         return weight.float().view(rows, columns // block, block)
 
+    @abstractmethod
     def scales(self, blocks: torch.Tensor, largest: torch.Tensor) -> Scale:
         """Of blocks [..., block].
 
@@ -81,11 +83,10 @@ class Format:
             blocks: float32.
             largest: magnitude in the whole weight, which few formats look at.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def codes(self, blocks: torch.Tensor, scale: Scale) -> torch.Tensor:
         """The nearest points of the grid, in units of the step and without the zero point taken off."""
-        raise NotImplementedError
 
     def values(self, codes: torch.Tensor, scale: Scale) -> torch.Tensor:
         """What codes stand for."""

@@ -52,9 +52,10 @@ class GivenGraph:
         place = {name: position for position, name in enumerate(names)}
         told = [(place[i], place[j], w) for (i, j), w in self.weights.items() if i in place and j in place]
         given = torch.tensor(told, dtype=torch.float64).view(-1, 3)
-        unnamed = torch.tensor([place[name] for name in names if name not in self.members], dtype=torch.int64)
-        free = torch.cartesian_prod(unnamed, torch.arange(len(names)))
-        free = free[free[:, 0] != free[:, 1]]
+        unnamed = torch.tensor([name not in self.members for name in names], dtype=torch.bool)
+        # of the new ones alone: of all pairs there would be too many each time that somebody comes
+        free = torch.cartesian_prod(torch.arange(first, len(names)), torch.arange(len(names)))
+        free = free[(free[:, 0] != free[:, 1]) & unnamed[free].any(1)]
         i, j = torch.cat([given[:, :2].long(), free]).T.sort(0).values
         weights = torch.cat([given[:, 2], given.new_full((len(free),), otherwise)]).float()
         numbers, inverse = torch.unique(number_of(i, j)[j >= first], return_inverse=True)

@@ -233,7 +233,7 @@ class CoBo:
             facts = {"place": True}
             all_shown = shown | {f"{PLACE}/all": torch.Size([self.sketch_size])}
         elif late and known:
-            start = {name: grouped("model", self._mean_of_partners(state, name)) for name in late}
+            start = self._means_of_partners(state, sorted(late))
         return {
             name: Task(turn, start.get(name, {}), facts, all_shown) if name in late else Task(turn, seen=shown)
             for name in sorted(members)
@@ -395,13 +395,19 @@ class CoBo:
     def _frozen(self, graph: Graph) -> bool:
         return bool(self.freeze_after_visits) and graph.n > 1 and graph.visits_of_a_pair >= self.freeze_after_visits
 
-    def _mean_of_partners(self, state: State, name: str) -> Tensors:
-        """What who comes late begins with: the mean of those that it is taken to work with; nothing without any."""
-        models = adapters_of(state)
-        names = [*models, name]
-        numbers, weights = GivenGraph.parsed(self.graph).among(names, len(models), self.initial_graph)
-        partners = pair_of(numbers[weights > 0])[0].tolist()
-        return self._geometry.mean([models[names[place]] for place in partners]) if partners else {}
+    def _means_of_partners(self, state: State, late: Sequence[str]) -> dict[str, Tensors]:
+        """What those who come late begin with: the mean of whom each is taken to work with; nothing without any."""
+        models, given = adapters_of(state), GivenGraph.parsed(self.graph)
+        means: dict[tuple[int, ...], Tensors] = {}
+        found = {}
+        for name in late:
+            names = [*models, name]
+            numbers, weights = given.among(names, len(models), self.initial_graph)
+            partners = tuple(pair_of(numbers[weights > 0])[0].tolist())
+            if partners and partners not in means:  # most have the same
+                means[partners] = grouped("model", self._geometry.mean([models[names[place]] for place in partners]))
+            found[name] = means.get(partners, {})
+        return found
 
     def revealed(self, task: Task, reply: Reply) -> Tensors | None:
         if "together" in task.facts:
