@@ -171,7 +171,7 @@ def test_yes_no_and_cannot_be_told(tmp_path: Path) -> None:
     assert words["a"].startswith("yes, by 0.495 (0.4")
     assert words["a"].endswith("with fedavg")
     assert words["b"].startswith("no: local is better by 0.30")
-    assert words["c"].startswith("cannot be told: fedavg is 0.025 below local (−")
+    assert words["c"].startswith("cannot be told: fedavg minus local is −0.025 (−")
     assert in_words(table).endswith("better than local for 1 of 3 clients, and worse for 1; for 1 it cannot be told.")
     assert [row.best for row in table.members] == ["fedavg", "local", "fedavg"]
     fedavg, local = table.arms

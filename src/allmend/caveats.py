@@ -109,7 +109,9 @@ def _of_graph(prepared: "Prepared", arm: Arm) -> Iterator[str]:
     rounds = arm.strategy.rounds - strategy.rounds_together(arm.strategy.rounds)
     visits = rounds * strategy.probes_of_a_pair(n)
     if 0 < visits < FEW_VISITS:
-        fewer = "" if strategy.neighbours else ", or let clients look among few with strategy.neighbours"
+        fewer = (
+            "" if strategy.neighbours or strategy.graph else ", or let clients look among few with strategy.neighbours"
+        )
         yield (
             f"arm {arm.name!r}: each pair of the {n} clients is compared {visits:.2g} times on average, and "
             f"{math.exp(-visits):.0%} of the pairs never: that says little about who works with whom. Raise "

@@ -175,7 +175,7 @@ def test_transformers_does_not_load_what_it_cannot_read(model: LlamaForCausalLM,
         AutoModelForCausalLM.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("spoil", ["cut", "layer", "note", "version", "shape"])
+@pytest.mark.parametrize("spoil", ["cut", "layer", "note", "version", "text", "shape"])
 def test_a_damaged_folder_is_named(spoil: str, model: LlamaForCausalLM, saved: Saved) -> None:
     folder, _ = saved(dict.fromkeys(linear_layers_of(model), OWN[1]))
     weights, note = folder / "packed.safetensors", folder / "packed.json"
@@ -190,6 +190,8 @@ def test_a_damaged_folder_is_named(spoil: str, model: LlamaForCausalLM, saved: S
             about["layers"][first]["format"] = "int5"
         case "version":
             about["version"] = 2
+        case "text":
+            about["layers"][first]["rows"] = "many"
         case _:
             about["layers"][first]["rows"] = 7
     note.write_text(json.dumps(about))

@@ -59,7 +59,8 @@ def show_personalised(console: Console, table: "PersonalisedTable") -> None:
     from allmend.results import BASE
 
     head, rows = arm_table(table)
-    widths = {"Loss": 8, "Perplexity": 10, "Worst regret": 12, "Down": 8, "Up": 10, "Steps": 8, "Passes": 8}
+    widths = {"Loss": 8, "Perplexity": 10, "Down": 8, "Up": 10, "Steps": 8, "Passes": 8}
+    widths |= {name: 12 for name in head if name.endswith("egret")}
     widths |= {name: 25 for name in head if name.startswith("Minus")}
     lines = [
         {name: _line(cell, under=name.startswith("Minus")) for name, cell in zip(head, row, strict=True)}

@@ -129,7 +129,7 @@ def unpacked(folder: Path, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tens
             continue
         try:
             yield f"{name}.weight", _weight(tensors, kept, dtype)
-        except (KeyError, RuntimeError, IndexError, ValueError) as error:
+        except (KeyError, RuntimeError, IndexError, ValueError, TypeError) as error:
             what = f"the bits of {name} are not what {LAYERS} says: {error}"
             raise UserError(what, where=weights_of(folder), hint=_HINT) from error
 

@@ -100,7 +100,7 @@ def test_figures_that_parties_share_stand_once_and_others_as_a_span() -> None:
     [
         (-0.8, 0.1, "yes, by 0.800 (0.700 to 0.900), with cobo"),
         (0.8, 0.1, "no, worse by 0.800 (0.700 to 0.900), with cobo"),
-        (-0.8, 1.0, "cannot be told: cobo is 0.800 below base model (−1.800 to 0.200)"),
+        (-0.8, 1.0, "cannot be told: cobo minus base model is −0.800 (−1.800 to +0.200)"),
     ],
 )
 def test_beside_the_base_model_it_is_not_said_that_working_together_paid(value: float, half: float, words: str) -> None:

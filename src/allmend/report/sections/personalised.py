@@ -81,10 +81,9 @@ def paid_in_words(row: PersonalisedMember, found: PersonalisedTable) -> str:
     ends = sorted(abs(end) for end in (gap.low, gap.high) if end is not None)
     behind = f" ({' to '.join(map(numbers.thousandths, ends))})" if ends else ""
     if row.paid is None:
-        side = "below" if gap.value < 0 else "above"
-        known = numbers.interval(gap, numbers.thousandths)
-        other = titled(str(found.against))
-        return f"cannot be told: {row.together} is {shown} {side} {other}" + (f" ({known})" if known else "")
+        known = numbers.interval(gap, numbers.signed_thousandths)
+        minus = f"{row.together} minus {titled(str(found.against))} is {numbers.signed_thousandths(gap.value)}"
+        return f"cannot be told: {minus}" + (f" ({known})" if known else "")
     if found.against == BASE:
         words = "yes, by" if row.paid else "no, worse by"
         return f"{words} {shown}{behind}, with {row.together}"
@@ -103,7 +102,18 @@ def arm_table(found: PersonalisedTable) -> tuple[list[str], Rows]:
     Where arms are compared with none there is no difference, and where no bytes are known none are shown.
     """
     minus = f"Minus {titled(str(found.against))}"
-    head = ["Arm", "Loss", "Perplexity", minus, "Worst regret", "Down", "Up", "Steps", "Passes"]
+    several = len(found.members) > 1
+    head = [
+        "Arm",
+        "Loss",
+        "Perplexity",
+        minus,
+        "Worst regret" if several else "Regret",
+        "Down",
+        "Up",
+        "Steps",
+        "Passes",
+    ]
     absent = set() if found.against else {minus}
     if not any(arm.sent or arm.received for arm in found.arms):
         absent |= {"Down", "Up"}
@@ -120,7 +130,7 @@ def arm_table(found: PersonalisedTable) -> tuple[list[str], Rows]:
                 Cell(numbers.thousandths(arm.loss.value), value=arm.loss.value),
                 Cell(numbers.number(math.exp(min(arm.loss.value, 700.0))), value=arm.loss.value),
                 difference,
-                Cell(numbers.thousandths(arm.regret), arm.regretting if arm.regret else "", arm.regret),
+                Cell(numbers.thousandths(arm.regret), arm.regretting if arm.regret and several else "", arm.regret),
                 Cell(numbers.size(arm.sent), value=arm.sent),
                 Cell(numbers.size(arm.received), value=arm.received),
                 _spread(arm.steps, numbers.count),
@@ -187,9 +197,10 @@ def notes_of(found: PersonalisedTable) -> list[str]:
             f"Whether it paid is asked of the lowest of {len(together)} arms for each client; its interval is wider, "
             "to allow for that choice. Intervals do not cover other training seeds."
         )
+    worst = ", for the client where it is largest" if len(found.members) > 1 else ""
     notes.append(
-        "Regret is a client’s loss above that of its best arm, for the client where it is largest. Passes are over a "
-        "client’s training records, with what its strategy does beside the steps."
+        f"Regret is a client’s loss above that of its best arm{worst}. Passes are over a client’s training records, "
+        "with what its strategy does beside the steps."
     )
     if found.left_out:
         notes.append(f"Without held-out records, or without a model in every arm: {', '.join(found.left_out)}.")
